@@ -1,0 +1,97 @@
+/* Draws the figures of a page: see sogrid/plotting.py for the HTML it finds.
+ *
+ * plotly.min.js (several megabytes) is loaded once, and only on a page that shows something. Explorers
+ * share it and the theme through the global `sogridBook`:
+ *   sogridBook.plotly()                    a promise of the Plotly library
+ *   sogridBook.draw(element, data, layout) draws, then follows the page's theme and the element's size
+ */
+(() => {
+  "use strict";
+
+  const library = new URL("../vendor/plotly/plotly.min.js", document.currentScript.src).href;
+  const touch = matchMedia("(hover: none)").matches;
+  const drawn = new Set();
+  let loading = null;
+
+  function plotly() {
+    loading ??= new Promise((resolve, reject) => {
+      const script = document.createElement("script");
+      script.src = library;
+      script.onload = () => resolve(window.Plotly);
+      script.onerror = () => reject(new Error("plotly.min.js could not be loaded"));
+      document.head.append(script);
+    });
+    return loading;
+  }
+
+  /* Colours of the page's theme, as updates of a figure's layout. */
+  function theme() {
+    const page = getComputedStyle(document.documentElement);
+    const ink = page.getPropertyValue("--sogrid-ink").trim();
+    const paper = page.getPropertyValue("--sogrid-paper").trim();
+    return {
+      "font.color": ink,
+      "hoverlabel.bgcolor": paper,
+      "hoverlabel.bordercolor": ink,
+      "hoverlabel.font.color": ink,
+      "modebar.color": ink,
+      "modebar.bgcolor": "rgba(0, 0, 0, 0)",
+    };
+  }
+
+  const sizes = new ResizeObserver((entries) => {
+    for (const { target } of entries) {
+      if (target.offsetWidth && target.offsetWidth !== target._fullLayout?.width) Plotly.Plots.resize(target);
+    }
+  });
+
+  new MutationObserver(() => {
+    const colours = theme();
+    for (const element of drawn) Plotly.relayout(element, colours);
+  }).observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
+
+  /* To a screen reader the drawing is one image; the buttons above it stay buttons. */
+  function label(element) {
+    const text = element.getAttribute("aria-label");
+    if (!text) return;
+    element.setAttribute("role", "group");
+    element.querySelectorAll("svg.main-svg").forEach((svg, i) => {
+      if (i) return svg.setAttribute("aria-hidden", "true");
+      svg.setAttribute("role", "img");
+      svg.setAttribute("aria-label", text);
+    });
+  }
+
+  async function draw(element, data, layout = {}) {
+    const Plotly = await plotly();
+    const config = {
+      displaylogo: false,
+      displayModeBar: touch ? false : "hover",
+      modeBarButtonsToRemove: ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d", "autoScale2d"],
+    };
+    /* On a touch screen a drag scrolls the page instead of zooming the figure. */
+    await Plotly.newPlot(element, data, { ...(touch && { dragmode: false }), ...layout, autosize: true }, config);
+    await Plotly.relayout(element, theme());
+    label(element);
+    drawn.add(element);
+    sizes.observe(element);
+    return element;
+  }
+
+  async function start() {
+    for (const figure of document.querySelectorAll(".sogrid-figure")) {
+      const element = figure.querySelector(".sogrid-plot");
+      try {
+        const { data, layout } = JSON.parse(figure.querySelector("script").textContent);
+        await draw(element, data, layout);
+      } catch (error) {
+        console.error(error);
+        element.textContent = element.getAttribute("aria-label");
+        element.classList.add("sogrid-failed");
+      }
+    }
+  }
+
+  window.sogridBook = { plotly, draw };
+  start();
+})();

@@ -1,0 +1,101 @@
+"""Sphinx extension of the book: execution cache, files of other packages, clean pages.
+
+* The execution cache of jupyter-book looks at the code of a page only. Here it also depends on what the
+  page runs on (the package, the stored results, the requirements): a change there re-runs the pages.
+* ``plotly.min.js`` and MathJax are copied from the installed wheels into the site, so that a built page
+  needs no network and no large file is in git.
+* Kernels see ``SOGRID_BOOK=1``: a figure or an explorer gives its static view.
+* sphinx-thebe writes its script twice on every page, although the book does not use it: it is removed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+
+from sphinx.application import Sphinx
+from sphinx.config import Config
+
+WATCHED = ("sogrid", "book/results", "requirements.txt")
+VERSIONS = ("ipywidgets", "numpy", "plotly", "torch")
+KEEP = 2
+
+
+def inputs_hash(root: Path) -> str:
+    """Hash of everything a page's outputs depend on, apart from its own code."""
+    digest = hashlib.sha256()
+    for name in WATCHED:
+        path = root / name
+        files = sorted(path.rglob("*")) if path.is_dir() else [path]
+        for file in files:
+            if file.is_file() and "__pycache__" not in file.parts and not file.name.startswith("."):
+                digest.update(f"{file.relative_to(root).as_posix()}\0".encode())
+                digest.update(hashlib.sha256(file.read_bytes()).digest())
+    for name in VERSIONS:
+        try:
+            digest.update(f"{name} {version(name)}\0".encode())
+        except PackageNotFoundError:
+            continue
+    digest.update(os.environ.get("SOGRID_DATA", "").encode())
+    return digest.hexdigest()[:16]
+
+
+def set_cache(app: Sphinx, config: Config) -> None:
+    """Choose the cache folder by the hash; of the others, keep the latest."""
+    folder = Path(app.outdir).parent / ".jupyter_cache"
+    current = folder / inputs_hash(Path(app.srcdir))
+    current.mkdir(parents=True, exist_ok=True)
+    os.utime(current)
+    config.nb_execution_cache_path = str(current)
+    caches = sorted((p for p in folder.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
+    for old in caches[:-KEEP]:
+        shutil.rmtree(old)
+
+
+def copy_vendor(app: Sphinx) -> None:
+    """Copy plotly.js and MathJax to ``_static/vendor``, where they are new or have changed."""
+    if app.builder.format != "html":
+        return
+    plotly = package_folder("plotly") / "package_data"
+    mathjax = package_folder("sphinx-mathjax-offline") / "static/mathjax"
+    target = Path(app.outdir) / "_static/vendor"
+    copies = {plotly / "plotly.min.js": target / "plotly/plotly.min.js"}
+    for pattern in ("tex-chtml.js", "output/chtml/fonts/woff-v2/*.woff", "input/tex/extensions/*.js"):
+        for file in mathjax.glob(pattern):
+            copies[file] = target / "mathjax" / file.relative_to(mathjax)
+    for source, copy in copies.items():
+        new = source.stat()
+        if copy.exists() and (copy.stat().st_size, copy.stat().st_mtime) == (new.st_size, new.st_mtime):
+            continue
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, copy)
+
+
+def package_folder(name: str) -> Path:
+    """Folder of an installed package, without importing it."""
+    spec = find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeError(f"the book needs the package {name}: install requirements.txt")
+    return Path(spec.submodule_search_locations[0])
+
+
+def remove_thebe(app: Sphinx, pagename: str, templatename: str, context: dict, doctree) -> None:
+    """Take sphinx-thebe's scripts off the page."""
+    context["script_files"] = [
+        script
+        for script in context.get("script_files", [])
+        if "thebe" not in str(getattr(script, "filename", script) or "")
+        and "thebe" not in str((getattr(script, "attributes", None) or {}).get("body", ""))
+    ]
+
+
+def setup(app: Sphinx) -> dict:
+    os.environ["SOGRID_BOOK"] = "1"
+    app.connect("config-inited", set_cache)
+    app.connect("builder-inited", copy_vendor)
+    app.connect("html-page-context", remove_thebe, priority=900)
+    return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,161 @@
+"""Records: what was run, on what, and the curves it gave. One JSON file each, enough to redraw a figure.
+
+A record is written whole or not at all, carries a checksum of itself, and is refused if it does not
+match. Its runs are added one by one, so an interrupted experiment keeps those that were finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["Record", "RecordError", "provenance", "write_atomically"]
+
+FORMAT = 1
+
+
+class RecordError(ValueError):
+    """A record cannot be read, or is not what its reader expected."""
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write ``content`` so that ``path`` holds either all of it or what was there before.
+
+    Raises:
+        OSError: If the folder cannot be written to (or is full); the old file is intact.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _commit() -> str:
+    """The source's commit, marked ``+changes`` if the work tree differs; ``"unknown"`` outside git."""
+    here = Path(__file__).parent
+    try:
+        run = lambda *args: subprocess.run(  # noqa: E731
+            ["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=10
+        ).stdout.strip()
+        return run("rev-parse", "--short=12", "HEAD") + ("+changes" if run("status", "--porcelain", "--", ".") else "")
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+
+
+def provenance(device: str | torch.device = "cpu") -> dict[str, Any]:
+    """Date, source commit, versions and machine of a run."""
+    device = torch.device(device)
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d"),
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__, "sogrid": version("sogrid")},
+        "machine": {
+            "system": platform.system(),
+            "processor": _processor(),
+            "threads": torch.get_num_threads(),
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        },
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+class Record:
+    """An experiment's settings, provenance and runs, tied to a file.
+
+    Args:
+        path: Where it lives; an existing record there is read and continued.
+        experiment: Its name, e.g. ``"fig6_2_mnist_autoencoder"``.
+        settings: What defines the experiment (profile, data, sizes): JSON values. A file with other
+            settings is refused, so that two experiments never mix.
+        device: For the provenance.
+
+    Raises:
+        RecordError: If the file is damaged or belongs to another experiment.
+    """
+
+    def __init__(
+        self, path: str | Path, experiment: str, settings: dict[str, Any], device: str = "cpu"
+    ) -> None:
+        """See the class."""
+        self.path = Path(path)
+        settings = json.loads(json.dumps(settings))
+        self.content: dict[str, Any] = {
+            "format": FORMAT,
+            "experiment": experiment,
+            "settings": settings,
+            "provenance": provenance(device),
+            "runs": [],
+        }
+        if self.path.exists():
+            found = self.read(self.path)
+            for key, wanted in (("experiment", experiment), ("settings", settings)):
+                if found[key] != wanted:
+                    raise RecordError(
+                        f"{self.path} holds another {key}: {found[key]} instead of {wanted}; "
+                        "move it away or write to another place"
+                    )
+            self.content["runs"] = found["runs"]
+
+    @staticmethod
+    def read(path: str | Path) -> dict[str, Any]:
+        """The verified content of a record file.
+
+        Raises:
+            RecordError: If it is missing, truncated, altered, or not a record of this format.
+        """
+        path = Path(path)
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise RecordError(f"{path} cannot be read as a record: {error}") from error
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise RecordError(f"{path} is not a sogrid record of format {FORMAT}")
+        claimed = content.pop("checksum", None)
+        if claimed != _checksum(content):
+            raise RecordError(f"{path} was changed or damaged after it was written: its checksum does not match")
+        return content
+
+    def find(self, **key: Any) -> dict[str, Any] | None:
+        """The finished run whose entries equal ``key``, if there is one."""
+        key = json.loads(json.dumps(key))
+        return next((run for run in self.content["runs"] if all(run.get(k) == v for k, v in key.items())), None)
+
+    def add(self, run: dict[str, Any]) -> None:
+        """Append a run and write the file."""
+        runs = [*self.content["runs"], json.loads(json.dumps(run))]
+        content = {**self.content, "runs": runs}
+        text = json.dumps({**content, "checksum": _checksum(content)}, indent=1, allow_nan=False)
+        write_atomically(self.path, text.encode())
+        self.content = content
+
+
+def _checksum(content: dict[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()

@@ -1,0 +1,131 @@
+"""Damped linear algebra: Tikhonov solve and inverse, inverse square root, conjugate gradient.
+
+All matrices are symmetric ``[..., m, m]``; leading dimensions broadcast. On an accelerator nothing
+here reads a value back to the host: a factorisation that fails there yields NaN, which no loss
+survives unseen. On the CPU, where looking is free, a failure is retried in float64 and then raised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "FactorizationError",
+    "conjugate_gradient",
+    "inverse_square_root",
+    "shift_diagonal",
+    "tikhonov_inverse",
+    "tikhonov_solve",
+]
+
+
+class FactorizationError(RuntimeError):
+    """A damped matrix is not positive definite, even in float64."""
+
+
+def shift_diagonal(matrix: Tensor, damping: float | Tensor) -> Tensor:
+    """``matrix + damping · I`` as a new tensor."""
+    shifted = matrix.clone()
+    shifted.diagonal(dim1=-2, dim2=-1).add_(damping)
+    return shifted
+
+
+def _cholesky(matrix: Tensor, damping: float | Tensor, name: str) -> Tensor:
+    """Lower Cholesky factor of ``matrix + damping · I``; see the module docstring for failures."""
+    factor, info = torch.linalg.cholesky_ex(shift_diagonal(matrix, damping))
+    if matrix.device.type != "cpu":
+        return torch.where((info == 0)[..., None, None], factor, torch.nan)
+    if bool((info == 0).all()):
+        return factor
+    if not bool(torch.isfinite(matrix).all()):
+        raise FactorizationError(f"{name}: the matrix to factorise holds NaN or infinity")
+    double = matrix.double()
+    factor, info = torch.linalg.cholesky_ex(shift_diagonal(double, damping))
+    if bool((info == 0).all()):
+        return factor
+    eigenvalues = torch.linalg.eigvalsh(double)
+    rounding = matrix.shape[-1] * torch.finfo(matrix.dtype).eps * eigenvalues.abs().max()
+    needed = float(rounding - eigenvalues.min())
+    raise FactorizationError(
+        f"{name}: matrix + {float(damping):.3g} I is not positive definite, even in float64 (smallest "
+        f"eigenvalue {float(eigenvalues.min()):.3g}); a shift of {needed:.1e} or more would have helped"
+    )
+
+
+def tikhonov_inverse(matrix: Tensor, damping: float | Tensor, name: str = "matrix") -> Tensor:
+    """(matrix + damping · I)⁻¹ of a positive semi-definite matrix (Thesis §3.1.3).
+
+    Args:
+        matrix: ``[..., m, m]``.
+        damping: ε ≥ 0, a number or a 0-d tensor.
+        name: Named in the error, usually the layer.
+
+    Raises:
+        FactorizationError: On the CPU, if the damped matrix is not positive definite even in float64;
+            the message says which damping would have helped.
+
+    Example:
+        >>> tikhonov_inverse(torch.eye(2), 1.0).tolist()
+        [[0.5, 0.0], [0.0, 0.5]]
+    """
+    return torch.cholesky_inverse(_cholesky(matrix, damping, name)).to(matrix.dtype)
+
+
+def tikhonov_solve(matrix: Tensor, rhs: Tensor, damping: float | Tensor, name: str = "matrix") -> Tensor:
+    """Solve (matrix + damping · I) X = rhs, for ``rhs: [..., m, c]``; see :func:`tikhonov_inverse`."""
+    factor = _cholesky(matrix, damping, name)
+    return torch.cholesky_solve(rhs.to(factor.dtype), factor).to(matrix.dtype)
+
+
+def inverse_square_root(matrix: Tensor, damping: float | Tensor = 0.0, name: str = "matrix") -> Tensor:
+    """The symmetric (matrix + damping · I)^(−1/2), by eigendecomposition (Thesis §6.4.2).
+
+    Raises:
+        FactorizationError: On the CPU, if an eigenvalue of the damped matrix is not positive.
+    """
+    values, vectors = torch.linalg.eigh(shift_diagonal(matrix, damping))
+    if matrix.device.type == "cpu" and not bool((values > 0).all()):
+        raise FactorizationError(
+            f"{name}: smallest eigenvalue {float(values.min()):.3g} with damping {float(damping):.3g}; "
+            f"add at least {2 * abs(float(values.min())):.1e}"
+        )
+    return (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
+
+
+def conjugate_gradient(
+    product: Callable[[Tensor], Tensor],
+    rhs: Tensor,
+    *,
+    tolerance: float = 1e-10,
+    iterations: int | None = None,
+) -> Tensor:
+    """Solve M x = rhs for a positive definite M known only through its products with vectors.
+
+    Args:
+        product: v ↦ M v.
+        rhs: ``[m]``.
+        tolerance: Stop when the residual norm is this fraction of ‖rhs‖ (read on the host).
+        iterations: At most this many products; default m.
+
+    Raises:
+        FactorizationError: If a direction of non-positive curvature is met.
+    """
+    x, residual = torch.zeros_like(rhs), rhs.clone()
+    direction, rho = residual, residual @ residual
+    goal = float(rho) * tolerance**2
+    for _ in range(rhs.numel() if iterations is None else iterations):
+        if float(rho) <= goal:
+            break
+        image = product(direction)
+        curvature = direction @ image
+        if not float(curvature) > 0:
+            raise FactorizationError(f"conjugate gradient met curvature {float(curvature):.3g} ≤ 0")
+        alpha = rho / curvature
+        x = x + alpha * direction
+        residual = residual - alpha * image
+        rho, previous = residual @ residual, rho
+        direction = residual + (rho / previous) * direction
+    return x

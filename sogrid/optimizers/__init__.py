@@ -1,0 +1,32 @@
+"""The optimizers of the thesis: each file is a pure update function and a thin ``torch.optim`` class.
+
+========================================  ==========================================
+class                                     thesis
+========================================  ==========================================
+:class:`CenteredGradientDescent`          §6.3.1, Algorithm 3
+:class:`ACP`                              §6.3.2, Algorithm 4
+:class:`KFAC`                             §6.4.1
+:class:`NaturalNN`                        §6.4.2
+========================================  ==========================================
+
+SGD, momentum, Nesterov, RMSProp and Adam (§2.2, §2.4.3) are torch's own, in ``torch.optim``.
+"""
+
+from sogrid.optimizers.acp import ACP, acp_inverse, acp_update
+from sogrid.optimizers.centered import CenteredGradientDescent, centered_gradient, centered_update
+from sogrid.optimizers.kfac import KFAC, kfac_inverses, kfac_update
+from sogrid.optimizers.natural_nn import NaturalNN, WhitenedLinear
+
+__all__ = [
+    "ACP",
+    "KFAC",
+    "CenteredGradientDescent",
+    "NaturalNN",
+    "WhitenedLinear",
+    "acp_inverse",
+    "acp_update",
+    "centered_gradient",
+    "centered_update",
+    "kfac_inverses",
+    "kfac_update",
+]

@@ -1,0 +1,183 @@
+r"""Amortized covariance preconditioner, ACP (Thesis §6.3.2, Algorithm 4).
+
+Of the Gauss-Newton block of a layer, ACP keeps the input side and replaces the output side by a
+scalar: G ≈ A ⊗ αI, A = (1/n) Σ h̃h̃ᵀ (eq. 6.2.3). Inverting the bordered A separates weights from
+biases and makes the covariance C of the inputs appear (eqs. 6.2.4, 6.2.5):
+
+    ΔW = −(λ/α) (1/n) Σ g_i (h_i − h̄)ᵀ P,    P = (C + (ε/α) I)⁻¹,    Δb = −(λ/α) ḡ  [− ΔW h̄]
+
+C and, for the heuristic, α = max (g_i)_j² come from a statistics minibatch every N updates; the mean
+h̄ is the current minibatch's. Where the thesis is open, this is what we chose:
+
+* the heuristic α is frozen at the refresh, in P and in λ/α alike;
+* the bracketed term of eq. (6.2.5) is off by default, as Algorithm 4 prints it (erratum E17);
+* the *printed* damping adds ε/α to C only. Tikhonov damping of the whole block, A + (ε/α) I, is
+  something else (erratum E16, THESIS rows 21–24): with d = ε/α, P = (M + dI − h̄h̄ᵀ/(1+d))⁻¹ for the
+  second moment M, centring by h̄/(1+d), and a bias step divided by 1 + d. ``tikhonov="exact"``
+  gives that, with h̄ from the statistics minibatch, bias term included.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from sogrid.linalg import tikhonov_inverse
+from sogrid.optimizers.centered import bias_update, centered_gradient
+from sogrid.optimizers.layerwise import Layerwise, StatisticsBatch, check_hyperparameter
+from sogrid.statistics import Statistics, input_moments, squared_gradient_bound
+
+__all__ = ["ACP", "acp_inverse", "acp_update"]
+
+
+def acp_inverse(
+    mean_h: Tensor, covariance: Tensor, shift: float | Tensor, tikhonov: str = "printed", name: str = "matrix"
+) -> Tensor:
+    """P, ``[..., i, i]``: the inverse that multiplies the centred gradient.
+
+    Args:
+        mean_h: h̄ of the statistics minibatch, ``[..., i]`` (used by the exact form).
+        covariance: C, ``[..., i, i]``.
+        shift: d = ε/α.
+        tikhonov: ``"printed"``: (C + dI)⁻¹; ``"exact"``: (M + dI − h̄h̄ᵀ/(1+d))⁻¹, M = C + h̄h̄ᵀ.
+        name: Named in errors.
+
+    Raises:
+        FactorizationError: If the damped matrix is not positive definite.
+    """
+    if tikhonov == "exact":
+        outer = mean_h.unsqueeze(-1) * mean_h.unsqueeze(-2)
+        covariance = covariance + outer * (shift / (1 + shift))
+    return tikhonov_inverse(covariance, shift, name)
+
+
+def acp_update(
+    grad_w: Tensor,
+    grad_b: Tensor | None,
+    mean_h: Tensor,
+    inverse: Tensor,
+    *,
+    lr: float | Tensor,
+    output_curvature: float | Tensor = 1.0,
+    bias_correction: bool = False,
+    corner: float | Tensor = 0.0,
+) -> tuple[Tensor, Tensor | None]:
+    """(ΔW, Δb) of Algorithm 4, eqs. (6.2.4) and (6.2.5).
+
+    Args:
+        grad_w: ∇W of the mean loss, ``[..., o, i]``.
+        grad_b: ∇b, ``[..., o]``, or ``None`` for a layer without bias, which is not centred.
+        mean_h: h̄, ``[..., i]``.
+        inverse: P, ``[..., i, i]``, of :func:`acp_inverse`.
+        lr: λ.
+        output_curvature: α.
+        bias_correction: Add −ΔW h̄ to Δb (eq. 6.2.5).
+        corner: d of the exact Tikhonov form, which divides h̄ and Δb by 1 + d; 0 for the printed form.
+    """
+    mean_h = mean_h / (1 + corner)
+    dw = -(lr / output_curvature) * centered_gradient(grad_w, grad_b, mean_h) @ inverse
+    rate = lr / (output_curvature * (1 + corner))
+    return dw, bias_update(grad_b, dw, mean_h, rate, bias_correction)
+
+
+class ACP(Layerwise):
+    """Algorithm 4 for the linear layers of a model.
+
+    A minibatch of one has no deviation from its own mean: only biases move (printed form).
+
+    Args:
+        model: See :class:`~sogrid.optimizers.layerwise.Layerwise`.
+        lr: λ.
+        damping: ε ≥ 0. Zero needs an invertible covariance.
+        output_curvature: α > 0, or ``"heuristic"``: max of the squared per-example gradients, by layer
+            and refresh.
+        bias_correction: Add the term −ΔW h̄ of eq. (6.2.5) to the bias; off in the printed algorithm.
+        tikhonov: ``"printed"`` or ``"exact"``; see the module. The exact form includes the bias term.
+        curvature_floor: Smallest α the heuristic may return.
+        reduction: How the training loss is reduced: ``"mean"`` or ``"sum"``.
+        refresh_every: N.
+        averaging: ρ, see :class:`~sogrid.optimizers.layerwise.Layerwise`.
+        other_lr: See there.
+        params: See there.
+
+    Raises:
+        ValueError: As in :class:`~sogrid.optimizers.layerwise.Layerwise`.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
+        >>> optimizer = ACP(model, lr=0.1, damping=0.1)
+        >>> model(torch.randn(8, 4)).square().mean().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor,
+        damping: float | Tensor = 1.0,
+        *,
+        output_curvature: float | Tensor | str = 1.0,
+        bias_correction: bool = False,
+        tikhonov: str = "printed",
+        curvature_floor: float = 1e-12,
+        reduction: str = "mean",
+        refresh_every: int | None = 100,
+        averaging: float = 0.0,
+        other_lr: float | Tensor | None = None,
+        params=None,
+    ) -> None:
+        """See the class."""
+        super().__init__(
+            model,
+            lr,
+            damping=damping,
+            output_curvature=output_curvature,
+            bias_correction=bias_correction,
+            tikhonov=tikhonov,
+            curvature_floor=curvature_floor,
+            reduction=reduction,
+            refresh_every=refresh_every,
+            averaging=averaging,
+            other_lr=other_lr,
+            params=params,
+        )
+
+    def check_hyperparameters(self, group):  # noqa: D102
+        super().check_hyperparameters(group)
+        check_hyperparameter("damping (ε)", group["damping"])
+        check_hyperparameter("curvature_floor", group["curvature_floor"], positive=True)
+        if not isinstance(group["output_curvature"], str):
+            check_hyperparameter("output_curvature (α)", group["output_curvature"], positive=True)
+        elif group["output_curvature"] != "heuristic":
+            raise ValueError(f"output_curvature (α) must be a number or 'heuristic', got {group['output_curvature']!r}")
+        if group["tikhonov"] not in ("printed", "exact"):
+            raise ValueError(f"tikhonov must be 'printed' or 'exact', got {group['tikhonov']!r}")
+
+    def measure(self, batch: StatisticsBatch, group):  # noqa: D102
+        alpha = None
+        if isinstance(group["output_curvature"], str):
+            alpha = squared_gradient_bound(batch.g).clamp(min=group["curvature_floor"])
+        return Statistics(*input_moments(batch.h, batch.has_bias), alpha)
+
+    def invert(self, statistics, group, has_bias, name):  # noqa: D102
+        mean, covariance, alpha = statistics
+        shift = group["damping"] / (group["output_curvature"] if alpha is None else alpha)
+        state = {"inverse": acp_inverse(mean, covariance, shift, group["tikhonov"], name)}
+        if group["tikhonov"] == "exact":
+            state |= {"mean": mean, "corner": torch.as_tensor(shift, dtype=mean.dtype, device=mean.device)}
+        if alpha is not None:
+            state["output_curvature"] = alpha
+        return state
+
+    def update(self, grad_w, grad_b, mean_h, state, group):  # noqa: D102
+        exact = group["tikhonov"] == "exact"
+        return acp_update(
+            grad_w,
+            grad_b,
+            state["mean"] if exact else mean_h,
+            state["inverse"],
+            lr=group["lr"],
+            output_curvature=state.get("output_curvature", group["output_curvature"]),
+            bias_correction=exact or group["bias_correction"],
+            corner=state["corner"] if exact else 0.0,
+        )

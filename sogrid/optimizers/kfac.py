@@ -1,0 +1,219 @@
+r"""Kronecker-factored approximate curvature, KFAC (Thesis §6.4.1; Martens & Grosse 2015).
+
+Of the exact sum of Kronecker products (1/n) Σ h̃h̃ᵀ ⊗ JᵀDJ (eq. 6.2.2) KFAC keeps the product of the
+means, A ⊗ B with A = E[h̃h̃ᵀ], B = E[JᵀDJ], and steps by
+
+    [ΔW, Δb] = −λ B⁻¹ [∇W, ∇b] A⁻¹
+
+Which curvature B stands for is a name, never a default guessed from the loss:
+
+* ``"fisher_exact"``: the rows of S, SᵀS = D(f), pulled back one by one: as many backward passes as the
+  network has outputs (the thesis's natural-gradient KFAC);
+* ``"fisher_sampled"``: gradients for targets drawn from the model, an unbiased estimate of the same;
+* ``"gauss_newton_probabilities"``: E[g gᵀ] with the observed labels, which for one-hot cross-entropy
+  is the Gauss-Newton matrix cut at the probabilities (Thesis §3.4);
+* ``"empirical_fisher"``: the same computation for any loss, under the name it then deserves.
+
+Damping: the thesis does not say. ε is split over the two factors, A + π√ε I and B + (√ε/π) I, with
+π = √(mean eigenvalue of A / mean eigenvalue of B) or, without ``pi_correction``, π = 1. Neither is
+A ⊗ B + εI, which does not factor (THESIS row 25).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from sogrid.capture import CaptureError
+from sogrid.kronecker import bordered, kronecker_solve
+from sogrid.linalg import tikhonov_inverse
+from sogrid.losses import CrossEntropyAtLogits, CrossEntropyAtProbabilities, Loss
+from sogrid.optimizers.layerwise import Layerwise, check_hyperparameter
+from sogrid.statistics import Statistics, input_moments, output_factor
+
+__all__ = ["KFAC", "kfac_inverses", "kfac_update", "output_vectors"]
+
+CURVATURES = ("fisher_exact", "fisher_sampled", "gauss_newton_probabilities", "empirical_fisher")
+MOST_EXACT_OUTPUTS = 128
+
+
+def output_vectors(f: Tensor, *, loss: Loss, samples: int | None, seed: int) -> Iterator[Tensor]:
+    """Vectors v at the output f, ``[n, k]`` each, with Σ v vᵀ = D(f): exactly, or in expectation.
+
+    Args:
+        f: The network's output, ``[n, k]``.
+        loss: Tells D(f) and how to draw targets.
+        samples: Draws per example; ``None`` for the k exact rows.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: If exact rows are asked of more than 128 outputs.
+    """
+    if samples is None:
+        if f.shape[-1] > MOST_EXACT_OUTPUTS:
+            raise ValueError(
+                f"the exact Fisher of {f.shape[-1]} outputs needs that many backward passes: "
+                "use curvature='fisher_sampled'"
+            )
+        yield from loss.fisher_factor(f).unbind(-2)
+        return
+    generator = torch.Generator(f.device).manual_seed(seed)
+    for _ in range(samples):
+        yield loss.score(f, loss.sample(f, generator)) * samples**-0.5
+
+
+def kfac_inverses(
+    a: Tensor, b: Tensor, damping: float | Tensor, pi_correction: bool = True, name: str = "matrix"
+) -> tuple[Tensor, Tensor]:
+    """(A + π√ε I)⁻¹ ``[..., i, i]`` and (B + (√ε/π) I)⁻¹ ``[..., o, o]``.
+
+    Args:
+        a: A, ``[..., i, i]`` (i counts the homogeneous coordinate).
+        b: B, ``[..., o, o]``.
+        damping: ε.
+        pi_correction: Balance the split by the factors' mean eigenvalues.
+        name: Named in errors.
+
+    Raises:
+        FactorizationError: If a damped factor is not positive definite.
+    """
+    root = damping**0.5
+    if pi_correction:
+        mean_a, mean_b = (m.diagonal(dim1=-2, dim2=-1).mean(-1) for m in (a, b))
+        tiny = torch.finfo(a.dtype).tiny
+        pi = (mean_a.clamp(min=tiny) / mean_b.clamp(min=tiny)).sqrt().clamp(1e-6, 1e6)
+    else:
+        pi = 1.0
+    return (
+        tikhonov_inverse(a, root * pi, f"{name}, input factor"),
+        tikhonov_inverse(b, root / pi, f"{name}, output factor"),
+    )
+
+
+def kfac_update(
+    grad_w: Tensor, grad_b: Tensor | None, a_inverse: Tensor, b_inverse: Tensor, *, lr: float | Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """(ΔW, Δb) = −λ B⁻¹ [∇W, ∇b] A⁻¹.
+
+    Args:
+        grad_w: ∇W of the mean loss, ``[..., o, i]``.
+        grad_b: ∇b, ``[..., o]`` or ``None``.
+        a_inverse: ``[..., i + 1, i + 1]``, or ``[..., i, i]`` without a bias.
+        b_inverse: ``[..., o, o]``.
+        lr: λ.
+    """
+    if grad_b is None:
+        return -lr * kronecker_solve(a_inverse, b_inverse, grad_w), None
+    step = -lr * kronecker_solve(a_inverse, b_inverse, torch.cat([grad_w, grad_b.unsqueeze(-1)], -1))
+    return step[..., :-1], step[..., -1]
+
+
+class KFAC(Layerwise):
+    """KFAC for the linear layers of a model.
+
+    Args:
+        model: See :class:`~sogrid.optimizers.layerwise.Layerwise`. Call the model itself, not its
+            parts: its output is where the Fisher's targets are drawn.
+        lr: λ.
+        damping: ε > 0, in units of A ⊗ B; see the module.
+        loss: What the training loss is, as an object of :mod:`sogrid.losses`; its reduction counts.
+        curvature: One of the four names in the module.
+        samples: Draws per example for ``"fisher_sampled"``.
+        pi_correction: Balance the damping between the two factors.
+        seed: Of the draws; each refresh has its own stream, so that a resumed run repeats them.
+        refresh_every: N.
+        averaging: ρ, see :class:`~sogrid.optimizers.layerwise.Layerwise`.
+        other_lr: See there.
+        params: See there.
+
+    Raises:
+        TypeError: If ``loss`` is not a :class:`~sogrid.losses.Loss`.
+        ValueError: For a curvature that does not go with the loss, and as in
+            :class:`~sogrid.optimizers.layerwise.Layerwise`.
+    """
+
+    saved = (*Layerwise.saved, "loss", "curvature", "samples", "seed")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor,
+        damping: float | Tensor = 1.0,
+        *,
+        loss: Loss,
+        curvature: str = "fisher_sampled",
+        samples: int = 1,
+        pi_correction: bool = True,
+        seed: int = 0,
+        refresh_every: int | None = 100,
+        averaging: float = 0.0,
+        other_lr: float | Tensor | None = None,
+        params=None,
+    ) -> None:
+        """See the class."""
+        if not isinstance(loss, Loss):
+            raise TypeError(
+                "loss must be an object of sogrid.losses, e.g. CrossEntropyAtLogits('mean') beside "
+                f"torch.nn.CrossEntropyLoss(), got {loss!r}"
+            )
+        if curvature not in CURVATURES:
+            raise ValueError(f"curvature must be one of {CURVATURES}, got {curvature!r}")
+        categorical = isinstance(loss, CrossEntropyAtLogits | CrossEntropyAtProbabilities)
+        if curvature == "gauss_newton_probabilities" and not categorical:
+            raise ValueError(
+                f"E[g gᵀ] is the Gauss-Newton matrix only for one-hot cross-entropy, not for {loss!r}: use "
+                "'fisher_sampled' (for the quadratic loss the two matrices are the same)"
+            )
+        if not isinstance(samples, int) or samples < 1:
+            raise ValueError(f"samples must be a positive integer, got {samples!r}")
+        self.loss, self.curvature, self.samples, self.seed = loss, curvature, samples, seed
+        super().__init__(
+            model,
+            lr,
+            damping=damping,
+            pi_correction=pi_correction,
+            reduction=loss.reduction,
+            refresh_every=refresh_every,
+            averaging=averaging,
+            other_lr=other_lr,
+            params=params,
+        )
+
+    def check_hyperparameters(self, group):  # noqa: D102
+        super().check_hyperparameters(group)
+        check_hyperparameter("damping (ε)", group["damping"], positive=True)
+
+    def probe(self):  # noqa: D102
+        if not self.curvature.startswith("fisher"):
+            return None
+        return partial(
+            output_vectors,
+            loss=self.loss,
+            samples=self.samples if self.curvature == "fisher_sampled" else None,
+            seed=self.seed * 1_000_003 + self.param_groups[0]["updates"],
+        )
+
+    def measure(self, batch, group):  # noqa: D102
+        if not self.curvature.startswith("fisher"):
+            rows = [batch.g]
+        elif batch.rows:
+            rows = batch.rows
+        else:
+            raise CaptureError(
+                "KFAC saw the layers but not the model's output, where the Fisher's targets are drawn: call "
+                "the model itself, not its parts, and let its forward return the output tensor"
+            )
+        mean, second = input_moments(batch.h, batch.has_bias)
+        return Statistics(mean, second, output_factor(rows))
+
+    def invert(self, statistics, group, has_bias, name):  # noqa: D102
+        mean, covariance, b = statistics
+        a = bordered(covariance, mean) if has_bias else covariance
+        inverses = kfac_inverses(a, b, group["damping"], group["pi_correction"], name)
+        return dict(zip(("a_inverse", "b_inverse"), inverses, strict=True))
+
+    def update(self, grad_w, grad_b, mean_h, state, group):  # noqa: D102
+        return kfac_update(grad_w, grad_b, state["a_inverse"], state["b_inverse"], lr=group["lr"])

@@ -1,0 +1,432 @@
+"""The shell that every layerwise method shares: walk the linear layers, refresh, step.
+
+A method fills in three verbs, each on plain tensors: *measure* a statistics minibatch, *invert* what
+was measured, and *update* one layer from its gradient. Everything a ``torch.optim.Optimizer`` owes its
+user is here, once.
+
+The step starts from ``.grad``, so gradient clipping, accumulation and loss penalties mean what they
+mean in torch. Per-example quantities come from :mod:`sogrid.capture`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from numbers import Real
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sogrid.capture import Capture, CaptureError, LayerRecord
+from sogrid.losses import check_reduction
+from sogrid.statistics import Statistics, refresh_due
+
+__all__ = ["Layerwise", "StatisticsBatch", "check_hyperparameter"]
+
+
+class StatisticsBatch(NamedTuple):
+    """One layer's view of a statistics minibatch.
+
+    Attributes:
+        h: Inputs, ``[n, n_in]``.
+        g: Per-example, un-normalised gradients at the pre-activation, ``[n, n_out]``.
+        rows: Probe vectors pulled back to the pre-activation, ``[n, n_out]`` each.
+        has_bias: Whether the layer has a trainable bias.
+    """
+
+    h: Tensor
+    g: Tensor
+    rows: list[Tensor]
+    has_bias: bool
+
+
+def check_hyperparameter(name: str, value: Any, *, positive: bool = False, below: float | None = None) -> None:
+    """Refuse what is not a finite number in range; 0-d tensors count, those on a device are trusted.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is negative, NaN, infinite, zero where ``positive``, or not below ``below``.
+    """
+    if isinstance(value, Tensor):
+        if value.dim() != 0:
+            raise TypeError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
+        if value.device.type != "cpu":
+            return
+    elif not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    number = float(value)
+    low = number > 0 if positive else number >= 0
+    if not (low and number < (float("inf") if below is None else below)):
+        wanted = ("positive" if positive else "zero or more") + ("" if below is None else f" and below {below}")
+        raise ValueError(f"{name} must be {wanted} and finite, got {number}")
+
+
+class Layerwise(torch.optim.Optimizer):
+    """Base of the layerwise optimizers; see the module docstring.
+
+    Args:
+        model: The module that is trained, itself, not its parameters. Its ``nn.Linear`` layers are
+            preconditioned.
+        lr: Learning rate λ.
+        reduction: How the training loss is reduced over examples: ``"mean"`` or ``"sum"``. Declared,
+            never guessed; both give the same step.
+        refresh_every: N: statistics are refreshed before every N-th update, from that update's own
+            minibatch unless :meth:`refresh` was called for it. ``None``: only by :meth:`refresh`.
+        averaging: ρ in [0, 1): weight of the old statistics when they are refreshed.
+        other_lr: Learning rate of plain SGD for parameters outside linear layers (norms, embeddings,
+            convolutions). ``None``: such parameters are an error.
+        params: What to train, as in torch: parameters or groups of them with hyperparameters of their
+            own; default all trainable parameters. A layer's weight and bias go in one group. In a
+            group with ``preconditioned=False`` everything is trained by plain SGD.
+        **hyperparameters: The method's own, kept in the parameter groups.
+
+    Raises:
+        TypeError: If ``model`` is not a module, or a weight is neither float32 nor float64.
+        ValueError: For hyperparameters out of range, and for parameters that cannot be
+            preconditioned; the message names the module.
+    """
+
+    uses_statistics = True
+    """Whether the method has anything to refresh."""
+
+    saved: tuple[str, ...] = ("model", "reduction", "refresh_every", "averaging", "other_lr")
+    """Attributes that copies and pickles carry."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor,
+        *,
+        reduction: str = "mean",
+        refresh_every: int | None = 100,
+        averaging: float = 0.0,
+        other_lr: float | Tensor | None = None,
+        params: Iterable | None = None,
+        **hyperparameters,
+    ) -> None:
+        """See the class."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(
+                f"{type(self).__name__} needs the model itself (its layers are watched), got "
+                f"{type(model).__name__}: write {type(self).__name__}(model, ...), not model.parameters()"
+            )
+        if refresh_every is not None and (not isinstance(refresh_every, int) or refresh_every < 1):
+            raise ValueError(f"refresh_every (N) must be a positive integer or None, got {refresh_every!r}")
+        check_hyperparameter("averaging (ρ)", averaging, below=1.0)
+        if other_lr is not None:
+            check_hyperparameter("other_lr", other_lr)
+        self.model = model
+        self.reduction = check_reduction(reduction)
+        self.refresh_every = refresh_every
+        self.averaging = averaging
+        self.other_lr = other_lr
+        self._capture: Capture | None = None
+        if params is None:
+            params = [p for p in model.parameters() if p.requires_grad]
+        defaults = {"lr": lr, **hyperparameters, "preconditioned": True, "updates": 0, "refreshed": -1}
+        super().__init__(params, defaults)
+        self._bind()
+
+    # -- which parameters belong to which layer ------------------------------------------------------
+
+    def add_param_group(self, param_group: dict) -> None:
+        """Add a group, as in torch; parameters outside linear layers go to a plain SGD group."""
+        before = len(self.param_groups)
+        super().add_param_group(param_group)
+        try:
+            group = self.param_groups[-1]
+            self.check_hyperparameters(group)
+            if group["preconditioned"]:
+                self._split_others(group)
+            if self._capture is not None:
+                self._bind()
+        except Exception:
+            del self.param_groups[before:]
+            raise
+
+    def check_hyperparameters(self, group: dict) -> None:
+        """Validate one group's hyperparameters.
+
+        Raises:
+            TypeError: If one is not a number.
+            ValueError: If one is out of range.
+        """
+        check_hyperparameter("lr (λ)", group["lr"])
+
+    def _owners(self) -> dict[Tensor, list[tuple[str, nn.Module]]]:
+        owners: dict[Tensor, list[tuple[str, nn.Module]]] = {}
+        for name, module in self.model.named_modules():
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    owners.setdefault(parameter, []).append((name, module))
+        return owners
+
+    def _split_others(self, group: dict) -> None:
+        """Move what is not in a linear layer to a group of its own, or refuse."""
+        owners, layer_parameters, others = self._owners(), [], []
+        for parameter in group["params"]:
+            if parameter not in owners:
+                raise ValueError(
+                    f"a parameter of shape {tuple(parameter.shape)} is not in the model given to "
+                    f"{type(self).__name__}"
+                )
+            (name, module), *more = owners[parameter]
+            kind = type(module).__name__
+            if not isinstance(module, nn.Linear):
+                if self.other_lr is None:
+                    raise ValueError(
+                        f"module {name!r} ({kind}) has parameters but is no nn.Linear: pass other_lr=... to "
+                        "train such parameters by plain SGD, or leave them out with params=..."
+                    )
+                others.append(parameter)
+                continue
+            if more:
+                names = [name, *(n for n, _ in more)]
+                raise ValueError(f"modules {names} share a parameter: its curvature is not one layer's")
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise ValueError(f"layer {name!r} is lazy: run one forward pass before making the optimizer")
+            if parameter.dtype not in (torch.float32, torch.float64):
+                raise TypeError(f"layer {name!r} is {parameter.dtype}; sogrid needs float32 or float64 weights")
+            layer_parameters.append(parameter)
+        group["params"] = layer_parameters
+        if not layer_parameters:  # the whole group is plain
+            group.update(params=others, lr=self.other_lr, preconditioned=False)
+        elif others:
+            super().add_param_group({**group, "params": others, "lr": self.other_lr, "preconditioned": False})
+
+    def _bind(self) -> None:
+        """Find the layers of the preconditioned groups and listen to them."""
+        owners, layers, home = self._owners(), {}, {}
+        for index, group in enumerate(self.param_groups):
+            for parameter in group["params"] if group["preconditioned"] else ():
+                (name, module) = owners[parameter][0]
+                layers[name] = module
+                if home.setdefault(name, index) != index:
+                    raise ValueError(f"weight and bias of layer {name!r} are in different parameter groups")
+        if self._capture is not None:
+            self._capture.close()
+        self._names = {layer.weight: name for name, layer in layers.items()}
+        self._layers = layers
+        self._capture = Capture(self.model, layers)
+        self._arm()
+
+    # -- the verbs of a method -----------------------------------------------------------------------
+
+    def measure(self, batch: StatisticsBatch, group: dict) -> Statistics:
+        """Statistics of one layer on a statistics minibatch."""
+        raise NotImplementedError
+
+    def invert(self, statistics: Statistics, group: dict, has_bias: bool, name: str) -> dict[str, Tensor]:
+        """What the update needs of the statistics: tensors kept in the layer's state."""
+        raise NotImplementedError
+
+    def update(
+        self, grad_w: Tensor, grad_b: Tensor | None, mean_h: Tensor, state: dict, group: dict
+    ) -> tuple[Tensor, Tensor | None]:
+        """(ΔW, Δb) of one layer from the gradients of the mean loss and the minibatch's mean input."""
+        raise NotImplementedError
+
+    def probe(self) -> Callable[[Tensor], Iterable[Tensor]] | None:
+        """Vectors at the model's output to pull back when statistics are taken, if any."""
+        return None
+
+    # -- refresh ---------------------------------------------------------------------------------------
+
+    @property
+    def refresh_due(self) -> bool:
+        """Whether the next :meth:`step` would refresh the statistics from its own minibatch."""
+        group = self.param_groups[0]
+        if not self.uses_statistics or self.refresh_every is None or group["refreshed"] == group["updates"]:
+            return False
+        missing = any(w.requires_grad and not self.state.get(w) for w in self._names)
+        return missing or refresh_due(group["updates"], self.refresh_every)
+
+    def refresh(self, closure: Callable[[], Tensor]) -> None:
+        """Refresh the statistics from a minibatch of their own (Algorithm 4, line 4).
+
+        Args:
+            closure: Runs the model forward, in training mode, and returns the loss, reduced as
+                declared. It must not call ``backward``; no ``.grad`` is touched.
+
+        Raises:
+            CaptureError: If the closure did not run the model, or a layer was used in an unsupported way.
+            FactorizationError: If a damped matrix cannot be inverted; the old statistics stay.
+            TypeError: If the closure returns no scalar loss.
+        """
+        self._capture.probe = self.probe()
+        try:
+            with torch.enable_grad():
+                loss = closure()
+                if not isinstance(loss, Tensor) or loss.dim() != 0:
+                    raise TypeError(f"the closure given to refresh must return the scalar loss, got {loss!r}")
+                records = self._capture.collect(loss)
+        finally:
+            self._arm()
+        if not records:
+            raise CaptureError("the closure given to refresh ran no watched layer in training mode")
+        with torch.no_grad():
+            states = self._refreshed(records)
+        self._adopt(states)
+        self._arm()
+
+    def _refreshed(self, records: dict[str, LayerRecord]) -> dict[Tensor, dict[str, Tensor]]:
+        """New states from kept records; changes nothing."""
+        states = {}
+        for name, layer, group in self._walk():
+            record = records.get(name)
+            if record is None or not record.inputs:
+                continue
+            has_bias = layer.bias is not None and layer.bias.requires_grad
+            scale = record.count if self.reduction == "mean" else 1
+            passes = zip(*record.rows, strict=True)
+            batch = StatisticsBatch(
+                torch.cat(record.inputs), torch.cat(record.grads) * scale, [torch.cat(r) for r in passes], has_bias
+            )
+            self._require_finite(name, batch.g)
+            statistics = self.measure(batch, group)
+            old, state = self.state.get(layer.weight), {}
+            if self.averaging > 0:
+                if old:
+                    fields = {key: old.get("statistics_" + key) for key in Statistics._fields}
+                    statistics = Statistics(**fields).blend(statistics, self.averaging)
+                kept = statistics._asdict().items()
+                state = {"statistics_" + key: value for key, value in kept if value is not None}
+            states[layer.weight] = state | self.invert(statistics, group, has_bias, f"layer {name!r}")
+        return states
+
+    def _adopt(self, states: dict[Tensor, dict[str, Tensor]]) -> None:
+        for weight, state in states.items():
+            self.state[weight] = state
+        for group in self.param_groups:
+            group["refreshed"] = self.param_groups[0]["updates"]
+
+    def _arm(self) -> None:
+        """Tell the capture what the next pass must leave behind."""
+        due = self.refresh_due
+        self._capture.keep = due
+        self._capture.probe = self.probe() if due else None
+
+    # -- step ------------------------------------------------------------------------------------------
+
+    def _walk(self) -> Iterator[tuple[str, nn.Linear, dict]]:
+        """Every watched layer with its group."""
+        for group in self.param_groups:
+            for parameter in group["params"] if group["preconditioned"] else ():
+                if parameter in self._names:
+                    name = self._names[parameter]
+                    yield name, self._layers[name], group
+
+    def _ready(self) -> Iterator[tuple[str, nn.Linear, dict, LayerRecord]]:
+        """The layers that hold a gradient, each checked for what a step needs."""
+        for name, layer, group in self._walk():
+            bias = layer.bias if layer.bias is not None and layer.bias.requires_grad else None
+            if layer.weight.grad is None:
+                if bias is not None and bias.grad is not None:
+                    raise CaptureError(f"layer {name!r}: the bias has a gradient but the weight has none")
+                continue
+            if bias is not None and bias.grad is None:
+                raise CaptureError(f"layer {name!r}: the weight has a gradient but the bias has none")
+            record = self._capture.records[name]
+            if not record.count:
+                raise CaptureError(
+                    f"layer {name!r} has a gradient but its forward pass was not seen: it ran in eval mode, "
+                    "its weight was used outside the layer, or the optimizer was closed"
+                )
+            self._require_finite(name, layer.weight.grad if bias is None else bias.grad)
+            yield name, layer, group, record
+
+    @staticmethod
+    def _require_finite(name: str, gradient: Tensor) -> None:
+        """Look for NaN and infinity where looking is free (on an accelerator they spread visibly)."""
+        if gradient.device.type == "cpu" and not bool(torch.isfinite(gradient).all()):
+            raise FloatingPointError(
+                f"layer {name!r}: the gradient is not finite, so the loss diverged or overflowed; nothing was "
+                "changed. Skip the batch with zero_grad(), lower lr or raise the damping"
+            )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One update of every parameter that holds a gradient; refreshes first if that is due.
+
+        Args:
+            closure: As in torch: clears the gradients, computes the loss, calls ``backward``, returns it.
+
+        Raises:
+            CaptureError: If a layer holds a gradient whose forward pass was not seen.
+            FactorizationError: If a damped matrix cannot be inverted.
+            FloatingPointError: On the CPU, if a gradient is not finite. No error changes a parameter.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        ready = list(self._ready())
+        if self.refresh_due:
+            self._adopt(self._refreshed(self._capture.records))
+        for name, layer, _, _ in ready:
+            self._check_state(name, layer)
+        for _, layer, group, record in ready:
+            scale = 1 if self.reduction == "mean" else 1 / record.count
+            has_bias = layer.bias is not None and layer.bias.requires_grad
+            grad_b = layer.bias.grad * scale if has_bias else None
+            mean = record.input_sum / record.count
+            dw, db = self.update(layer.weight.grad * scale, grad_b, mean, self.state[layer.weight], group)
+            layer.weight.add_(dw)
+            if has_bias:
+                layer.bias.add_(db)
+        self._step_others()
+        for group in self.param_groups:
+            group["updates"] += 1
+        self._capture.clear()
+        self._arm()
+        return loss
+
+    def _check_state(self, name: str, layer: nn.Linear) -> None:
+        state = self.state[layer.weight]
+        if self.uses_statistics and not state:
+            raise CaptureError(
+                f"layer {name!r} has no statistics yet: call refresh(closure) before this step"
+                + ("" if self.refresh_every is None else ", or zero_grad() after unfreezing a layer")
+            )
+        for key, value in state.items():
+            if value.device != layer.weight.device or value.dtype != layer.weight.dtype:
+                raise ValueError(
+                    f"layer {name!r} is {layer.weight.dtype} on {layer.weight.device} but its {key} is "
+                    f"{value.dtype} on {value.device}: the model was moved after the optimizer had refreshed; "
+                    "call refresh(closure), or optimizer.load_state_dict(optimizer.state_dict())"
+                )
+
+    def _step_others(self) -> None:
+        for group in self.param_groups:
+            for parameter in () if group["preconditioned"] else group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(group["lr"] * parameter.grad)
+
+    # -- life ------------------------------------------------------------------------------------------
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch; also forgets what the cleared gradients had seen."""
+        super().zero_grad(set_to_none)
+        self._capture.clear()
+        self._arm()
+
+    def close(self) -> None:
+        """Stop watching the model. Deleting the optimizer does the same."""
+        self._capture.close()
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As in torch."""
+        super().load_state_dict(state_dict)
+        self._capture.clear()
+        self._arm()
+
+    def __getstate__(self) -> dict:
+        """What copies and pickles carry: never a hook."""
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self.saved}}
+
+    def __setstate__(self, state: dict) -> None:
+        """Restore, and watch the restored model."""
+        super().__setstate__(state)
+        if "model" in state:
+            self._capture = None
+            self._bind()

@@ -1,0 +1,73 @@
+"""Statistics of a layer over one minibatch, and how they are carried from one to the next.
+
+For a layer ``a = W h + b``: the mean h̄ and the covariance C of its inputs (divisor n), and one factor
+or scalar for its outputs. Second-order methods *refresh* them now and then and use them at every
+step (Thesis §6.3.2, amortisation).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Statistics", "input_moments", "output_factor", "refresh_due", "squared_gradient_bound"]
+
+
+def input_moments(h: Tensor, centered: bool = True) -> tuple[Tensor, Tensor]:
+    """Mean ``[..., i]`` and covariance ``[..., i, i]`` of ``h: [..., n, i]``, divisor n (Thesis §6.1).
+
+    Without centring (a layer that has no bias) the mean is zero and the second moment is returned.
+    """
+    mean = h.mean(-2) if centered else torch.zeros_like(h[..., 0, :])
+    deviation = h - mean.unsqueeze(-2) if centered else h
+    return mean, deviation.mT @ deviation / h.shape[-2]
+
+
+def output_factor(rows: Sequence[Tensor]) -> Tensor:
+    """B = (1/n) Σ_rows Σ_i g_i g_iᵀ, ``[..., o, o]``, from per-example rows ``[..., n, o]`` each.
+
+    With the rows of S, SᵀS = D(f), pulled back to the layer this is E[Jᵀ D J] (Thesis §6.4.1).
+    """
+    return sum(row.mT @ row for row in rows) / rows[0].shape[-2]
+
+
+def squared_gradient_bound(g: Tensor) -> Tensor:
+    """α = max_{i,j} (g_i)_j² of per-example gradients ``[..., n, o]`` (Thesis §6.3.2's heuristic)."""
+    return g.square().amax((-2, -1))
+
+
+def refresh_due(updates: int, every: int | None) -> bool:
+    """Whether statistics are refreshed before update number ``updates`` (from zero)."""
+    return every is not None and updates % every == 0
+
+
+class Statistics(NamedTuple):
+    """One layer's statistics.
+
+    Attributes:
+        mean: h̄, ``[i]``.
+        covariance: C, ``[i, i]``.
+        output: What the method keeps of the output side: a factor ``[o, o]``, a scalar, or ``None``.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    output: Tensor | None = None
+
+    def blend(self, newer: Statistics, decay: float) -> Statistics:
+        """Exponential average: weight ``decay`` on self, ``1 − decay`` on ``newer``.
+
+        Inputs are blended as a mixture of two populations, so C stays the covariance about the blended
+        mean: C = ρC₁ + (1−ρ)C₂ + ρ(1−ρ)(h̄₁−h̄₂)(h̄₁−h̄₂)ᵀ.
+        """
+        shift = (newer.mean - self.mean).unsqueeze(-1)
+        covariance = decay * self.covariance + (1 - decay) * newer.covariance
+        output = None if newer.output is None else decay * self.output + (1 - decay) * newer.output
+        return Statistics(
+            decay * self.mean + (1 - decay) * newer.mean,
+            covariance + decay * (1 - decay) * shift @ shift.mT,
+            output,
+        )

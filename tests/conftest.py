@@ -1,0 +1,29 @@
+"""What every test starts from: one seed, one thread, float32 as torch's default dtype.
+
+Exact comparisons ask for float64 themselves: through ``cases.build`` or the ``draw`` fixture.
+"""
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Seed torch, and undo any change of the default dtype."""
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A CPU generator with a fixed seed."""
+    return torch.Generator().manual_seed(2017)
+
+
+@pytest.fixture
+def draw(generator):
+    """``draw(*shape)``: standard normal float64 numbers from the fixed seed."""
+    return lambda *shape: torch.randn(*shape, dtype=torch.float64, generator=generator)
