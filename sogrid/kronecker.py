@@ -9,7 +9,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["bordered", "bordered_inverse", "homogeneous", "kronecker_product", "kronecker_solve", "unvec", "vec"]
+__all__ = [
+    "bordered",
+    "bordered_inverse",
+    "homogeneous",
+    "kronecker_product",
+    "kronecker_solve",
+    "unvec",
+    "vec",
+]
 
 
 def vec(matrix: Tensor) -> Tensor:

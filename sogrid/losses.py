@@ -223,15 +223,17 @@ class _Categorical(Loss):
     """What the two categorical cuts share: targets as class indices, one-hot rows or soft rows."""
 
     def _rows(self, f: Tensor, y: Tensor) -> Tensor:
-        """Targets as rows ``[..., n, k]``."""
+        """Targets as rows ``[..., n, k]``; integers of the shape of f are rows already."""
         if y.is_floating_point():
             return y
+        if y.shape == f.shape:
+            return y.to(f.dtype)
         return one_hot(y.long(), f.shape[-1]).to(f.dtype)
 
     def _probabilities(self, f: Tensor) -> Tensor:
         raise NotImplementedError
 
-    def sample(self, f, generator=None):  # noqa: D102
+    def sample(self, f, generator=None):
         p = self._probabilities(f)
         drawn = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator)
         return self._rows(f, drawn.reshape(f.shape[:-1]))

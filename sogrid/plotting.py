@@ -189,7 +189,7 @@ def _template() -> go.layout.Template:
         "showline": True,
         "tickcolor": _INK,
         "ticks": "outside",
-        "title": {"standoff": 8},
+        "title": {"font": {"size": 14}, "standoff": 8},
         "zeroline": False,
     }
     return go.layout.Template(

@@ -229,8 +229,8 @@ def _hub(name: str, folder: Path) -> _Layout:
 
 def _acquire(name: str, source: str, root: str | os.PathLike | None) -> tuple[str, list[np.ndarray]]:
     """Variant and verified arrays from the source asked for."""
-    folder = root if root is not None else os.environ.get("SOGRID_DATA")
-    if source == "folder" or (source == "auto" and folder):
+    folder = os.environ.get("SOGRID_DATA") if root is None else root
+    if source == "folder" or (source == "auto" and (folder or root is not None)):
         return _from_folder(name, folder)
     if source == "download":
         return _verified(name, _download(name))

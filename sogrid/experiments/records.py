@@ -55,7 +55,9 @@ def _commit() -> str:
         run = lambda *args: subprocess.run(  # noqa: E731
             ["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
-        return run("rev-parse", "--short=12", "HEAD") + ("+changes" if run("status", "--porcelain", "--", ".") else "")
+        return run("rev-parse", "--short=12", "HEAD") + (
+            "+changes" if run("status", "--porcelain", "--", ".") else ""
+        )
     except (OSError, subprocess.SubprocessError):
         return "unknown"
 
@@ -66,7 +68,11 @@ def provenance(device: str | torch.device = "cpu") -> dict[str, Any]:
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%d"),
         "commit": _commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "sogrid": version("sogrid")},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "sogrid": version("sogrid"),
+        },
         "machine": {
             "system": platform.system(),
             "processor": _processor(),
@@ -139,13 +145,17 @@ class Record:
             raise RecordError(f"{path} is not a sogrid record of format {FORMAT}")
         claimed = content.pop("checksum", None)
         if claimed != _checksum(content):
-            raise RecordError(f"{path} was changed or damaged after it was written: its checksum does not match")
+            raise RecordError(
+                f"{path} was changed or damaged after it was written: its checksum does not match"
+            )
         return content
 
     def find(self, **key: Any) -> dict[str, Any] | None:
         """The finished run whose entries equal ``key``, if there is one."""
         key = json.loads(json.dumps(key))
-        return next((run for run in self.content["runs"] if all(run.get(k) == v for k, v in key.items())), None)
+        return next(
+            (run for run in self.content["runs"] if all(run.get(k) == v for k, v in key.items())), None
+        )
 
     def add(self, run: dict[str, Any]) -> None:
         """Append a run and write the file."""

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from sogrid.linalg import tikhonov_inverse
+from sogrid.optimizers.base import check_hyperparameter
 from sogrid.optimizers.centered import bias_update, centered_gradient
-from sogrid.optimizers.layerwise import Layerwise, StatisticsBatch, check_hyperparameter
+from sogrid.optimizers.layerwise import Layerwise, StatisticsBatch
 from sogrid.statistics import Statistics, input_moments, squared_gradient_bound
 
 __all__ = ["ACP", "acp_inverse", "acp_update"]
@@ -149,7 +150,9 @@ class ACP(Layerwise):
         if not isinstance(group["output_curvature"], str):
             check_hyperparameter("output_curvature (α)", group["output_curvature"], positive=True)
         elif group["output_curvature"] != "heuristic":
-            raise ValueError(f"output_curvature (α) must be a number or 'heuristic', got {group['output_curvature']!r}")
+            raise ValueError(
+                f"output_curvature (α) must be a number or 'heuristic', got {group['output_curvature']!r}"
+            )
         if group["tikhonov"] not in ("printed", "exact"):
             raise ValueError(f"tikhonov must be 'printed' or 'exact', got {group['tikhonov']!r}")
 

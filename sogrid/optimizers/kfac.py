@@ -31,7 +31,8 @@ from sogrid.capture import CaptureError
 from sogrid.kronecker import bordered, kronecker_solve
 from sogrid.linalg import tikhonov_inverse
 from sogrid.losses import CrossEntropyAtLogits, CrossEntropyAtProbabilities, Loss
-from sogrid.optimizers.layerwise import Layerwise, check_hyperparameter
+from sogrid.optimizers.base import check_hyperparameter
+from sogrid.optimizers.layerwise import Layerwise
 from sogrid.statistics import Statistics, input_moments, output_factor
 
 __all__ = ["KFAC", "kfac_inverses", "kfac_update", "output_vectors"]
@@ -154,11 +155,7 @@ class KFAC(Layerwise):
         params=None,
     ) -> None:
         """See the class."""
-        if not isinstance(loss, Loss):
-            raise TypeError(
-                "loss must be an object of sogrid.losses, e.g. CrossEntropyAtLogits('mean') beside "
-                f"torch.nn.CrossEntropyLoss(), got {loss!r}"
-            )
+        self._require_loss(loss)
         if curvature not in CURVATURES:
             raise ValueError(f"curvature must be one of {CURVATURES}, got {curvature!r}")
         categorical = isinstance(loss, CrossEntropyAtLogits | CrossEntropyAtProbabilities)

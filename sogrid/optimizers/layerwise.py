@@ -11,17 +11,17 @@ mean in torch. Per-example quantities come from :mod:`sogrid.capture`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from numbers import Real
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from sogrid.capture import Capture, CaptureError, LayerRecord
 from sogrid.losses import check_reduction
+from sogrid.optimizers.base import CapturingOptimizer, check_hyperparameter
 from sogrid.statistics import Statistics, refresh_due
 
-__all__ = ["Layerwise", "StatisticsBatch", "check_hyperparameter"]
+__all__ = ["Layerwise", "StatisticsBatch"]
 
 
 class StatisticsBatch(NamedTuple):
@@ -40,28 +40,12 @@ class StatisticsBatch(NamedTuple):
     has_bias: bool
 
 
-def check_hyperparameter(name: str, value: Any, *, positive: bool = False, below: float | None = None) -> None:
-    """Refuse what is not a finite number in range; 0-d tensors count, those on a device are trusted.
-
-    Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is negative, NaN, infinite, zero where ``positive``, or not below ``below``.
-    """
-    if isinstance(value, Tensor):
-        if value.dim() != 0:
-            raise TypeError(f"{name} must be a number or a 0-d tensor, got shape {tuple(value.shape)}")
-        if value.device.type != "cpu":
-            return
-    elif not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    number = float(value)
-    low = number > 0 if positive else number >= 0
-    if not (low and number < (float("inf") if below is None else below)):
-        wanted = ("positive" if positive else "zero or more") + ("" if below is None else f" and below {below}")
-        raise ValueError(f"{name} must be {wanted} and finite, got {number}")
+def _has_bias(layer: nn.Linear) -> bool:
+    """Whether a layer has a bias that is trained; if not, its inputs are not centred."""
+    return layer.bias is not None and layer.bias.requires_grad
 
 
-class Layerwise(torch.optim.Optimizer):
+class Layerwise(CapturingOptimizer):
     """Base of the layerwise optimizers; see the module docstring.
 
     Args:
@@ -105,11 +89,7 @@ class Layerwise(torch.optim.Optimizer):
         **hyperparameters,
     ) -> None:
         """See the class."""
-        if not isinstance(model, nn.Module):
-            raise TypeError(
-                f"{type(self).__name__} needs the model itself (its layers are watched), got "
-                f"{type(model).__name__}: write {type(self).__name__}(model, ...), not model.parameters()"
-            )
+        self._require_model(model)
         if refresh_every is not None and (not isinstance(refresh_every, int) or refresh_every < 1):
             raise ValueError(f"refresh_every (N) must be a positive integer or None, got {refresh_every!r}")
         check_hyperparameter("averaging (ρ)", averaging, below=1.0)
@@ -120,7 +100,6 @@ class Layerwise(torch.optim.Optimizer):
         self.refresh_every = refresh_every
         self.averaging = averaging
         self.other_lr = other_lr
-        self._capture: Capture | None = None
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
         defaults = {"lr": lr, **hyperparameters, "preconditioned": True, "updates": 0, "refreshed": -1}
@@ -186,7 +165,9 @@ class Layerwise(torch.optim.Optimizer):
             if isinstance(parameter, nn.parameter.UninitializedParameter):
                 raise ValueError(f"layer {name!r} is lazy: run one forward pass before making the optimizer")
             if parameter.dtype not in (torch.float32, torch.float64):
-                raise TypeError(f"layer {name!r} is {parameter.dtype}; sogrid needs float32 or float64 weights")
+                raise TypeError(
+                    f"layer {name!r} is {parameter.dtype}; sogrid needs float32 or float64 weights"
+                )
             layer_parameters.append(parameter)
         group["params"] = layer_parameters
         if not layer_parameters:  # the whole group is plain
@@ -276,13 +257,16 @@ class Layerwise(torch.optim.Optimizer):
             record = records.get(name)
             if record is None or not record.inputs:
                 continue
-            has_bias = layer.bias is not None and layer.bias.requires_grad
+            has_bias = _has_bias(layer)
             scale = record.count if self.reduction == "mean" else 1
             passes = zip(*record.rows, strict=True)
             batch = StatisticsBatch(
-                torch.cat(record.inputs), torch.cat(record.grads) * scale, [torch.cat(r) for r in passes], has_bias
+                torch.cat(record.inputs),
+                torch.cat(record.grads) * scale,
+                [torch.cat(r) for r in passes],
+                has_bias,
             )
-            self._require_finite(name, batch.g)
+            self._require_finite(f"layer {name!r}", batch.g)
             statistics = self.measure(batch, group)
             old, state = self.state.get(layer.weight), {}
             if self.averaging > 0:
@@ -319,7 +303,7 @@ class Layerwise(torch.optim.Optimizer):
     def _ready(self) -> Iterator[tuple[str, nn.Linear, dict, LayerRecord]]:
         """The layers that hold a gradient, each checked for what a step needs."""
         for name, layer, group in self._walk():
-            bias = layer.bias if layer.bias is not None and layer.bias.requires_grad else None
+            bias = layer.bias if _has_bias(layer) else None
             if layer.weight.grad is None:
                 if bias is not None and bias.grad is not None:
                     raise CaptureError(f"layer {name!r}: the bias has a gradient but the weight has none")
@@ -332,17 +316,8 @@ class Layerwise(torch.optim.Optimizer):
                     f"layer {name!r} has a gradient but its forward pass was not seen: it ran in eval mode, "
                     "its weight was used outside the layer, or the optimizer was closed"
                 )
-            self._require_finite(name, layer.weight.grad if bias is None else bias.grad)
+            self._require_finite(f"layer {name!r}", layer.weight.grad if bias is None else bias.grad)
             yield name, layer, group, record
-
-    @staticmethod
-    def _require_finite(name: str, gradient: Tensor) -> None:
-        """Look for NaN and infinity where looking is free (on an accelerator they spread visibly)."""
-        if gradient.device.type == "cpu" and not bool(torch.isfinite(gradient).all()):
-            raise FloatingPointError(
-                f"layer {name!r}: the gradient is not finite, so the loss diverged or overflowed; nothing was "
-                "changed. Skip the batch with zero_grad(), lower lr or raise the damping"
-            )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
@@ -365,14 +340,9 @@ class Layerwise(torch.optim.Optimizer):
             self._adopt(self._refreshed(self._capture.records))
         for name, layer, _, _ in ready:
             self._check_state(name, layer)
-        for _, layer, group, record in ready:
-            scale = 1 if self.reduction == "mean" else 1 / record.count
-            has_bias = layer.bias is not None and layer.bias.requires_grad
-            grad_b = layer.bias.grad * scale if has_bias else None
-            mean = record.input_sum / record.count
-            dw, db = self.update(layer.weight.grad * scale, grad_b, mean, self.state[layer.weight], group)
+        for layer, (dw, db) in self._changes(ready):
             layer.weight.add_(dw)
-            if has_bias:
+            if _has_bias(layer):
                 layer.bias.add_(db)
         self._step_others()
         for group in self.param_groups:
@@ -380,6 +350,16 @@ class Layerwise(torch.optim.Optimizer):
         self._capture.clear()
         self._arm()
         return loss
+
+    def _changes(
+        self, ready: list[tuple[str, nn.Linear, dict, LayerRecord]]
+    ) -> Iterator[tuple[nn.Linear, tuple[Tensor, Tensor | None]]]:
+        """Each layer's (ΔW, Δb), one layer at a time."""
+        for _, layer, group, record in ready:
+            scale = 1 if self.reduction == "mean" else 1 / record.count
+            grad_b = layer.bias.grad * scale if _has_bias(layer) else None
+            mean = record.input_sum / record.count
+            yield layer, self.update(layer.weight.grad * scale, grad_b, mean, self.state[layer.weight], group)
 
     def _check_state(self, name: str, layer: nn.Linear) -> None:
         state = self.state[layer.weight]
@@ -401,32 +381,3 @@ class Layerwise(torch.optim.Optimizer):
             for parameter in () if group["preconditioned"] else group["params"]:
                 if parameter.grad is not None:
                     parameter.sub_(group["lr"] * parameter.grad)
-
-    # -- life ------------------------------------------------------------------------------------------
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch; also forgets what the cleared gradients had seen."""
-        super().zero_grad(set_to_none)
-        self._capture.clear()
-        self._arm()
-
-    def close(self) -> None:
-        """Stop watching the model. Deleting the optimizer does the same."""
-        self._capture.close()
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        """As in torch."""
-        super().load_state_dict(state_dict)
-        self._capture.clear()
-        self._arm()
-
-    def __getstate__(self) -> dict:
-        """What copies and pickles carry: never a hook."""
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in self.saved}}
-
-    def __setstate__(self, state: dict) -> None:
-        """Restore, and watch the restored model."""
-        super().__setstate__(state)
-        if "model" in state:
-            self._capture = None
-            self._bind()

@@ -21,7 +21,8 @@ from torch.nn.functional import linear
 
 from sogrid.linalg import inverse_square_root, tikhonov_inverse
 from sogrid.optimizers.acp import acp_update
-from sogrid.optimizers.layerwise import Layerwise, check_hyperparameter
+from sogrid.optimizers.base import check_hyperparameter
+from sogrid.optimizers.layerwise import Layerwise
 from sogrid.statistics import Statistics, input_moments
 
 __all__ = ["NaturalNN", "WhitenedLinear"]

@@ -152,6 +152,7 @@ def test_write_subset(tmp_path, mnist, monkeypatch):
     assert np.array_equal(images, mnist[0][kept])
     assert np.array_equal(labels, mnist[1][kept])
     once = [(tmp_path / file).read_bytes() for file in MNIST_FILES]
+    assert {raw[4:8] for raw in once} == {bytes(4)}, "no time stamp"
     write_subset(tmp_path, root=tmp_path / "full")
     assert once == [(tmp_path / file).read_bytes() for file in MNIST_FILES]
 
@@ -211,6 +212,13 @@ def test_environment_variable_is_used(tmp_path, mnist, monkeypatch):
     assert_holds(load("mnist"), mnist)
     assert_holds(load("mnist", source="folder"), mnist)
     assert load("mnist", source="embedded").variant == "MNIST, embedded subset"
+
+
+def test_an_empty_variable_is_unset_but_an_empty_root_is_an_error(monkeypatch):
+    monkeypatch.setenv("SOGRID_DATA", "")
+    assert load("mnist").variant == "MNIST, embedded subset"
+    with pytest.raises(DataError, match="needs root="):
+        load("mnist", root="")
 
 
 @pytest.mark.parametrize("name", ["mnist", "cifar10"])

@@ -74,6 +74,7 @@
     await Plotly.relayout(element, theme());
     label(element);
     drawn.add(element);
+    element.dataset.drawn = "true";
     sizes.observe(element);
     return element;
   }

@@ -1,0 +1,128 @@
+r"""Newton, Gauss-Newton and natural-gradient steps with the dense matrix (Thesis §3.1, §3.2).
+
+Δθ = −λ (M + εI)⁻¹ ∇R, with M the Hessian (eq. 3.1.1), the Gauss-Newton matrix (§3.1.4) or the Fisher
+(§3.2.2). The reference that the factorized methods approximate: cubic in the number of parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from sogrid.capture import Capture, CaptureError
+from sogrid.curvature import fisher, gauss_newton, hessian
+from sogrid.linalg import shift_diagonal
+from sogrid.losses import Loss
+from sogrid.optimizers.base import CapturingOptimizer, check_hyperparameter
+
+__all__ = ["Newton", "newton_update"]
+
+MATRICES = {
+    "hessian": hessian,
+    "gauss_newton": gauss_newton,
+    "fisher": lambda model, loss, x, y: fisher(model, loss, x),
+}
+
+
+def newton_update(
+    gradient: Tensor, matrix: Tensor, *, lr: float | Tensor = 1.0, damping: float | Tensor = 0.0
+) -> Tensor:
+    """Δθ = −λ (M + εI)⁻¹ ∇R, ``[..., P]``; M may be indefinite (a saddle then attracts).
+
+    The natural gradient of §3.2.2, −ε'(F + (ε'/λ')I)⁻¹∇R, is this with λ = ε' and ε = ε'/λ'.
+
+    Args:
+        gradient: ∇R, ``[..., P]``.
+        matrix: M, ``[..., P, P]``.
+        lr: λ.
+        damping: ε.
+
+    Example:
+        >>> newton_update(torch.tensor([2.0, 4.0]), torch.diag(torch.tensor([1.0, 4.0]))).tolist()
+        [-2.0, -1.0]
+    """
+    solution, _ = torch.linalg.solve_ex(shift_diagonal(matrix, damping), gradient.unsqueeze(-1))
+    return -lr * solution.squeeze(-1)
+
+
+class Newton(CapturingOptimizer):
+    """Dense second-order steps for a small model, in an ordinary training loop.
+
+    The minibatch and its targets are recovered from the model's input, output and output gradient.
+
+    Args:
+        model: The module that is trained; one input tensor ``[n, ...]``, one output ``[n, k]``.
+        loss: What the training loss is, as an object of :mod:`sogrid.losses`; *Gauss-Newton* is cut
+            where this loss is cut.
+        lr: λ; 1 is the full Newton step.
+        damping: ε ≥ 0.
+        curvature: ``"hessian"``, ``"gauss_newton"`` or ``"fisher"``.
+
+    Raises:
+        TypeError: If ``model`` is not a module or ``loss`` not a :class:`~sogrid.losses.Loss`.
+        ValueError: For hyperparameters out of range.
+    """
+
+    saved = ("model", "loss", "curvature")
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor = 1.0,
+        damping: float | Tensor = 0.0,
+        *,
+        loss: Loss,
+        curvature: str = "hessian",
+    ) -> None:
+        """See the class."""
+        self._require_model(model)
+        self._require_loss(loss)
+        if curvature not in MATRICES:
+            raise ValueError(f"curvature must be one of {sorted(MATRICES)}, got {curvature!r}")
+        check_hyperparameter("lr (λ)", lr)
+        check_hyperparameter("damping (ε)", damping)
+        self.model, self.loss, self.curvature = model, loss, curvature
+        super().__init__(model.parameters(), {"lr": lr, "damping": damping})
+        self._bind()
+
+    def _bind(self) -> None:
+        self._capture = Capture(self.model, {})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One dense step of every parameter that holds a gradient.
+
+        Args:
+            closure: As in torch.
+
+        Raises:
+            CaptureError: If the model's forward pass was not seen.
+            FloatingPointError: On the CPU, if the gradient is not finite or the matrix is singular.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        roots = self._capture.roots
+        if not roots:
+            raise CaptureError(
+                "the model's forward and backward pass were not seen: call the model in training mode"
+            )
+        x, f, grad_f = (torch.cat([getattr(r, key) for r in roots]) for key in ("input", "output", "grad"))
+        mean = self.loss.reduction == "mean"
+        y = self.loss.target(f, grad_f * len(f) if mean else grad_f)
+        (group,) = self.param_groups
+        held = [p for p in group["params"] if p.grad is not None]
+        gradient = torch.cat([p.grad.flatten() for p in held]) / (1 if mean else len(f))
+        self._require_finite("model", gradient)
+        matrix = MATRICES[self.curvature](self.model, self.loss, x, y)
+        keep = torch.cat([torch.full((p.numel(),), p.grad is not None) for p in self.model.parameters()])
+        matrix = matrix[keep][:, keep] if len(held) < len(group["params"]) else matrix
+        change = newton_update(gradient, matrix, lr=group["lr"], damping=group["damping"])
+        self._require_finite("Newton step (singular matrix? raise the damping)", change)
+        for parameter, part in zip(held, change.split([p.numel() for p in held]), strict=True):
+            parameter.add_(part.view_as(parameter))
+        self._capture.clear()
+        return loss

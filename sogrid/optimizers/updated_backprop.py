@@ -1,0 +1,259 @@
+r"""Updated backpropagation, UBP (Thesis Chapter 5, Algorithm 2), without Jacobians.
+
+A backward pass that, once a layer's update is decided, sends down the gradient that the layer *will*
+have: with g = ∂ℓ/∂a and H = ∂²ℓ/∂a² at the layer (§5.2, shapes as repaired by erratum E10)
+
+    ∂ℓ/∂h  ≈  (W + ΔW)ᵀ g + Wᵀ H (ΔW h + Δb),    H ≈ JᵀDJ
+
+The thesis carries a Jacobian of the output for every example. The same product costs two sweeps
+through the layers above: push ΔW h + Δb forward to the output, multiply by D = ∂²ℓ/∂f², pull it back
+(equal to rounding, THESIS row 33). D is exact; all curvature is that of the old parameters.
+
+Algorithm 2 sums over the minibatch; here the update is −λ times a *mean*, like that of every other
+method of this package, which only rescales λ.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad, jvp, vjp
+
+from sogrid.capture import CaptureError
+from sogrid.losses import Loss
+from sogrid.optimizers.layerwise import Layerwise
+
+__all__ = ["UpdatedBackprop", "gauss_newton_term", "hessian_term", "updated_backprop_update"]
+
+Activation = Callable[[Tensor], Tensor]
+
+
+def updated_backprop_update(
+    inputs: Sequence[Tensor],
+    preactivations: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    activations: Sequence[Activation],
+    grad_f: Tensor,
+    curvature: Callable[[int, Tensor], Tensor] | None,
+    *,
+    lr: Sequence[float | Tensor],
+) -> list[tuple[Tensor, Tensor]]:
+    """(ΔW, Δb) of every layer of a chain h_l = f_l(W_l h_{l−1} + b_l), by Algorithm 2.
+
+    Args:
+        inputs: h_{l−1} of each layer, ``[n, n_in]``, with the old parameters.
+        preactivations: a_l, ``[n, n_out]``.
+        weights: W_l, ``[n_out, n_in]``.
+        activations: f_l; the last one may mix outputs (softmax).
+        grad_f: ∂ℓ/∂f per example, un-normalised, ``[n, n_f]``.
+        curvature: ``(l, v) -> H_l v`` for ``v: [n, n_out]``, of :func:`gauss_newton_term` or
+            :func:`hessian_term`; ``None`` drops the term.
+        lr: λ of each layer.
+    """
+    changes: list[tuple[Tensor, Tensor]] = []
+    dh = grad_f
+    for layer in reversed(range(len(weights))):
+        h, a, w = inputs[layer], preactivations[layer], weights[layer]
+        da = vjp(activations[layer], a)[1](dh)[0]
+        dw = -lr[layer] * da.mT @ h / len(h)
+        db = -lr[layer] * da.mean(0)
+        changes.append((dw, db))
+        if layer > 0:
+            dh = da @ (w + dw)
+            if curvature is not None:
+                dh = dh + curvature(layer, h @ dw.mT + db) @ w
+    return changes[::-1]
+
+
+def gauss_newton_term(
+    preactivations: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    activations: Sequence[Activation],
+    output_hessian: Callable[[Tensor], Tensor],
+) -> Callable[[int, Tensor], Tensor]:
+    """``(l, v) -> JᵀDJ v`` at pre-activation l: forward to the output, times D, and back.
+
+    Args:
+        preactivations: a_l, ``[n, n_out]``.
+        weights: W_l.
+        activations: f_l.
+        output_hessian: u ↦ D u, ``[n, n_f]``.
+    """
+    slopes = [_slope(f, a) for f, a in zip(activations, preactivations, strict=True)]
+
+    def term(layer: int, v: Tensor) -> Tensor:
+        above = range(layer, len(weights))
+        for m in above:
+            v = slopes[m][0](v if m == layer else v @ weights[m].mT)
+        v = output_hessian(v)
+        for m in reversed(above):
+            v = slopes[m][1](v)
+            if m > layer:
+                v = v @ weights[m]
+        return v
+
+    return term
+
+
+ELEMENTWISE = (nn.Identity, nn.ReLU, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus)
+
+
+def _slope(
+    activation: Activation, a: Tensor
+) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+    """(v ↦ f′(a) v, v ↦ f′(a)ᵀ v)."""
+    if isinstance(activation, ELEMENTWISE):
+        slope = jvp(activation, (a,), (torch.ones_like(a),))[1]
+        return slope.mul, slope.mul
+    back = vjp(activation, a)[1]
+    return lambda v: jvp(activation, (a,), (v,))[1], lambda v: back(v)[0]
+
+
+def hessian_term(
+    preactivations: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    activations: Sequence[Activation],
+    loss: Loss,
+    y: Tensor,
+) -> Callable[[int, Tensor], Tensor]:
+    """``(l, v) -> H v`` with the true Hessian of ℓ at pre-activation l: forward over reverse.
+
+    Args:
+        preactivations: a_l, ``[n, n_out]``.
+        weights: W_l.
+        biases: b_l.
+        activations: f_l.
+        loss: ℓ.
+        y: Targets.
+    """
+
+    def term(layer: int, v: Tensor) -> Tensor:
+        def risk(a: Tensor) -> Tensor:
+            h = activations[layer](a)
+            for w, b, f in zip(
+                weights[layer + 1 :], biases[layer + 1 :], activations[layer + 1 :], strict=True
+            ):
+                h = f(torch.nn.functional.linear(h, w, b))
+            return loss.value(h, y).sum()
+
+        return jvp(grad(risk), (preactivations[layer],), (v,))[1]
+
+    return term
+
+
+class UpdatedBackprop(Layerwise):
+    """Algorithm 2 for a model that is a chain of linear layers and activations.
+
+    The ordinary loop serves: the targets that the exact D may need are recovered from the gradient at
+    the output. Because the step is built from per-example gradients and not from ``.grad``, a ``.grad``
+    that was changed after ``backward`` (clipping) is refused on the CPU and ignored elsewhere.
+
+    Args:
+        model: ``nn.Sequential`` (or :class:`~sogrid.networks.MLP`) of linear layers, each followed by
+            activations that treat every example alone.
+        lr: λ, times the mean over the minibatch.
+        loss: What the training loss is, as an object of :mod:`sogrid.losses`.
+        curvature: ``"gauss_newton"`` (the thesis's), ``"hessian"``, or ``"none"``.
+        params: See :class:`~sogrid.optimizers.layerwise.Layerwise`; all layers must be trained.
+
+    Raises:
+        TypeError: If ``loss`` is not a :class:`~sogrid.losses.Loss`.
+        ValueError: If the model is not such a chain, and as in
+            :class:`~sogrid.optimizers.layerwise.Layerwise`.
+    """
+
+    saved = (*Layerwise.saved, "loss", "curvature")
+    uses_statistics = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor,
+        *,
+        loss: Loss,
+        curvature: str = "gauss_newton",
+        params=None,
+    ) -> None:
+        """See the class."""
+        self._require_loss(loss)
+        if curvature not in ("gauss_newton", "hessian", "none"):
+            raise ValueError(f"curvature must be 'gauss_newton', 'hessian' or 'none', got {curvature!r}")
+        self.loss, self.curvature = loss, curvature
+        super().__init__(model, lr, reduction=loss.reduction, refresh_every=None, params=params)
+
+    def _bind(self) -> None:
+        self._chain(self.model)
+        super()._bind()
+
+    def _arm(self) -> None:
+        self._capture.keep = True
+
+    @staticmethod
+    def _chain(model: nn.Module) -> list[tuple[nn.Linear, nn.Sequential]]:
+        """(layer, its activation) in order."""
+        if not isinstance(model, nn.Sequential):
+            raise ValueError("UpdatedBackprop needs an nn.Sequential of linear layers and activations")
+        chain: list[tuple[nn.Linear, list[nn.Module]]] = []
+        for name, module in model.named_children():
+            if isinstance(module, nn.Linear):
+                chain.append((module, []))
+            elif not chain or any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
+                raise ValueError(
+                    f"module {name!r} ({type(module).__name__}) breaks the chain: UpdatedBackprop follows "
+                    "linear layers and parameter-free activations that treat every example alone"
+                )
+            else:
+                chain[-1][1].append(module)
+        return [(layer, _out_of_place(f)) for layer, f in chain]
+
+    def _changes(self, ready):
+        names = [name for name, *_ in ready]
+        if set(names) != set(self._capture.records) or len(names) != len(self._chain(self.model)):
+            raise CaptureError(
+                "UpdatedBackprop updates a whole chain: every layer must be trained and hold a gradient"
+            )
+        roots, records = self._capture.roots, self._capture.records
+        if not roots:
+            raise CaptureError("the model's output was not seen: call the model itself, in training mode")
+        layers, activations = zip(*self._chain(self.model), strict=True)
+        by_layer = {layer: (name, group) for name, layer, group, _ in ready}
+        inputs = [torch.cat(records[by_layer[layer][0]].inputs) for layer in layers]
+        scale = len(inputs[0]) if self.reduction == "mean" else 1
+        f, grad_f = torch.cat([r.output for r in roots]), torch.cat([r.grad for r in roots]) * scale
+        weights, biases = [layer.weight.detach() for layer in layers], [layer.bias for layer in layers]
+        a = [layer(h) for layer, h in zip(layers, inputs, strict=True)]
+        y = self.loss.target(f, grad_f)
+        curvature = {
+            "gauss_newton": lambda: gauss_newton_term(
+                a, weights, activations, lambda v: self.loss.hessian_product(f, y, v)
+            ),
+            "hessian": lambda: hessian_term(a, weights, biases, activations, self.loss, y),
+            "none": lambda: None,
+        }[self.curvature]()
+        lr = [by_layer[layer][1]["lr"] for layer in layers]
+        changes = updated_backprop_update(inputs, a, weights, activations, grad_f, curvature, lr=lr)
+        self._require_untouched(layers[-1].weight.grad * (lr[-1] * scale / len(f)), changes[-1][0])
+        yield from zip(layers, changes, strict=True)
+
+    @staticmethod
+    def _require_untouched(expected: Tensor, dw: Tensor) -> None:
+        """The top layer's step is −λ ``.grad``, unless somebody changed ``.grad`` after backward."""
+        tolerance = 1e-3 * dw.abs().max()
+        if dw.device.type == "cpu" and bool(((expected + dw).abs() > tolerance).any()):
+            raise CaptureError(
+                "UpdatedBackprop builds its step from per-example gradients, and .grad no longer agrees with "
+                "them: it cannot honour gradient clipping or penalties added to the loss; lower lr instead"
+            )
+
+
+def _out_of_place(modules: list[nn.Module]) -> nn.Module:
+    """One activation from a list of modules, with in-place ones replaced by copies that are not."""
+    modules = [copy.copy(m) if getattr(m, "inplace", False) else m for m in modules]
+    for module in modules:
+        if getattr(module, "inplace", False):
+            module.inplace = False
+    return modules[0] if len(modules) == 1 else nn.Sequential(*modules) if modules else nn.Identity()
