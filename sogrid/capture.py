@@ -7,7 +7,8 @@ The hooks are torch's *global* module hooks, one pair for the whole process, whi
 in a weak table. Nothing is attached to the model, so copies, pickles and ``torch.save`` of it carry
 nothing of ours, and a capture that is closed or collected is gone without a trace. The gradient is
 taken by a tensor hook on the layer's output, which autograd runs on the value before any in-place
-activation. Forward passes in evaluation mode or without gradients are not seen at all.
+activation. Forward passes in evaluation mode or without gradients are not seen at all, and gradients
+that ``torch.autograd.grad`` computes for other ends, without adding to any ``.grad``, are forgotten.
 """
 
 from __future__ import annotations
@@ -49,6 +50,20 @@ class LayerRecord:
     grads: list[Tensor] = field(default_factory=list)
     rows: list[list[Tensor]] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, h: Tensor, grad: Tensor, rows: list[Tensor], keep: bool) -> LayerRecord:
+        """One backward pass; whole tensors only if ``keep``."""
+        record = cls(len(h), h.sum(0))
+        return cls(record.count, record.input_sum, [h], [grad], [rows]) if keep else record
+
+    def extend(self, later: LayerRecord) -> None:
+        """Add another backward pass."""
+        self.count += later.count
+        self.input_sum = later.input_sum if self.input_sum is None else self.input_sum + later.input_sum
+        self.inputs += later.inputs
+        self.grads += later.grads
+        self.rows += later.rows
+
 
 @dataclass
 class RootRecord:
@@ -69,6 +84,24 @@ class _Pass:
         self.pulled = False  # some gradient has come back
 
 
+def _mark(parameter: Tensor) -> tuple[int, int] | None:
+    """Tells whether ``.grad`` has been written since."""
+    return None if parameter.grad is None else (id(parameter.grad), parameter.grad._version)
+
+
+class _Backward:
+    """One run of autograd's engine: what arrived, and which ``.grad`` there was before."""
+
+    def __init__(self, task: int = -1, parameters: Iterable[Tensor] = ()) -> None:
+        self.task = task
+        self.before = {parameter: _mark(parameter) for parameter in parameters}
+        self.layers: list[tuple[str, Tensor, LayerRecord]] = []
+        self.roots: list[RootRecord] = []
+
+    def accumulated(self, parameter: Tensor) -> bool:
+        return _mark(parameter) != self.before.get(parameter)
+
+
 class Capture:
     """Listen to the linear layers of a model during training passes.
 
@@ -80,8 +113,6 @@ class Capture:
         keep: Keep whole inputs and gradients, not only their counts and sums.
 
     Attributes:
-        records: Name → :class:`LayerRecord`.
-        roots: The model's own input, output and gradient at each backward pass, if ``keep``.
         probe: ``None``, or a function from the model's output ``[n, k]`` to vectors ``[n, k]`` that are
             pulled back to every layer right after the forward pass (the graph is kept).
 
@@ -105,7 +136,6 @@ class Capture:
         self._names = weakref.WeakKeyDictionary({layer: name for name, layer in layers.items()})
         self._paused = False
         self._pass = _Pass()
-        self._task = -1
         self.clear()
         for module in {model, *layers.values()}:
             _listeners.setdefault(module, weakref.WeakSet()).add(self)
@@ -116,8 +146,21 @@ class Capture:
 
     def clear(self) -> None:
         """Forget what has been seen."""
-        self.records = {name: LayerRecord() for name in self._names.values()}
-        self.roots: list[RootRecord] = []
+        self._records = {name: LayerRecord() for name in self._names.values()}
+        self._roots: list[RootRecord] = []
+        self._backward = _Backward()
+
+    @property
+    def records(self) -> dict[str, LayerRecord]:
+        """Name → what the layer saw in the backward passes that built its ``.grad``."""
+        self._settle()
+        return self._records
+
+    @property
+    def roots(self) -> list[RootRecord]:
+        """The model's own input, output and gradient at each backward pass, if ``keep``."""
+        self._settle()
+        return self._roots
 
     def close(self) -> None:
         """Stop listening, for good."""
@@ -154,32 +197,34 @@ class Capture:
         records = {}
         latest = self._pass
         for name, grad in self.pull(loss, torch.ones_like(loss)).items():
-            records[name] = record = LayerRecord()
-            self._add(record, latest.layers[name][0], grad, latest.rows.get(name, []), keep=True)
+            h, rows = latest.layers[name][0], latest.rows.get(name, [])
+            records[name] = LayerRecord.of(h, grad, rows, keep=True)
         return records
-
-    @staticmethod
-    def _add(record: LayerRecord, h: Tensor, grad: Tensor, rows: list[Tensor], keep: bool) -> None:
-        total = h.sum(0)
-        record.count += len(h)
-        record.input_sum = total if record.input_sum is None else record.input_sum + total
-        if keep:
-            record.inputs.append(h)
-            record.grads.append(grad)
-            record.rows.append(rows)
 
     def _begin(self, module: nn.Module) -> None:
         """The model's forward starts: a new pass."""
         if module is self._model() and torch.is_grad_enabled() and module.training:
             self._pass = _Pass()
 
-    def _begin_backward(self) -> None:
-        """A gradient arrives: if it opens a backward pass onto cleared gradients, forget the past."""
+    def _running(self) -> _Backward:
+        """The backward pass that is running; one that opens onto cleared gradients forgets the past."""
         task = torch._C._current_graph_task_id()
-        if task != self._task:
-            self._task = task
-            if all(p.grad is None for p in self._model().parameters()):
+        if task != self._backward.task:
+            self._settle()
+            parameters = list(self._model().parameters())
+            if all(parameter.grad is None for parameter in parameters):
                 self.clear()
+            self._backward = _Backward(task, parameters)
+        return self._backward
+
+    def _settle(self) -> None:
+        """Keep what a finished backward pass brought, where it did add to ``.grad``."""
+        done, self._backward = self._backward, _Backward()
+        for name, weight, record in done.layers:
+            if done.accumulated(weight):
+                self._records[name].extend(record)
+        if done.roots and any(map(done.accumulated, done.before)):
+            self._roots += done.roots
 
     def _end(self, module: nn.Module, inputs: tuple, output) -> None:
         """A watched layer, or the model itself, has computed its output."""
@@ -213,10 +258,9 @@ class Capture:
             capture = me()
             if capture is None or capture._paused:
                 return
-            capture._begin_backward()
             here.pulled = True
-            grad = grad.detach().to(h.dtype)
-            capture._add(capture.records[name], h, grad, here.rows.pop(name, []), capture.keep)
+            record = LayerRecord.of(h, grad.detach().to(h.dtype), here.rows.get(name, []), capture.keep)
+            capture._running().layers.append((name, layer.weight, record))
 
         output.register_hook(arrived)
 
@@ -233,8 +277,7 @@ class Capture:
         def arrived(grad: Tensor) -> None:
             capture = me()
             if capture is not None and not capture._paused:
-                capture._begin_backward()
-                capture.roots.append(RootRecord(x, f, grad.detach()))
+                capture._running().roots.append(RootRecord(x, f, grad.detach()))
 
         output.register_hook(arrived)
 

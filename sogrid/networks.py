@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ NORMALIZATIONS = {"batch": nn.BatchNorm1d, "mean_only": MeanOnlyBatchNorm}
 
 
 class MLP(nn.Sequential):
-    """A multilayer perceptron: linear1, (norm1), act1, linear2, …
+    """A multilayer perceptron with modules linear1, (norm1), act1, linear2, and so on.
 
     Args:
         sizes: Widths from input to output, at least two, e.g. ``[784, 100, 10]``.
@@ -101,7 +102,7 @@ class MLP(nn.Sequential):
         parts: OrderedDict[str, nn.Module] = OrderedDict()
         last = len(sizes) - 1
         where = {"device": device, "dtype": dtype}
-        for i, (n_in, n_out) in enumerate(zip(sizes, sizes[1:], strict=False), start=1):
+        for i, (n_in, n_out) in enumerate(pairwise(sizes), start=1):
             normalize = normalization if i < last else None
             parts[f"linear{i}"] = nn.Linear(n_in, n_out, bias=normalize is None, **where)
             if normalize is not None:
@@ -109,6 +110,12 @@ class MLP(nn.Sequential):
             parts[f"act{i}"] = _activation(activation if i < last else output)
         super().__init__(parts)
         initialize_(self, init, scale, generator)
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        """A module, or for a slice an ``nn.Sequential`` that shares them."""
+        if isinstance(index, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[index]))
+        return super().__getitem__(index)
 
 
 def _activation(activation: str | Callable[[], nn.Module]) -> nn.Module:

@@ -1,0 +1,68 @@
+# Everything a reader or a developer does here; `make` alone prints this list.
+# Works with POSIX sh and with make 3.81 or newer (the one of macOS).
+
+PYTHON = python3.11 python3 python3.14 python3.13 python3.12
+FIG = fig
+PROFILE = smoke
+
+VENV = .venv
+BIN = $(VENV)/bin
+STAMP = $(VENV)/.sogrid-installed
+NOTEBOOKS = find book -name '*.ipynb' ! -path '*/.ipynb_checkpoints/*'
+
+.PHONY: help install book book-fresh test lint format lab experiments clean
+
+help: ## Print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+install: $(STAMP) ## Make .venv and install everything into it (the other targets do this for you)
+
+$(STAMP): requirements.txt pyproject.toml
+	@for python in $(PYTHON); do \
+	  test -x $(BIN)/python && break; \
+	  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || continue; \
+	  echo "making $(VENV) with $$($$python --version)"; \
+	  $$python -m venv $(VENV); \
+	done; \
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || { \
+	  echo "sogrid needs Python 3.11 or newer, and none of these is: $(PYTHON)." >&2; \
+	  echo "Install one, or name yours: make PYTHON=/path/to/python (and remove an old $(VENV))." >&2; \
+	  exit 1; \
+	}
+	$(BIN)/python -m pip install -r requirements.txt
+	$(BIN)/python -m pip install --no-deps -e .
+	@touch $(STAMP)
+
+book: $(STAMP) ## Build the book into _build/html; a warning is an error
+	$(BIN)/jupyter-book build . -W -n --keep-going
+
+book-fresh: ## Build the book from nothing: every page is executed
+	rm -rf _build
+	$(MAKE) book
+
+test: $(STAMP) ## Run all tests; those of the pages need Chromium and `make book`, or are skipped
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## Check code and notebooks
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(NOTEBOOKS) -exec $(BIN)/nbstripout --verify {} +
+
+format: $(STAMP) ## Format code and notebooks, and strip outputs
+	$(NOTEBOOKS) -exec $(BIN)/nbstripout {} +
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+lab: $(STAMP) ## Open the chapters in JupyterLab
+	$(BIN)/jupyter lab book
+
+experiments: $(STAMP) ## Run the figures' templates: FIG=fig6_2 (default: all) PROFILE=smoke, laptop or thesis
+	@mkdir -p out
+	@for template in book/experiments/$(FIG)*.ipynb; do \
+	  test -e "$$template" || { echo "no template in book/experiments begins with $(FIG)" >&2; exit 1; }; \
+	  $(BIN)/papermill "$$template" "out/$$(basename "$$template" .ipynb)-$(PROFILE).ipynb" \
+	    -p profile "$(PROFILE)" || exit 1; \
+	done
+
+clean: ## Remove what was built (not .venv)
+	rm -rf _build out .pytest_cache .ruff_cache

@@ -1,0 +1,154 @@
+"""Every page of the built book, opened in a browser: from the disk and from a server, light, dark, phone."""
+
+import functools
+import http.server
+import json
+import threading
+
+import pytest
+from book.screenshots import DESKTOP, HTML, PHONE, chromium, find_chromium, pages, resize, set_theme, settle
+
+pytestmark = pytest.mark.browser
+
+PAGES = pages()
+if not PAGES:
+    pytest.skip("no built book: run `make book` first", allow_module_level=True)
+if find_chromium() is None:
+    pytest.skip("no Chromium with its driver on the PATH", allow_module_level=True)
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    """A file server that does not print."""
+
+    def log_message(self, *args):
+        """Say nothing."""
+
+
+@pytest.fixture(scope="module")
+def driver():
+    with chromium() as driver:
+        yield driver
+
+
+@pytest.fixture(scope="module")
+def roots():
+    """The site's two addresses."""
+    handler = functools.partial(QuietHandler, directory=HTML)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield {"file": HTML.as_uri(), "http": f"http://127.0.0.1:{server.server_port}"}
+        server.shutdown()
+
+
+def network(driver):
+    """Messages of the browser's network since the last call: (method, parameters)."""
+    for entry in driver.get_log("performance"):
+        message = json.loads(entry["message"])["message"]
+        if message["method"].startswith("Network."):
+            yield message["method"], message["params"]
+
+
+def trouble(messages, root):
+    """Requests that leave the site or fail."""
+    urls, found = {}, []
+    for method, params in messages:
+        if method == "Network.requestWillBeSent":
+            url = urls[params["requestId"]] = params["request"]["url"]
+            if not url.startswith((root, "data:", "blob:")):
+                found.append(f"leaves the site: {url[:200]}")
+        elif method == "Network.loadingFailed" and not params.get("canceled"):
+            found.append(f"{params['errorText']}: {urls.get(params['requestId'], '?')[:200]}")
+        elif method == "Network.responseReceived" and params["response"]["status"] >= 400:
+            found.append(f"{params['response']['status']}: {params['response']['url'][:200]}")
+    return found
+
+
+def open_page(driver, url, metrics):
+    resize(driver, metrics)
+    driver.get("about:blank")
+    list(network(driver)), driver.get_log("browser")
+    driver.get(url)
+    settle(driver)
+
+
+@pytest.mark.parametrize("scheme", ["file", "http"])
+@pytest.mark.parametrize("page", PAGES)
+def test_page_is_whole_and_stays_on_the_site(driver, roots, page, scheme):
+    open_page(driver, f"{roots[scheme]}/{page}", DESKTOP)
+    assert not trouble(network(driver), roots[scheme])
+    assert not [e["message"] for e in driver.get_log("browser") if e["level"] in ("SEVERE", "WARNING")]
+
+
+FACTS = """
+const figures = [...document.querySelectorAll(".sogrid-figure")];
+const skip = "pre, code, script, style, noscript, textarea, .sogrid-figure script";
+const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+const raw = [];
+while (walker.nextNode()) {
+  const node = walker.currentNode;
+  if (/\\$|\\\\[([]/.test(node.data) && !node.parentElement.closest(skip)) raw.push(node.data.trim().slice(0, 80));
+}
+return {
+  raw,
+  misspelt: [...document.querySelectorAll("mjx-merror")].map((e) => e.textContent),
+  figures: figures.map((f) => ({
+    label: f.querySelector("[aria-label]")?.getAttribute("aria-label") ?? "",
+    shapes: f.querySelectorAll("svg.main-svg path, svg.main-svg image").length,
+    title: f.querySelector(".g-gtitle text")?.textContent ?? "",
+    height: f.getBoundingClientRect().height - parseFloat(f.style.getPropertyValue("--sogrid-height")),
+  })),
+  plotly: document.querySelectorAll('script[src*="plotly.min.js"]').length,
+  width: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+};
+"""
+
+
+@pytest.mark.parametrize("metrics", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@pytest.mark.parametrize("page", PAGES)
+def test_page_reads_well(driver, roots, page, metrics):
+    open_page(driver, f"{roots['file']}/{page}", metrics)
+    facts = driver.execute_script(FACTS)
+    assert not facts["raw"], "mathematics that was not typeset"
+    assert not facts["misspelt"]
+    assert facts["width"] <= 0, "the page scrolls sideways"
+    assert facts["plotly"] == (1 if facts["figures"] else facts["plotly"])
+    for figure in facts["figures"]:
+        assert figure["label"]
+        assert figure["shapes"] > 5
+        assert not figure["title"], "a caption says what a figure shows"
+        assert figure["height"] == 0, "a figure changed its reserved height"
+
+
+INK = """
+return [...document.querySelectorAll(".sogrid-figure")].map((f) => {
+  const text = f.querySelector("svg.main-svg text");
+  return text ? getComputedStyle(text).fill : null;
+});
+"""
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_figures_follow_the_theme(driver, roots, page):
+    open_page(driver, f"{roots['file']}/{page}", DESKTOP)
+    ink = {}
+    for theme in ("light", "dark"):
+        set_theme(driver, theme)
+        ink[theme] = driver.execute_script(INK)
+        background = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+        ink[theme].append(background)
+    assert all(light != dark for light, dark in zip(ink["light"], ink["dark"], strict=True))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_nothing_moves_while_a_page_loads(driver, roots, page):
+    """Cumulative layout shift; the one of MathJax's fonts is small, a figure without room is not."""
+    open_page(driver, f"{roots['http']}/{page}", DESKTOP)
+    shift = driver.execute_async_script(
+        """
+        let sum = 0;
+        new PerformanceObserver((list) => list.getEntries().forEach((e) => (sum += e.value)))
+          .observe({ type: "layout-shift", buffered: true });
+        setTimeout(() => arguments[0](sum), 100);
+        """
+    )
+    assert shift < 0.1
