@@ -3,12 +3,15 @@
 For a layer ``a = W h + b``, one forward and backward pass gives the inputs ``h: [n, n_in]`` and the
 gradients at the pre-activations ``[n, n_out]`` (the two arrows of Thesis Fig. 2.1).
 
-The hooks are torch's *global* module hooks, one pair for the whole process, which look each module up
-in a weak table. Nothing is attached to the model, so copies, pickles and ``torch.save`` of it carry
-nothing of ours, and a capture that is closed or collected is gone without a trace. The gradient is
-taken by a tensor hook on the layer's output, which autograd runs on the value before any in-place
-activation. Forward passes in evaluation mode or without gradients are not seen at all, and gradients
-that ``torch.autograd.grad`` computes for other ends, without adding to any ``.grad``, are forgotten.
+The hooks are torch's *global* module hooks, one pair for the whole process, which ask every capture
+whether it knows the module. Nothing is attached to the model, so copies, pickles and ``torch.save`` of
+it carry nothing of ours, and a capture that is closed or collected is gone without a trace. The
+gradient is taken by a tensor hook on the layer's output, which autograd runs on the value before any
+in-place activation.
+
+A record says what ``.grad`` is made of. So these are not seen at all: forward passes in evaluation
+mode, without gradients or inside a ``torch.func`` transform; the repeated forward pass of an activation
+checkpoint; and gradients that ``torch.autograd.grad`` returns instead of adding them to ``.grad``.
 """
 
 from __future__ import annotations
@@ -19,17 +22,29 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 __all__ = ["Capture", "CaptureError", "LayerRecord", "RootRecord"]
 
-_listeners: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[Capture]] = weakref.WeakKeyDictionary()
+_listeners: weakref.WeakSet[Capture] = weakref.WeakSet()
 _handles: list = []
 
 
 class CaptureError(RuntimeError):
     """A layer was used in a way whose curvature sogrid does not know."""
+
+
+@dataclass(eq=False)
+class _Use:
+    """What one layer saw in one forward pass. The graph holds it, so it must not hold the graph."""
+
+    name: str
+    count: int
+    input_sum: Tensor
+    inputs: Tensor | None  # a copy, if the pass is kept
+    rows: list[Tensor] = field(default_factory=list)
+    returned: bool = False  # a gradient has come back
 
 
 @dataclass
@@ -39,9 +54,9 @@ class LayerRecord:
     Attributes:
         count: Examples whose gradient arrived.
         input_sum: Σ h over them, ``[n_in]``.
-        inputs: The inputs ``[n, n_in]`` of each backward pass (empty unless the capture keeps them).
+        inputs: The inputs ``[n, n_in]`` of each forward pass, of those that were kept.
         grads: The gradients at the pre-activations ``[n, n_out]``, scaled as the loss was reduced.
-        rows: For each backward pass, the pulled-back probe vectors ``[n, n_out]``.
+        rows: For each of these passes, the pulled-back probe vectors ``[n, n_out]``.
     """
 
     count: int = 0
@@ -49,57 +64,37 @@ class LayerRecord:
     inputs: list[Tensor] = field(default_factory=list)
     grads: list[Tensor] = field(default_factory=list)
     rows: list[list[Tensor]] = field(default_factory=list)
+    _places: dict[_Use, int] = field(default_factory=dict, repr=False)
+    _task: int = -1  # the backward pass of the latest gradient
 
-    @classmethod
-    def of(cls, h: Tensor, grad: Tensor, rows: list[Tensor], keep: bool) -> LayerRecord:
-        """One backward pass; whole tensors only if ``keep``."""
-        record = cls(len(h), h.sum(0))
-        return cls(record.count, record.input_sum, [h], [grad], [rows]) if keep else record
+    @property
+    def complete(self) -> bool:
+        """Whether every pass was kept."""
+        return len(self.inputs) == len(self._places)
 
-    def extend(self, later: LayerRecord) -> None:
-        """Add another backward pass."""
-        self.count += later.count
-        self.input_sum = later.input_sum if self.input_sum is None else self.input_sum + later.input_sum
-        self.inputs += later.inputs
-        self.grads += later.grads
-        self.rows += later.rows
+    def add(self, use: _Use, grad: Tensor) -> None:
+        """Count a pass, once: further gradients through it add to its first, as they do in ``.grad``."""
+        if use in self._places:
+            if use.inputs is not None:
+                place = self._places[use]
+                self.grads[place] = self.grads[place] + grad
+            return
+        self._places[use] = len(self.grads)
+        self.count += use.count
+        self.input_sum = use.input_sum if self.input_sum is None else self.input_sum + use.input_sum
+        if use.inputs is not None:
+            self.inputs.append(use.inputs)
+            self.grads.append(grad)
+            self.rows.append(use.rows)
 
 
-@dataclass
+@dataclass(eq=False)
 class RootRecord:
-    """The model's own input, output and output gradient, of one backward pass."""
+    """The model's own input, output and output gradient, of one forward pass."""
 
     input: Tensor
     output: Tensor
     grad: Tensor
-
-
-class _Pass:
-    """One forward pass through the model: which layers it met, and how to reach them again."""
-
-    def __init__(self) -> None:
-        self.layers: dict[str, tuple[Tensor, object]] = {}  # name -> (input, gradient edge)
-        self.rows: dict[str, list[Tensor]] = {}
-        self.input: Tensor | None = None
-        self.pulled = False  # some gradient has come back
-
-
-def _mark(parameter: Tensor) -> tuple[int, int] | None:
-    """Tells whether ``.grad`` has been written since."""
-    return None if parameter.grad is None else (id(parameter.grad), parameter.grad._version)
-
-
-class _Backward:
-    """One run of autograd's engine: what arrived, and which ``.grad`` there was before."""
-
-    def __init__(self, task: int = -1, parameters: Iterable[Tensor] = ()) -> None:
-        self.task = task
-        self.before = {parameter: _mark(parameter) for parameter in parameters}
-        self.layers: list[tuple[str, Tensor, LayerRecord]] = []
-        self.roots: list[RootRecord] = []
-
-    def accumulated(self, parameter: Tensor) -> bool:
-        return _mark(parameter) != self.before.get(parameter)
 
 
 class Capture:
@@ -113,8 +108,12 @@ class Capture:
         keep: Keep whole inputs and gradients, not only their counts and sums.
 
     Attributes:
+        records: Name → :class:`LayerRecord`.
+        roots: The model's own input, output and gradient of each pass, if ``keep_roots``.
+        keep: Names of the layers whose whole inputs and gradients coming passes keep.
+        keep_roots: Whether coming passes keep the roots.
         probe: ``None``, or a function from the model's output ``[n, k]`` to vectors ``[n, k]`` that are
-            pulled back to every layer right after the forward pass (the graph is kept).
+            pulled back to every kept layer right after the forward pass (the graph stays).
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
@@ -130,15 +129,16 @@ class Capture:
         """See the class."""
         if layers is None:
             layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-        self.keep = keep
+        self.keep: set[str] = set(layers) if keep else set()
+        self.keep_roots = keep
         self.probe: Callable[[Tensor], Iterable[Tensor]] | None = None
-        self._model = weakref.ref(model)
-        self._names = weakref.WeakKeyDictionary({layer: name for name, layer in layers.items()})
-        self._paused = False
-        self._pass = _Pass()
+        self._model = model
+        self._names = {layer: name for name, layer in layers.items()}
+        self._passes: list[dict[str, tuple[_Use, GradientEdge]]] = [{}]  # the latest; in collect(), all
+        self._collecting = False
+        self._task = -1
         self.clear()
-        for module in {model, *layers.values()}:
-            _listeners.setdefault(module, weakref.WeakSet()).add(self)
+        _listeners.add(self)
         if not _handles:
             _handles.append(register_module_forward_pre_hook(_before))
             _handles.append(register_module_forward_hook(_after, with_kwargs=True))
@@ -146,26 +146,12 @@ class Capture:
 
     def clear(self) -> None:
         """Forget what has been seen."""
-        self._records = {name: LayerRecord() for name in self._names.values()}
-        self._roots: list[RootRecord] = []
-        self._backward = _Backward()
-
-    @property
-    def records(self) -> dict[str, LayerRecord]:
-        """Name → what the layer saw in the backward passes that built its ``.grad``."""
-        self._settle()
-        return self._records
-
-    @property
-    def roots(self) -> list[RootRecord]:
-        """The model's own input, output and gradient at each backward pass, if ``keep``."""
-        self._settle()
-        return self._roots
+        self.records = {name: LayerRecord() for name in self._names.values()}
+        self.roots: list[RootRecord] = []
 
     def close(self) -> None:
         """Stop listening, for good."""
-        for listeners in _listeners.values():
-            listeners.discard(self)
+        _listeners.discard(self)
         _tidy()
 
     def __enter__(self) -> Capture:
@@ -182,120 +168,168 @@ class Capture:
         Leaves the graph, the records and every ``.grad`` as they were. Layers that ``output`` does not
         depend on are absent.
         """
-        edges = {name: edge for name, (_, edge) in self._pass.layers.items()}
-        self._paused = True
+        uses = dict(self._passes[-1].values())
+        return {use.name: grad for use, grad in _pull(output, vector, uses).items()}
+
+    def collect(
+        self, closure: Callable[[], Tensor], probe: Callable[[Tensor], Iterable[Tensor]] | None = None
+    ) -> dict[str, LayerRecord]:
+        """Records of the passes that a closure makes, alone and kept; no ``.grad`` is touched.
+
+        Args:
+            closure: Runs the model forward and returns a scalar loss.
+            probe: In place of the capture's own.
+
+        Raises:
+            TypeError: If the closure returns anything else.
+        """
+        before = self._passes, self.keep, self.keep_roots, self.probe
+        self._passes, self.keep, self.keep_roots, self.probe = [{}], set(self.records), False, probe
+        self._collecting = True
         try:
-            grads = torch.autograd.grad(
-                output, list(edges.values()), vector, retain_graph=True, allow_unused=True
-            )
+            loss = closure()
+            if not isinstance(loss, Tensor) or loss.dim() != 0:
+                raise TypeError(f"the closure must return the scalar loss, got {loss!r}")
+            uses = {use: edge for layers in self._passes for use, edge in layers.values()}
+            records: dict[str, LayerRecord] = {}
+            for use, grad in _pull(loss, torch.ones_like(loss), uses).items():
+                records.setdefault(use.name, LayerRecord()).add(use, grad)
+            return records
         finally:
-            self._paused = False
-        return {name: grad for name, grad in zip(edges, grads, strict=True) if grad is not None}
+            self._collecting = False
+            self._passes, self.keep, self.keep_roots, self.probe = before
 
-    def collect(self, loss: Tensor) -> dict[str, LayerRecord]:
-        """Records of the latest pass alone, its gradients taken from ``loss`` without touching ``.grad``."""
-        records = {}
-        latest = self._pass
-        for name, grad in self.pull(loss, torch.ones_like(loss)).items():
-            h, rows = latest.layers[name][0], latest.rows.get(name, [])
-            records[name] = LayerRecord.of(h, grad, rows, keep=True)
-        return records
-
-    def _begin(self, module: nn.Module) -> None:
+    def _begin(self) -> None:
         """The model's forward starts: a new pass."""
-        if module is self._model() and torch.is_grad_enabled() and module.training:
-            self._pass = _Pass()
-
-    def _running(self) -> _Backward:
-        """The backward pass that is running; one that opens onto cleared gradients forgets the past."""
-        task = torch._C._current_graph_task_id()
-        if task != self._backward.task:
-            self._settle()
-            parameters = list(self._model().parameters())
-            if all(parameter.grad is None for parameter in parameters):
-                self.clear()
-            self._backward = _Backward(task, parameters)
-        return self._backward
-
-    def _settle(self) -> None:
-        """Keep what a finished backward pass brought, where it did add to ``.grad``."""
-        done, self._backward = self._backward, _Backward()
-        for name, weight, record in done.layers:
-            if done.accumulated(weight):
-                self._records[name].extend(record)
-        if done.roots and any(map(done.accumulated, done.before)):
-            self._roots += done.roots
+        if not self._collecting:
+            self._passes.clear()
+        self._passes.append({})
 
     def _end(self, module: nn.Module, inputs: tuple, output) -> None:
         """A watched layer, or the model itself, has computed its output."""
-        if self._paused or not (torch.is_grad_enabled() and module.training):
+        if not (isinstance(output, Tensor) and output.requires_grad and _watching()):
             return
-        if module in self._names:
+        if module in self._names and module.training and module.weight.requires_grad:
             self._see_layer(self._names[module], module, inputs[0], output)
-        if module is self._model() and isinstance(output, Tensor) and output.requires_grad:
+        if module is self._model and (module.training or self._passes[-1]) and not _in_backward():
             self._see_root(inputs, output)
 
-    def _see_layer(self, name: str, layer: nn.Module, h: Tensor, output: Tensor) -> None:
-        if not output.requires_grad:
-            return
+    def _see_layer(self, name: str, layer: nn.Linear, h: Tensor, output: Tensor) -> None:
         if h.dim() != 2 or not len(h):
             raise CaptureError(
                 f"layer {name!r} got an input of shape {tuple(h.shape)}; sogrid needs [examples, features] "
                 "with at least one example: flatten the other dimensions before the layer"
             )
-        if name in self._pass.layers:
-            if not self._pass.pulled:
+        latest = self._passes[-1]
+        if _in_backward():
+            if name in latest:  # an activation checkpoint computes again what was seen
+                return
+            raise CaptureError(
+                f"layer {name!r} was first seen in a backward pass: give torch.utils.checkpoint "
+                "use_reentrant=False, and call the model in training mode"
+            )
+        if name in latest:
+            if not any(use.returned for use, _ in latest.values()):
                 raise CaptureError(
-                    f"layer {name!r} was applied twice in one forward pass (shared weights or activation "
-                    "checkpointing); its curvature is not a sum over examples: leave it to torch's SGD"
+                    f"layer {name!r} was applied twice in one forward pass; its curvature is not a sum over "
+                    "examples: leave it to torch's SGD"
                 )
-            self._pass = _Pass()
-        here, me = self._pass, weakref.ref(self)
-        h = h.detach().to(layer.weight.dtype)
-        here.layers[name] = (h, get_gradient_edge(output))
+            self._begin()  # parts of the model are called on their own
+        kept, weight, me = name in self.keep, layer.weight, weakref.ref(self)
+        h = h.detach().to(weight.dtype, copy=kept)  # a copy, as the user's buffer may be filled again
+        use = _Use(name, len(h), h.sum(0), h if kept else None)
+        self._passes[-1][name] = use, get_gradient_edge(output)
 
         def arrived(grad: Tensor) -> None:
             capture = me()
-            if capture is None or capture._paused:
-                return
-            here.pulled = True
-            record = LayerRecord.of(h, grad.detach().to(h.dtype), here.rows.get(name, []), capture.keep)
-            capture._running().layers.append((name, layer.weight, record))
+            if capture is not None and _accumulates(weight):
+                use.returned = True
+                capture._record(name, weight).add(use, grad.detach().to(weight.dtype))
 
         output.register_hook(arrived)
+
+    def _record(self, name: str, weight: Tensor) -> LayerRecord:
+        """Where a gradient that arrives belongs: a new record if none of ``.grad`` is older."""
+        task, record = torch._C._current_graph_task_id(), self.records[name]
+        if weight.grad is None and task != record._task:
+            record = self.records[name] = LayerRecord()
+        record._task = task
+        return record
 
     def _see_root(self, inputs: tuple, output: Tensor) -> None:
-        here, me = self._pass, weakref.ref(self)
-        if self.probe is not None:
+        uses = {use: edge for use, edge in self._passes[-1].values() if use.inputs is not None}
+        if self.probe is not None and uses:
             for vector in self.probe(output.detach()):
-                for name, row in self.pull(output, vector).items():
-                    here.rows.setdefault(name, []).append(row.detach())
-        if not self.keep:
+                for use, row in _pull(output, vector, uses).items():
+                    use.rows.append(row)
+        if not self.keep_roots:
             return
-        x, f = inputs[0], output.detach()
+        x = inputs[0].detach().clone() if inputs and isinstance(inputs[0], Tensor) else inputs
+        root, me = RootRecord(x, output.detach().clone(), None), weakref.ref(self)
 
         def arrived(grad: Tensor) -> None:
             capture = me()
-            if capture is not None and not capture._paused:
-                capture._running().roots.append(RootRecord(x, f, grad.detach()))
+            if capture is not None and any(map(_accumulates, capture._model.parameters())):
+                capture._add_root(root, grad.detach())
 
         output.register_hook(arrived)
 
+    def _add_root(self, root: RootRecord, grad: Tensor) -> None:
+        """As :meth:`_record` and :meth:`LayerRecord.add`, for the model's output."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task and all(p.grad is None for p in self._model.parameters()):
+            self.roots = []
+        self._task = task
+        if root in self.roots:
+            root.grad = root.grad + grad
+        else:
+            root.grad = grad
+            self.roots.append(root)
 
+
+def _pull(output: Tensor, vector: Tensor, edges: dict[_Use, GradientEdge]) -> dict[_Use, Tensor]:
+    """Jᵀv at every edge that ``output`` depends on, in the dtype of the layer's weights."""
+    if not edges or not output.requires_grad:
+        return {}
+    grads = torch.autograd.grad(output, list(edges.values()), vector, retain_graph=True, allow_unused=True)
+    pairs = zip(edges, grads, strict=True)
+    return {use: grad.detach().to(use.input_sum.dtype) for use, grad in pairs if grad is not None}
+
+
+def _accumulates(parameter: Tensor) -> bool:
+    """Whether the backward pass that is running adds to the parameter's ``.grad``."""
+    if not parameter.requires_grad:
+        return False
+    try:
+        return torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
+    except RuntimeError:  # autograd.grad() was asked for this very parameter
+        return False
+
+
+def _watching() -> bool:
+    """Whether autograd records, and not for a ``torch.func`` transform."""
+    return torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1
+
+
+@torch._disable_dynamo  # a compiled model breaks its graph here, and is watched like any other
 def _before(module: nn.Module, args: tuple) -> None:
-    for capture in list(_listeners.get(module, ())):
-        capture._begin(module)
+    for capture in list(_listeners):
+        if module is capture._model and _watching() and not _in_backward():
+            capture._begin()
 
 
+@torch._disable_dynamo
 def _after(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-    for capture in list(_listeners.get(module, ())):
+    for capture in list(_listeners):
         capture._end(module, args or tuple(kwargs.values()), output)
 
 
 def _tidy() -> None:
-    """Drop empty entries, and the process-wide hooks with the last listener."""
-    for module in [m for m, captures in _listeners.items() if not list(captures)]:
-        del _listeners[module]
-    if not _listeners:
+    """Take the process-wide hooks away with the last listener."""
+    if not list(_listeners):
         while _handles:
             _handles.pop().remove()

@@ -1,8 +1,9 @@
 """Damped linear algebra: Tikhonov solve and inverse, inverse square root, conjugate gradient.
 
-All matrices are symmetric ``[..., m, m]``; leading dimensions broadcast. On an accelerator nothing
-here reads a value back to the host: a factorisation that fails there yields NaN, which no loss
+All matrices are symmetric ``[..., m, m]``; leading dimensions broadcast. On an accelerator the Tikhonov
+forms read nothing back to the host: a factorisation that fails there yields NaN, which no loss
 survives unseen. On the CPU, where looking is free, a failure is retried in float64 and then raised.
+The inverse square root and conjugate gradient, which no optimizer's step uses, do make the host wait.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ class FactorizationError(RuntimeError):
 
 
 def shift_diagonal(matrix: Tensor, damping: float | Tensor) -> Tensor:
-    """``matrix + damping · I`` as a new tensor."""
+    """``matrix + damping · I`` as a new tensor, for a number or a tensor ``[...]`` of leading dimensions."""
+    if isinstance(damping, Tensor) and damping.dim() > 0:
+        leading = (matrix[..., 0, 0] + damping).shape
+        matrix, damping = matrix.expand(*leading, *matrix.shape[-2:]), damping.unsqueeze(-1)
     shifted = matrix.clone()
     shifted.diagonal(dim1=-2, dim2=-1).add_(damping)
     return shifted
@@ -38,20 +42,39 @@ def _cholesky(matrix: Tensor, damping: float | Tensor, name: str) -> Tensor:
     factor, info = torch.linalg.cholesky_ex(shift_diagonal(matrix, damping))
     if matrix.device.type != "cpu":
         return torch.where((info == 0)[..., None, None], factor, torch.nan)
-    if bool((info == 0).all()):
+    if _succeeded(factor, info):
         return factor
+    shifted = shift_diagonal(matrix.double(), damping)
+    factor, info = torch.linalg.cholesky_ex(shifted)
+    if _succeeded(factor, info):
+        return factor
+    _require_finite(shifted, name)
+    raise FactorizationError(_advice(torch.linalg.eigvalsh(shifted), matrix.dtype, damping, name))
+
+
+def _succeeded(factor: Tensor, info: Tensor) -> bool:
+    """LAPACK reports a NaN pivot, but not always an infinite one."""
+    return bool((info == 0).all()) and bool(torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all())
+
+
+def _require_finite(matrix: Tensor, name: str) -> None:
     if not bool(torch.isfinite(matrix).all()):
-        raise FactorizationError(f"{name}: the matrix to factorise holds NaN or infinity")
-    double = matrix.double()
-    factor, info = torch.linalg.cholesky_ex(shift_diagonal(double, damping))
-    if bool((info == 0).all()):
-        return factor
-    eigenvalues = torch.linalg.eigvalsh(double)
-    rounding = matrix.shape[-1] * torch.finfo(matrix.dtype).eps * eigenvalues.abs().max()
-    needed = float(rounding - eigenvalues.min())
-    raise FactorizationError(
-        f"{name}: matrix + {float(damping):.3g} I is not positive definite, even in float64 (smallest "
-        f"eigenvalue {float(eigenvalues.min()):.3g}); a shift of {needed:.1e} or more would have helped"
+        raise FactorizationError(f"{name}: the matrix to factorise, or its damping, is NaN or infinite")
+
+
+def _advice(eigenvalues: Tensor, dtype: torch.dtype, damping: float | Tensor, name: str) -> str:
+    """What to say of eigenvalues ``[..., m]`` of a damped matrix, given in ``dtype``, that is not definite.
+
+    The damping named is enough: it lifts the smallest eigenvalue above rounding, and is rounded up.
+    """
+    largest, smallest = eigenvalues.abs().amax(-1), eigenvalues.amin(-1)
+    rounding = 8 * eigenvalues.shape[-1] * torch.finfo(dtype).eps * largest
+    missing = (rounding - smallest).clamp(min=torch.finfo(dtype).tiny)
+    needed = float((missing + torch.as_tensor(damping, dtype=missing.dtype)).max())
+    shift = float(torch.as_tensor(damping).max())
+    return (
+        f"{name}: with a shift of {shift:.3g} the matrix is not positive definite (smallest eigenvalue "
+        f"{float(smallest.min()):.3g}); a shift of {1.1 * needed:.1e} or more would have helped"
     )
 
 
@@ -60,7 +83,7 @@ def tikhonov_inverse(matrix: Tensor, damping: float | Tensor, name: str = "matri
 
     Args:
         matrix: ``[..., m, m]``.
-        damping: ε ≥ 0, a number or a 0-d tensor.
+        damping: ε ≥ 0, a number or a tensor ``[...]``: one for all, or one for each leading dimension.
         name: Named in the error, usually the layer.
 
     Raises:
@@ -68,8 +91,8 @@ def tikhonov_inverse(matrix: Tensor, damping: float | Tensor, name: str = "matri
             the message says which damping would have helped.
 
     Example:
-        >>> tikhonov_inverse(torch.eye(2), 1.0).tolist()
-        [[0.5, 0.0], [0.0, 0.5]]
+        >>> tikhonov_inverse(torch.tensor([[1.0]]), 3.0).tolist()
+        [[0.25]]
     """
     return torch.cholesky_inverse(_cholesky(matrix, damping, name)).to(matrix.dtype)
 
@@ -86,12 +109,12 @@ def inverse_square_root(matrix: Tensor, damping: float | Tensor = 0.0, name: str
     Raises:
         FactorizationError: On the CPU, if an eigenvalue of the damped matrix is not positive.
     """
-    values, vectors = torch.linalg.eigh(shift_diagonal(matrix, damping))
+    shifted = shift_diagonal(matrix, damping)
+    if matrix.device.type == "cpu":
+        _require_finite(shifted, name)
+    values, vectors = torch.linalg.eigh(shifted)
     if matrix.device.type == "cpu" and not bool((values > 0).all()):
-        raise FactorizationError(
-            f"{name}: smallest eigenvalue {float(values.min()):.3g} with damping {float(damping):.3g}; "
-            f"add at least {2 * abs(float(values.min())):.1e}"
-        )
+        raise FactorizationError(_advice(values.double(), matrix.dtype, damping, name))
     return (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
 
 

@@ -42,23 +42,23 @@ COLORS = {
 """The palette. Luminance between 0.13 and 0.30; ΔE of at least 20 in normal, red- and green-blind sight."""
 
 METHODS = {
-    "sgd": ("SGD", "grey", "solid"),
+    "standard_sgd": ("SGD", "grey", "solid"),
     "momentum": ("SGD with momentum", "grey", "dash"),
     "adam": ("Adam", "grey", "dot"),
-    "ubp": ("UBP", "pink", "solid"),
-    "centered": ("centred GD", "purple", "solid"),
+    "jaco_update": ("updated backpropagation", "pink", "solid"),
+    "centered_gradient_descent": ("centred gradient descent", "purple", "solid"),
     "bn": ("batch norm", "brown", "solid"),
     "mean_only_bn": ("mean-only batch norm", "brown", "dash"),
     "acp": ("ACP, heuristic α", "orange", "solid"),
-    "acp_fixed": ("ACP, fixed α", "orange", "dash"),
+    "acp_fixedalpha": ("ACP, fixed α", "orange", "dash"),
     "kfac": ("KFAC", "blue", "solid"),
-    "kfac_gn": ("KFAC, Gauss-Newton", "blue", "dash"),
-    "nnn": ("NNN", "green", "solid"),
+    "kfac_nat": ("KFAC, Fisher", "blue", "dash"),
+    "nnn2": ("NNN", "green", "solid"),
     "grid": ("grid search", "grey", "solid"),
     "random": ("random search", "blue", "solid"),
     "biased": ("biased random search", "orange", "solid"),
 }
-"""Method → (name in legends, colour, dash)."""
+"""Method, by the legends of the thesis (as in the records) → (name in our legends, colour, dash)."""
 
 HEIGHT = 400
 """Height of a figure in pixels, unless its layout says otherwise."""
@@ -201,6 +201,7 @@ def _template() -> go.layout.Template:
             "hoverlabel": {"align": "left"},
             "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
             "margin": {"b": 48, "l": 56, "r": 16, "t": 16},
+            "modebar": {"bgcolor": "rgba(0, 0, 0, 0)", "color": _INK},
             "paper_bgcolor": "rgba(0, 0, 0, 0)",
             "plot_bgcolor": "rgba(0, 0, 0, 0)",
             "xaxis": axis,

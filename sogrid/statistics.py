@@ -65,7 +65,9 @@ class Statistics(NamedTuple):
         """
         shift = (newer.mean - self.mean).unsqueeze(-1)
         covariance = decay * self.covariance + (1 - decay) * newer.covariance
-        output = None if newer.output is None else decay * self.output + (1 - decay) * newer.output
+        output = newer.output
+        if output is not None and self.output is not None:
+            output = decay * self.output + (1 - decay) * output
         return Statistics(
             decay * self.mean + (1 - decay) * newer.mean,
             covariance + decay * (1 - decay) * shift @ shift.mT,

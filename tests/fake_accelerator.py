@@ -1,20 +1,21 @@
 """An accelerator without hardware: it computes nothing, and refuses whatever would make the host wait.
 
 Inside :func:`accelerator` tensors have shapes, dtypes and a device, but no numbers (torch's
-``FakeTensorMode`` on a backend named from Python), and two rules hold for every operation, those that
-autograd runs in a thread of its own included:
+``FakeTensorMode`` on a backend named from Python), and two rules hold for every operation, those of
+autograd included:
 
-1. every tensor an operation takes or returns lives on the accelerator: no copy to or from the host,
-   no host tensor mixed in, not even a scalar or an index;
+1. every tensor that an operation takes or returns lives on the accelerator: nothing is copied to or
+   from the host, and no host tensor is mixed in, not even an index or (unless allowed) a scalar;
 2. no operation has a result that the host must look at: ``.item()``, ``if tensor:``, boolean masks,
    and the factorisations that check for success.
 
-What the rules cannot see is a kernel that waits inside itself. Those known to do so are in
-:data:`WAITS`, from reading the CUDA sources; the list is only as good as that reading.
+A kernel that waits inside itself is invisible to the rules; those known to do so are listed in
+:data:`WAITS`, which is only as good as our reading of the CUDA sources.
 
-Naming a backend is per process and changes it for good: a backward pass aborts if one ran before the
-naming (the engine has no thread for the new device), and ``torch.random.fork_rng`` and pinned memory
-break after it. So tests that use it run in a process of their own, see :func:`run_apart`.
+Naming a backend changes a process for good: ``torch.random.fork_rng`` and pinned memory break after it,
+``torch.accelerator`` finds an accelerator, and a threaded backward pass aborts if any ran before (the
+engine has no thread for the new device). Tests that use it therefore run in a process of their own, by
+:func:`run_apart`.
 """
 
 from __future__ import annotations
@@ -37,56 +38,185 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-__all__ = ["DeviceFault", "accelerator", "main", "run_apart", "seeds"]
+__all__ = ["DeviceFault", "Generator", "accelerator", "main", "preparing", "run_apart"]
 
 NAME = "fakegpu"
 
 aten = torch.ops.aten
 WAITS = {
     aten._local_scalar_dense,  # .item(), float(), bool(), if
-    aten._linalg_check_errors,  # linalg.cholesky, inv, solve, ...; their _ex forms do not
-    aten._linalg_eigh,  # checks inside
-    aten._linalg_svd,
+    aten._linalg_check_errors,  # linalg.cholesky, inv, solve, ...; their _ex forms are free of it
+    aten._linalg_eigh,  # these check inside
     aten._linalg_eigvals,
+    aten._linalg_svd,
     aten.linalg_eig,
     aten.linalg_lstsq,
-    aten.equal,
     aten.allclose,
-    aten.nonzero,  # and all others whose shape depends on values
+    aten.equal,
+    aten.bincount,  # and these have shapes that depend on values
     aten.masked_select,
-    aten._unique2,
-    aten.unique_dim,
-    aten.unique_consecutive,
+    aten.nonzero,
     aten.repeat_interleave,
-    aten.bincount,
+    aten._unique2,
+    aten.unique_consecutive,
+    aten.unique_dim,
 }
-
-seeds: list[int] = []
-"""The seeds given to generators of the accelerator, in order, since :func:`accelerator` was entered."""
+INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 
 
 class DeviceFault(RuntimeError):
     """The host would have waited, or a tensor was not where it should be."""
 
 
-class _Generator(torch.Generator):
-    """``torch.Generator`` for the accelerator too, which a backend named from Python cannot provide."""
+class Generator(torch.Generator):
+    """``torch.Generator``, for the accelerator too: a backend named from Python cannot provide one.
 
+    Attributes:
+        seeds: The seeds of all generators on the accelerator, in order.
+    """
+
+    seeds: list[int] = []  # noqa: RUF012
     accelerated = False
 
-    def __new__(cls, device="cpu"):
-        device = torch.device(device)
-        if device.type != NAME:
-            return torch.Generator.__base__.__new__(cls, device) if False else super().__new__(cls, device)
-        generator = super().__new__(cls)
-        generator.accelerated = True
+    def __new__(cls, device: str | torch.device = "cpu") -> Generator:
+        accelerated = torch.device(device).type == NAME
+        generator = super().__new__(cls, "cpu" if accelerated else device)
+        generator.accelerated = accelerated
         return generator
 
     @property
     def device(self) -> torch.device:
         return torch.device(NAME, 0) if self.accelerated else super().device
 
-    def manual_seed(self, seed: int) -> _Generator:
+    def manual_seed(self, seed: int) -> Generator:
         if self.accelerated:
-            seeds.append(seed)
+            self.seeds.append(seed)
         return super().manual_seed(seed)
+
+
+class _Calls(TorchFunctionMode):
+    """What is only visible above the dispatcher: whose generator it is, and numbers made into tensors."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = dict(kwargs or {})
+        generator = kwargs.get("generator")
+        if generator is not None:
+            kwargs["generator"] = None  # torch's fake random operations know none
+        try:
+            result = function(*args, **kwargs)
+        except NotImplementedError as error:
+            if _Operations.suspended and function is torch.tensor:
+                return torch.tensor(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
+            if "aten::empty_strided" in str(error):
+                raise DeviceFault(f"{function.__name__}: Python numbers are copied to the device") from error
+            raise
+        if generator is not None and isinstance(result, Tensor) and result.device != generator.device:
+            raise DeviceFault(
+                f"{function.__name__}: {result.device} draws from a {generator.device} generator"
+            )
+        return result
+
+
+class _Operations(TorchDispatchMode):
+    """The two rules."""
+
+    suspended = False
+
+    def __init__(self, host_scalars: bool) -> None:
+        super().__init__()
+        self.host_scalars = host_scalars
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if _Operations.suspended:
+            return function(*args, **kwargs)
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        packet = function.overloadpacket
+        waits = packet in WAITS or (packet in INDEXING and any(t.dtype == torch.bool for t in given[1:]))
+        if waits and any(t.device.type == NAME for t in given):
+            raise DeviceFault(f"{function}: the host waits for the device")
+        result = function(*args, **kwargs)
+        for tensor in [*given, *(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))]:
+            where, shape = tensor.device, tuple(tensor.shape)
+            if where.type not in (NAME, "meta") and not (self.host_scalars and shape == ()):
+                raise DeviceFault(f"{function}: a tensor of shape {shape} is on {where}")
+        return result
+
+
+class _Fakes(FakeTensorMode):
+    """Copies of a tensor belong to the same mode as the tensor."""
+
+    def __deepcopy__(self, memo) -> _Fakes:
+        return self
+
+
+@functools.cache
+def _name_backend() -> None:
+    _setup_privateuseone_for_python_backend(NAME)
+
+
+@contextmanager
+def accelerator(*, host_scalars: bool = False, threaded: bool = False) -> Iterator[torch.device]:
+    """Enforce the rules of the module, and give the device.
+
+    Args:
+        host_scalars: Let 0-d host tensors take part: torch passes their values along, as it does
+            with Python numbers.
+        threaded: Run backward passes in the engine's thread for the device, as a GPU does. An
+            exception raised there is lost (``SystemError`` or an abort), so not by default.
+    """
+    _name_backend()
+    Generator.seeds.clear()
+    with (
+        _Fakes(allow_non_fake_inputs=False),
+        _Operations(host_scalars),
+        _Calls(),
+        mock.patch.object(torch, "Generator", Generator),
+        torch.autograd.set_multithreading_enabled(threaded),
+    ):
+        yield torch.device(NAME, 0)
+
+
+@contextmanager
+def preparing() -> Iterator[None]:
+    """Suspend the rules: building a model may copy numbers to the device (batch norm's counter does)."""
+    _Operations.suspended = True
+    try:
+        yield
+    finally:
+        _Operations.suspended = False
+
+
+# --- a process of its own --------------------------------------------------------------------------
+
+
+def main(cases: dict[str, Callable[[], None]]) -> None:
+    """Run the cases named on the command line, or all, and print name → traceback (empty if it passed)."""
+    report = {}
+    for name in sys.argv[1:] or cases:
+        try:
+            cases[name]()
+            report[name] = ""
+        except Exception:
+            report[name] = traceback.format_exc()
+    print(json.dumps(report))
+
+
+def run_apart(script: str, timeout: float = 120.0) -> dict[str, str]:
+    """Run a script that ends in :func:`main` in a fresh Python, and return its report.
+
+    Raises:
+        RuntimeError: If it printed none.
+    """
+    path = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, json.JSONDecodeError) as error:
+        raise RuntimeError(f"{script} gave no report:\n{done.stdout}\n{done.stderr}") from error

@@ -359,7 +359,7 @@ def test_kl_is_half_the_quadratic_form_of_the_fisher_in_both_orders(name, draw):
     for reverse in (False, True):
         for step in (1e-1, 1e-2, 1e-3):
             ratio = kl_divergence(model, loss, x, step * delta, reverse) / (step**2 * form)
-            assert abs(ratio - 0.5) < 0.5 * step
+            assert abs(ratio - 0.5) < step  # linear, whatever the direction
             assert abs(ratio - 1) > 0.4
     forward, backward = (kl_divergence(model, loss, x, 1e-1 * delta, r) for r in (False, True))
     # the orders differ beyond second order, except for a Gaussian of fixed variance
@@ -536,9 +536,8 @@ def test_damping_the_covariance_is_not_damping_the_input_factor(generator):
         assert relative_error(exact, step) < 1e-10  # condition number up to 1e4
         weights_only = torch.diag(torch.tensor([1.0] * 6 + [0.0], dtype=h.dtype))
         assert relative_error(thesis, gradient @ torch.linalg.inv(A + d * weights_only)) < 1e-10
-    assert 0.02 < errors[0] < 0.3
-    assert 0.3 < errors[1] < 1.5
-    assert 1.0 < errors[2] < 3.0
+    assert 0.005 < errors[0] < errors[1] < errors[2]  # other draws: 12 to 200 % at d = 1e-1
+    assert 0.1 < errors[2] < 4.0
 
 
 def test_kfac_step_is_the_inverse_kronecker_product_times_the_gradient(draw):

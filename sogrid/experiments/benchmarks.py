@@ -61,13 +61,11 @@ class Method:
     """How a method of the thesis is built.
 
     Attributes:
-        label: For figures.
         optimizer: ``(model, loss, settings) -> optimizer``.
         normalization: What its network adds, see :class:`~sogrid.networks.MLP`.
         settings: Names of the hyperparameters it takes, beside the initialisation's ``scale``.
     """
 
-    label: str
     optimizer: Callable[[nn.Module, Loss, dict[str, Any]], torch.optim.Optimizer]
     normalization: str | None = None
     settings: tuple[str, ...] = ("lr",)
@@ -80,7 +78,7 @@ class Method:
         """
         wanted = {*self.settings, "scale"}
         if set(settings) != wanted:
-            raise ValueError(f"{self.label} takes the settings {sorted(wanted)}, got {sorted(settings)}")
+            raise ValueError(f"this method takes the settings {sorted(wanted)}, got {sorted(settings)}")
         network = task.network(
             normalization=self.normalization, scale=settings["scale"], generator=generator
         ).to(device)
@@ -104,23 +102,19 @@ def _kfac(curvature):
 
 
 METHODS = {
-    "standard_sgd": Method("SGD", _sgd),
-    "bn": Method("batch norm", _sgd, "batch"),
-    "mean_only_bn": Method("mean-only batch norm", _sgd, "mean_only"),
-    "centered_gradient_descent": Method(
-        "centred gradient descent", lambda model, loss, s: CenteredGradientDescent(model, **s)
-    ),
-    "acp_fixedalpha": Method("ACP, fixed α", _acp, settings=("lr", "damping", "output_curvature")),
+    "standard_sgd": Method(_sgd),
+    "bn": Method(_sgd, "batch"),
+    "mean_only_bn": Method(_sgd, "mean_only"),
+    "centered_gradient_descent": Method(lambda model, loss, s: CenteredGradientDescent(model, **s)),
+    "acp_fixedalpha": Method(_acp, settings=("lr", "damping", "output_curvature")),
     "acp": Method(
-        "ACP, heuristic α",
         lambda model, loss, s: _acp(model, loss, {**s, "output_curvature": "heuristic"}),
         settings=("lr", "damping"),
     ),
     "nnn2": Method(
-        "natural neural network",
         lambda model, loss, s: NaturalNN(model, **s, refresh_every=REFRESH_EVERY),
         settings=("lr", "damping"),
     ),
-    "kfac": Method("KFAC", _kfac("fisher_sampled"), settings=("lr", "damping")),
+    "kfac": Method(_kfac("fisher_sampled"), settings=("lr", "damping")),
 }
 """The methods of Figs. 6.1 and 6.2, by the thesis's legend."""

@@ -19,9 +19,12 @@ from typing import Any
 
 import torch
 
-__all__ = ["Record", "RecordError", "provenance", "write_atomically"]
+__all__ = ["RESULTS", "Record", "RecordError", "provenance", "write_atomically"]
 
 FORMAT = 1
+
+RESULTS = Path(__file__).parents[2] / "book" / "results"
+"""The records that the book shows (in a checkout)."""
 
 
 class RecordError(ValueError):
@@ -100,15 +103,12 @@ class Record:
         experiment: Its name, e.g. ``"fig6_2_mnist_autoencoder"``.
         settings: What defines the experiment (profile, data, sizes): JSON values. A file with other
             settings is refused, so that two experiments never mix.
-        device: For the provenance.
 
     Raises:
         RecordError: If the file is damaged or belongs to another experiment.
     """
 
-    def __init__(
-        self, path: str | Path, experiment: str, settings: dict[str, Any], device: str = "cpu"
-    ) -> None:
+    def __init__(self, path: str | Path, experiment: str, settings: dict[str, Any]) -> None:
         """See the class."""
         self.path = Path(path)
         settings = json.loads(json.dumps(settings))
@@ -116,7 +116,6 @@ class Record:
             "format": FORMAT,
             "experiment": experiment,
             "settings": settings,
-            "provenance": provenance(device),
             "runs": [],
         }
         if self.path.exists():
@@ -151,7 +150,7 @@ class Record:
         return content
 
     def find(self, **key: Any) -> dict[str, Any] | None:
-        """The finished run whose entries equal ``key``, if there is one."""
+        """The run whose entries equal ``key``, if there is one."""
         key = json.loads(json.dumps(key))
         return next(
             (run for run in self.content["runs"] if all(run.get(k) == v for k, v in key.items())), None

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sogrid.experiments.benchmarks import BATCH, METHODS, Task
+from sogrid.experiments.records import provenance
 from sogrid.linalg import FactorizationError
 from sogrid.losses import Loss
 
@@ -172,5 +173,6 @@ def run(task: Task, method: str, settings: dict[str, Any], *, seed: int, **optio
         raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}")
     generator = torch.Generator().manual_seed(seed)
     model, optimizer = METHODS[method].build(task, settings, generator, task.train[0].device)
-    curve = train(model, optimizer, task, seed=seed, progress=METHODS[method].label, **options)
-    return {"method": method, "settings": settings, "seed": seed, **asdict(curve)}
+    curve = train(model, optimizer, task, seed=seed, progress=method, **options)
+    origin = provenance(task.train[0].device)
+    return {"method": method, "settings": settings, "seed": seed, **asdict(curve), "provenance": origin}

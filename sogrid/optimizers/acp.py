@@ -167,7 +167,8 @@ class ACP(Layerwise):
         shift = group["damping"] / (group["output_curvature"] if alpha is None else alpha)
         state = {"inverse": acp_inverse(mean, covariance, shift, group["tikhonov"], name)}
         if group["tikhonov"] == "exact":
-            state |= {"mean": mean, "corner": torch.as_tensor(shift, dtype=mean.dtype, device=mean.device)}
+            corner = torch.ones((), dtype=mean.dtype, device=mean.device).mul_(shift)  # as_tensor would sync
+            state |= {"mean": mean, "corner": corner}
         if alpha is not None:
             state["output_curvature"] = alpha
         return state

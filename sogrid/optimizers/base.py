@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sogrid.capture import Capture
 from sogrid.losses import Loss
 
-__all__ = ["CapturingOptimizer", "check_hyperparameter"]
+__all__ = ["CapturingOptimizer", "check_count", "check_hyperparameter"]
 
 
 def check_hyperparameter(
@@ -37,6 +37,16 @@ def check_hyperparameter(
             "" if below is None else f" and below {below}"
         )
         raise ValueError(f"{name} must be {wanted} and finite, got {number}")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Refuse what is not a positive integer.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 class CapturingOptimizer(torch.optim.Optimizer):

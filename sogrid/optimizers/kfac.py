@@ -190,7 +190,7 @@ class KFAC(Layerwise):
             output_vectors,
             loss=self.loss,
             samples=self.samples if self.curvature == "fisher_sampled" else None,
-            seed=self.seed * 1_000_003 + self.param_groups[0]["updates"],
+            seed=(self.seed * 1_000_003 + self.param_groups[0]["updates"]) % 2**63,
         )
 
     def measure(self, batch, group):  # noqa: D102

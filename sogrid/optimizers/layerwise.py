@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sogrid.capture import Capture, CaptureError, LayerRecord
 from sogrid.losses import check_reduction
-from sogrid.optimizers.base import CapturingOptimizer, check_hyperparameter
+from sogrid.optimizers.base import CapturingOptimizer, check_count, check_hyperparameter
 from sogrid.statistics import Statistics, refresh_due
 
 __all__ = ["Layerwise", "StatisticsBatch"]
@@ -40,11 +40,6 @@ class StatisticsBatch(NamedTuple):
     has_bias: bool
 
 
-def _has_bias(layer: nn.Linear) -> bool:
-    """Whether a layer has a bias that is trained; if not, its inputs are not centred."""
-    return layer.bias is not None and layer.bias.requires_grad
-
-
 class Layerwise(CapturingOptimizer):
     """Base of the layerwise optimizers; see the module docstring.
 
@@ -53,15 +48,16 @@ class Layerwise(CapturingOptimizer):
             preconditioned.
         lr: Learning rate λ.
         reduction: How the training loss is reduced over examples: ``"mean"`` or ``"sum"``. Declared,
-            never guessed; both give the same step.
+            never guessed; both give the same step, that of the mean over the examples a layer saw.
         refresh_every: N: statistics are refreshed before every N-th update, from that update's own
             minibatch unless :meth:`refresh` was called for it. ``None``: only by :meth:`refresh`.
         averaging: ρ in [0, 1): weight of the old statistics when they are refreshed.
         other_lr: Learning rate of plain SGD for parameters outside linear layers (norms, embeddings,
             convolutions). ``None``: such parameters are an error.
         params: What to train, as in torch: parameters or groups of them with hyperparameters of their
-            own; default all trainable parameters. A layer's weight and bias go in one group. In a
-            group with ``preconditioned=False`` everything is trained by plain SGD.
+            own; default all trainable parameters. A layer's weight and bias go in one group; a bias left
+            out or frozen stays as it is, and the layer's inputs are then not centred. In a group with
+            ``preconditioned=False`` everything is trained by plain SGD.
         **hyperparameters: The method's own, kept in the parameter groups.
 
     Raises:
@@ -90,8 +86,8 @@ class Layerwise(CapturingOptimizer):
     ) -> None:
         """See the class."""
         self._require_model(model)
-        if refresh_every is not None and (not isinstance(refresh_every, int) or refresh_every < 1):
-            raise ValueError(f"refresh_every (N) must be a positive integer or None, got {refresh_every!r}")
+        if refresh_every is not None:
+            check_count("refresh_every (N)", refresh_every)
         check_hyperparameter("averaging (ρ)", averaging, below=1.0)
         if other_lr is not None:
             check_hyperparameter("other_lr", other_lr)
@@ -111,7 +107,7 @@ class Layerwise(CapturingOptimizer):
     def add_param_group(self, param_group: dict) -> None:
         """Add a group, as in torch; parameters outside linear layers go to a plain SGD group."""
         before = len(self.param_groups)
-        super().add_param_group(param_group)
+        super().add_param_group({**param_group})
         try:
             group = self.param_groups[-1]
             self.check_hyperparameters(group)
@@ -177,19 +173,30 @@ class Layerwise(CapturingOptimizer):
 
     def _bind(self) -> None:
         """Find the layers of the preconditioned groups and listen to them."""
-        owners, layers, home = self._owners(), {}, {}
-        for index, group in enumerate(self.param_groups):
+        owners, layers = self._owners(), {}
+        home = {p: index for index, group in enumerate(self.param_groups) for p in group["params"]}
+        for group in self.param_groups:
             for parameter in group["params"] if group["preconditioned"] else ():
-                (name, module) = owners[parameter][0]
-                layers[name] = module
-                if home.setdefault(name, index) != index:
-                    raise ValueError(f"weight and bias of layer {name!r} are in different parameter groups")
+                name, layer = owners[parameter][0]
+                layers[name] = layer
+        for name, layer in layers.items():
+            if layer.weight not in home:
+                raise ValueError(
+                    f"the bias of layer {name!r} is to be trained but its weight is not: freeze the bias too, "
+                    "or put it in a group with preconditioned=False"
+                )
+            if home.get(layer.bias, home[layer.weight]) != home[layer.weight]:
+                raise ValueError(f"weight and bias of layer {name!r} are in different parameter groups")
         if self._capture is not None:
             self._capture.close()
         self._names = {layer.weight: name for name, layer in layers.items()}
-        self._layers = layers
+        self._layers, self._given = layers, set(home)
         self._capture = Capture(self.model, layers)
         self._arm()
+
+    def _bias(self, layer: nn.Linear) -> nn.Parameter | None:
+        """The bias of a layer if it is trained; if not, the layer's inputs are not centred."""
+        return layer.bias if layer.bias in self._given and layer.bias.requires_grad else None
 
     # -- the verbs of a method -----------------------------------------------------------------------
 
@@ -217,10 +224,19 @@ class Layerwise(CapturingOptimizer):
     def refresh_due(self) -> bool:
         """Whether the next :meth:`step` would refresh the statistics from its own minibatch."""
         group = self.param_groups[0]
-        if not self.uses_statistics or self.refresh_every is None or group["refreshed"] == group["updates"]:
-            return False
-        missing = any(w.requires_grad and not self.state.get(w) for w in self._names)
-        return missing or refresh_due(group["updates"], self.refresh_every)
+        fresh = not self.uses_statistics or group["refreshed"] == group["updates"]
+        return not fresh and refresh_due(group["updates"], self.refresh_every)
+
+    def _wanted(self) -> set[str]:
+        """Layers that the next step would refresh: all if that is due, else those it could not update."""
+        if not self.uses_statistics or self.refresh_every is None:
+            return set()
+        due = self.refresh_due
+        return {name for name, layer, _ in self._walk() if due or not self._fits(layer)}
+
+    def _fits(self, layer: nn.Linear) -> bool:
+        """Whether a layer has statistics, taken while its bias was trained or not, as it is now."""
+        return self.state.get(layer.weight, {}).get("biased") == (self._bias(layer) is not None)
 
     def refresh(self, closure: Callable[[], Tensor]) -> None:
         """Refresh the statistics from a minibatch of their own (Algorithm 4, line 4).
@@ -234,18 +250,13 @@ class Layerwise(CapturingOptimizer):
             FactorizationError: If a damped matrix cannot be inverted; the old statistics stay.
             TypeError: If the closure returns no scalar loss.
         """
-        self._capture.probe = self.probe()
-        try:
-            with torch.enable_grad():
-                loss = closure()
-                if not isinstance(loss, Tensor) or loss.dim() != 0:
-                    raise TypeError(f"the closure given to refresh must return the scalar loss, got {loss!r}")
-                records = self._capture.collect(loss)
-        finally:
-            self._arm()
+        if not self.uses_statistics:
+            return
+        with torch.enable_grad():
+            records = self._capture.collect(closure, self.probe())
         if not records:
             raise CaptureError("the closure given to refresh ran no watched layer in training mode")
-        with torch.no_grad():
+        with torch.no_grad(), torch._C._DisableAutocast():
             states = self._refreshed(records)
         self._adopt(states)
         self._arm()
@@ -255,9 +266,14 @@ class Layerwise(CapturingOptimizer):
         states = {}
         for name, layer, group in self._walk():
             record = records.get(name)
-            if record is None or not record.inputs:
+            if record is None or not record.count:
                 continue
-            has_bias = _has_bias(layer)
+            if not record.complete:
+                raise CaptureError(
+                    f"layer {name!r}: its statistics are due, but were not when its forward pass ran: call "
+                    "zero_grad() before the forward pass, or refresh(closure)"
+                )
+            has_bias = self._bias(layer) is not None
             scale = record.count if self.reduction == "mean" else 1
             passes = zip(*record.rows, strict=True)
             batch = StatisticsBatch(
@@ -268,13 +284,13 @@ class Layerwise(CapturingOptimizer):
             )
             self._require_finite(f"layer {name!r}", batch.g)
             statistics = self.measure(batch, group)
-            old, state = self.state.get(layer.weight), {}
+            old, state = self.state.get(layer.weight, {}), {"biased": has_bias}
             if self.averaging > 0:
-                if old:
+                if self._fits(layer) and "statistics_mean" in old:
                     fields = {key: old.get("statistics_" + key) for key in Statistics._fields}
                     statistics = Statistics(**fields).blend(statistics, self.averaging)
                 kept = statistics._asdict().items()
-                state = {"statistics_" + key: value for key, value in kept if value is not None}
+                state |= {"statistics_" + key: value for key, value in kept if value is not None}
             states[layer.weight] = state | self.invert(statistics, group, has_bias, f"layer {name!r}")
         return states
 
@@ -286,9 +302,9 @@ class Layerwise(CapturingOptimizer):
 
     def _arm(self) -> None:
         """Tell the capture what the next pass must leave behind."""
-        due = self.refresh_due
-        self._capture.keep = due
-        self._capture.probe = self.probe() if due else None
+        self._capture.keep = self._wanted()
+        self._capture.keep_roots = False
+        self._capture.probe = self.probe()
 
     # -- step ------------------------------------------------------------------------------------------
 
@@ -303,7 +319,7 @@ class Layerwise(CapturingOptimizer):
     def _ready(self) -> Iterator[tuple[str, nn.Linear, dict, LayerRecord]]:
         """The layers that hold a gradient, each checked for what a step needs."""
         for name, layer, group in self._walk():
-            bias = layer.bias if _has_bias(layer) else None
+            bias = self._bias(layer)
             if layer.weight.grad is None:
                 if bias is not None and bias.grad is not None:
                     raise CaptureError(f"layer {name!r}: the bias has a gradient but the weight has none")
@@ -316,7 +332,9 @@ class Layerwise(CapturingOptimizer):
                     f"layer {name!r} has a gradient but its forward pass was not seen: it ran in eval mode, "
                     "its weight was used outside the layer, or the optimizer was closed"
                 )
-            self._require_finite(f"layer {name!r}", layer.weight.grad if bias is None else bias.grad)
+            for parameter in (layer.weight, bias):
+                if parameter is not None:
+                    self._require_finite(f"layer {name!r}", parameter.grad)
             yield name, layer, group, record
 
     @torch.no_grad()
@@ -335,21 +353,27 @@ class Layerwise(CapturingOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        ready = list(self._ready())
-        if self.refresh_due:
-            self._adopt(self._refreshed(self._capture.records))
+        with torch._C._DisableAutocast():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        """One update from the gradients and records there are."""
+        ready, records = list(self._ready()), self._capture.records
+        wanted = self._wanted()
+        if wanted:
+            self._adopt(self._refreshed({name: records[name] for name in wanted}))
         for name, layer, _, _ in ready:
             self._check_state(name, layer)
         for layer, (dw, db) in self._changes(ready):
             layer.weight.add_(dw)
-            if _has_bias(layer):
+            if db is not None:
                 layer.bias.add_(db)
-        self._step_others()
+        self._step_others(max((record.count for *_, record in ready), default=1))
         for group in self.param_groups:
             group["updates"] += 1
         self._capture.clear()
         self._arm()
-        return loss
 
     def _changes(
         self, ready: list[tuple[str, nn.Linear, dict, LayerRecord]]
@@ -357,27 +381,31 @@ class Layerwise(CapturingOptimizer):
         """Each layer's (ΔW, Δb), one layer at a time."""
         for _, layer, group, record in ready:
             scale = 1 if self.reduction == "mean" else 1 / record.count
-            grad_b = layer.bias.grad * scale if _has_bias(layer) else None
+            bias, state = self._bias(layer), self.state.get(layer.weight, {})
+            grad_b = None if bias is None else bias.grad * scale
             mean = record.input_sum / record.count
-            yield layer, self.update(layer.weight.grad * scale, grad_b, mean, self.state[layer.weight], group)
+            yield layer, self.update(layer.weight.grad * scale, grad_b, mean, state, group)
 
     def _check_state(self, name: str, layer: nn.Linear) -> None:
-        state = self.state[layer.weight]
-        if self.uses_statistics and not state:
+        if self.uses_statistics and not self._fits(layer):
             raise CaptureError(
-                f"layer {name!r} has no statistics yet: call refresh(closure) before this step"
-                + ("" if self.refresh_every is None else ", or zero_grad() after unfreezing a layer")
+                f"layer {name!r} has no statistics, or its bias was frozen or unfrozen since: call "
+                "refresh(closure) before this step"
+                + ("" if self.refresh_every is None else ", or zero_grad() before its forward pass")
             )
-        for key, value in state.items():
-            if value.device != layer.weight.device or value.dtype != layer.weight.dtype:
+        dtype, device = layer.weight.dtype, layer.weight.device
+        for key, value in self.state.get(layer.weight, {}).items():
+            if isinstance(value, Tensor) and (value.dtype, value.device) != (dtype, device):
                 raise ValueError(
-                    f"layer {name!r} is {layer.weight.dtype} on {layer.weight.device} but its {key} is "
-                    f"{value.dtype} on {value.device}: the model was moved after the optimizer had refreshed; "
-                    "call refresh(closure), or optimizer.load_state_dict(optimizer.state_dict())"
+                    f"layer {name!r} is {dtype} on {device} but its {key} is {value.dtype} on {value.device}: "
+                    "the model was moved after the optimizer had refreshed; call "
+                    "optimizer.load_state_dict(optimizer.state_dict()), or refresh(closure)"
                 )
 
-    def _step_others(self) -> None:
+    def _step_others(self, count: int) -> None:
+        """Plain SGD, with the gradient of the mean loss, outside the preconditioned groups."""
+        scale = 1 if self.reduction == "mean" else 1 / count
         for group in self.param_groups:
             for parameter in () if group["preconditioned"] else group["params"]:
                 if parameter.grad is not None:
-                    parameter.sub_(group["lr"] * parameter.grad)
+                    parameter.sub_(group["lr"] * scale * parameter.grad)

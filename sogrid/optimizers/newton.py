@@ -47,6 +47,15 @@ def newton_update(
     return -lr * solution.squeeze(-1)
 
 
+def _held_block(model: nn.Module, matrix: Tensor) -> Tensor:
+    """Rows and columns of the parameters that hold a gradient, by slices: masks make the host wait."""
+    sizes = [p.numel() for p in model.parameters()]
+    held = [p.grad is not None for p in model.parameters()]
+    for dim in (0, 1):
+        matrix = torch.cat([m for m, h in zip(matrix.split(sizes, dim), held, strict=True) if h], dim)
+    return matrix
+
+
 class Newton(CapturingOptimizer):
     """Dense second-order steps for a small model, in an ordinary training loop.
 
@@ -118,8 +127,8 @@ class Newton(CapturingOptimizer):
         gradient = torch.cat([p.grad.flatten() for p in held]) / (1 if mean else len(f))
         self._require_finite("model", gradient)
         matrix = MATRICES[self.curvature](self.model, self.loss, x, y)
-        keep = torch.cat([torch.full((p.numel(),), p.grad is not None) for p in self.model.parameters()])
-        matrix = matrix[keep][:, keep] if len(held) < len(group["params"]) else matrix
+        if len(held) < len(group["params"]):
+            matrix = _held_block(self.model, matrix)
         change = newton_update(gradient, matrix, lr=group["lr"], damping=group["damping"])
         self._require_finite("Newton step (singular matrix? raise the damping)", change)
         for parameter, part in zip(held, change.split([p.numel() for p in held]), strict=True):

@@ -190,7 +190,7 @@ class UpdatedBackprop(Layerwise):
         super()._bind()
 
     def _arm(self) -> None:
-        self._capture.keep = True
+        """Nothing to tell: the capture keeps every pass."""
 
     @staticmethod
     def _chain(model: nn.Module) -> list[tuple[nn.Linear, nn.Sequential]]:

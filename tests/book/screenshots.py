@@ -81,7 +81,8 @@ def settle(driver) -> None:
         """
         const done = arguments[0];
         const figures = () => [...document.querySelectorAll(".sogrid-plot:not(.sogrid-failed)")];
-        const poll = () => figures().every((f) => f.dataset.drawn) ? requestAnimationFrame(done) : setTimeout(poll, 20);
+        const drawn = () => figures().every((f) => f.dataset.drawn);
+        const poll = () => (drawn() ? requestAnimationFrame(done) : setTimeout(poll, 20));
         const typeset = window.MathJax?.startup?.promise ?? Promise.resolve();
         typeset.then(poll);
         """

@@ -14,6 +14,8 @@ import plotly.io as pio
 import pytest
 
 from sogrid import plotting
+from sogrid.experiments import benchmarks
+from sogrid.experiments.reference import thesis_values
 
 VISION = {  # linear RGB as seen, full severity (Machado, Oliveira and Fernandes 2009)
     "normal": np.eye(3),
@@ -70,8 +72,13 @@ def test_methods_differ_by_colour_or_dash():
 
 
 def test_style_is_a_scatter():
-    trace = go.Scatter(x=[0], y=[0], **plotting.style("kfac_gn"))
-    assert (trace.name, trace.line.color, trace.line.dash) == ("KFAC, Gauss-Newton", "#1754fb", "dash")
+    trace = go.Scatter(x=[0], y=[0], **plotting.style("kfac_nat"))
+    assert (trace.name, trace.line.color, trace.line.dash) == ("KFAC, Fisher", "#1754fb", "dash")
+
+
+def test_every_method_that_is_run_or_quoted_has_a_style():
+    quoted = {m for f in ("fig5_1", "fig6_1", "fig6_2", "fig6_3") for m in thesis_values(f)["methods"]}
+    assert quoted | set(benchmarks.METHODS) <= set(plotting.METHODS)
 
 
 def test_compact_keeps_values_to_float32():

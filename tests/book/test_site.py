@@ -85,8 +85,8 @@ const skip = "pre, code, script, style, noscript, textarea, .sogrid-figure scrip
 const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
 const raw = [];
 while (walker.nextNode()) {
-  const node = walker.currentNode;
-  if (/\\$|\\\\[([]/.test(node.data) && !node.parentElement.closest(skip)) raw.push(node.data.trim().slice(0, 80));
+  const { data, parentElement } = walker.currentNode;
+  if (/\\$|\\\\[([]/.test(data) && !parentElement.closest(skip)) raw.push(data.trim().slice(0, 80));
 }
 return {
   raw,
@@ -152,3 +152,14 @@ def test_nothing_moves_while_a_page_loads(driver, roots, page):
         """
     )
     assert shift < 0.1
+
+
+def test_a_dark_page_is_printed_in_light(driver, roots):
+    open_page(driver, f"{roots['file']}/{PAGES[0]}", DESKTOP)
+    set_theme(driver, "dark")
+    driver.execute_script(
+        "addEventListener('beforeprint', () => (window.printed = document.documentElement.dataset.theme))"
+    )
+    driver.execute_cdp_cmd("Page.printToPDF", {})
+    theme = "document.documentElement.dataset.theme"
+    assert driver.execute_script(f"return [window.printed, {theme}]") == ["light", "dark"]

@@ -4,6 +4,7 @@
  * share it and the theme through the global `sogridBook`:
  *   sogridBook.plotly()                    a promise of the Plotly library
  *   sogridBook.draw(element, data, layout) draws, then follows the page's theme and the element's size
+ * This script is deferred: an inline script of a page waits for DOMContentLoaded before it uses them.
  */
 (() => {
   "use strict";
@@ -35,7 +36,6 @@
       "hoverlabel.bordercolor": ink,
       "hoverlabel.font.color": ink,
       "modebar.color": ink,
-      "modebar.bgcolor": "rgba(0, 0, 0, 0)",
     };
   }
 
@@ -78,6 +78,16 @@
     sizes.observe(element);
     return element;
   }
+
+  /* Paper is white: a page is printed in the light theme, whatever the screen shows. */
+  let screen = null;
+  addEventListener("beforeprint", () => {
+    screen = document.documentElement.dataset.theme;
+    document.documentElement.dataset.theme = "light";
+  });
+  addEventListener("afterprint", () => {
+    document.documentElement.dataset.theme = screen;
+  });
 
   async function start() {
     for (const figure of document.querySelectorAll(".sogrid-figure")) {

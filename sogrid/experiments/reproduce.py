@@ -1,0 +1,134 @@
+"""The experiments of the thesis, as data, and the one call that runs them.
+
+A template in ``book/experiments/`` names an experiment and a profile; the record it leaves is what the
+book redraws the figure from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sogrid.experiments import data
+from sogrid.experiments.benchmarks import BATCH, REFRESH_EVERY, Task, mnist_task
+from sogrid.experiments.records import Record
+from sogrid.experiments.reference import thesis_values
+from sogrid.experiments.training import evaluation_points, run
+
+__all__ = ["EXPERIMENTS", "PROFILES", "Experiment", "Profile", "reproduce"]
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How much of an experiment is run.
+
+    Attributes:
+        updates: Parameter updates of each run.
+        full: On the full data set, or on a few of the embedded digits.
+        evaluate_on: The training curve is a mean over this many of the first training examples.
+    """
+
+    updates: int
+    full: bool
+    evaluate_on: int
+
+
+PROFILES = {
+    "smoke": Profile(12, full=False, evaluate_on=400),
+    "laptop": Profile(2_000, full=True, evaluate_on=10_000),
+    "thesis": Profile(300_000, full=True, evaluate_on=60_000),
+}
+SMOKE_EXAMPLES = 400
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One figure of the thesis.
+
+    Attributes:
+        figure: Key of :func:`~sogrid.experiments.reference.thesis_values`.
+        dataset: ``"mnist"`` or ``"cifar10"``.
+        task: The benchmark on that data.
+        settings: Method → hyperparameters.
+        chosen: How the hyperparameters were chosen.
+    """
+
+    figure: str
+    dataset: str
+    task: Callable[[data.Dataset], Task]
+    settings: dict[str, dict[str, Any]]
+    chosen: str
+
+
+EXPERIMENTS = {
+    "fig6_2_mnist_autoencoder": Experiment(
+        "fig6_2",
+        "mnist",
+        mnist_task,
+        {
+            "acp_fixedalpha": {"lr": 0.7, "damping": 1.0, "output_curvature": 1.0, "scale": 32.0},
+            "acp": {"lr": 0.1, "damping": 0.1, "scale": 32.0},
+            "nnn2": {"lr": 0.5, "damping": 1.0, "scale": 32.0},
+            "kfac": {"lr": 0.01, "damping": 0.01, "scale": 32.0},
+            "bn": {"lr": 0.3, "scale": 8.0},
+            "standard_sgd": {"lr": 0.1, "scale": 32.0},
+        },
+        chosen="by hand",
+    ),
+}
+
+
+def reproduce(
+    experiment: str, *, profile: str = "smoke", seed: int = 0, device: str = "cpu", out: str | Path = "out"
+) -> dict[str, Any]:
+    """Run an experiment, or what is missing of it, and return the content of its record.
+
+    The record is ``<out>/<experiment>.<profile>.json``. It is written after each method, and methods
+    that it already holds (same settings and seed) are not run again.
+
+    Args:
+        experiment: Key of :data:`EXPERIMENTS`.
+        profile: Key of :data:`PROFILES`.
+        seed: Of weights, data order and statistics.
+        device: Where to train.
+        out: Folder of the record.
+
+    Raises:
+        DataError: If the profile needs the full data set and it is not there.
+        RecordError: If the file is damaged or holds another experiment.
+        ValueError: For an unknown experiment or profile.
+    """
+    if experiment not in EXPERIMENTS:
+        raise ValueError(f"experiment must be one of {list(EXPERIMENTS)}, got {experiment!r}")
+    if profile not in PROFILES:
+        raise ValueError(f"profile must be one of {list(PROFILES)}, got {profile!r}")
+    plan, scale = EXPERIMENTS[experiment], PROFILES[profile]
+    if scale.full:
+        digits = data.load(plan.dataset, device=device)
+        if "subset" in digits.variant:
+            raise data.DataError(
+                f"profile {profile!r} needs the full data set, not the {digits.variant}: set SOGRID_DATA or "
+                f"run sogrid.experiments.data.load({plan.dataset!r}, source='download') once"
+            )
+    else:
+        digits = data.load(plan.dataset, source="embedded", subset=SMOKE_EXAMPLES, device=device)
+    settings = {
+        "profile": profile,
+        "updates": scale.updates,
+        "batch": BATCH,
+        "refresh_every": REFRESH_EVERY,
+        "evaluate_on": scale.evaluate_on,
+        "data": {"variant": digits.variant, "checksum": digits.checksum},
+        "hyperparameters": plan.chosen,
+    }
+    record = Record(Path(out) / f"{experiment}.{profile}.json", experiment, settings)
+    thesis_points = [int(u) - 1 for u in thesis_values(plan.figure)["curves"]["train_mse_by_update"]["x"]]
+    points = evaluation_points(scale.updates, also=thesis_points)
+    task = plan.task(digits)
+    for method, chosen in plan.settings.items():
+        if record.find(method=method, settings=chosen, seed=seed) is None:
+            options = {"updates": scale.updates, "points": points, "evaluate_on": scale.evaluate_on}
+            record.add(run(task, method, chosen, seed=seed, **options))
+    return record.content

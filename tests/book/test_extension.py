@@ -1,0 +1,80 @@
+"""The book's Sphinx extension: what its cache depends on, and what it takes off a page."""
+
+import importlib.util
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[2] / "book" / "_ext" / "sogrid_book.py"
+
+
+@pytest.fixture(scope="module")
+def extension():
+    spec = importlib.util.spec_from_file_location("sogrid_book", SOURCE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A tree with one file of each kind the cache watches, and a page."""
+    for name in ("sogrid/a.py", "book/results/r.json", "requirements.txt", "book/index.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("one")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["sogrid/a.py", "sogrid/new.py", "book/results/r.json", "requirements.txt"])
+def test_cache_depends_on_what_a_page_runs_on(extension, project, name):
+    before = extension.inputs_hash(project)
+    assert before == extension.inputs_hash(project)
+    (project / name).write_text("two")
+    assert extension.inputs_hash(project) != before
+
+
+def test_cache_depends_on_the_data_folder(extension, project, monkeypatch):
+    monkeypatch.setenv("SOGRID_DATA", "here")
+    before = extension.inputs_hash(project)
+    monkeypatch.setenv("SOGRID_DATA", "there")
+    assert extension.inputs_hash(project) != before
+
+
+@pytest.mark.parametrize("name", ["book/index.md", "sogrid/__pycache__/a.pyc", "sogrid/.hidden"])
+def test_cache_does_not_depend_on_prose_or_leftovers(extension, project, name):
+    before = extension.inputs_hash(project)
+    (project / name).parent.mkdir(exist_ok=True)
+    (project / name).write_text("two")
+    assert extension.inputs_hash(project) == before
+
+
+def test_old_caches_are_removed(extension, project):
+    folder = project / "_build/.jupyter_cache"
+    for age, name in enumerate(["new", "old", "older"]):
+        (folder / name).mkdir(parents=True)
+        os.utime(folder / name, (1e9 - age, 1e9 - age))
+    config = SimpleNamespace()
+    extension.set_cache(SimpleNamespace(outdir=project / "_build/html", srcdir=project), config)
+    current = Path(config.nb_execution_cache_path)
+    assert {p.name for p in folder.iterdir()} == {current.name, "new"}
+
+
+def test_thebe_is_taken_off_the_page(extension):
+    scripts = [
+        SimpleNamespace(filename="_static/sphinx-thebe.js", attributes={}),
+        SimpleNamespace(
+            filename=None, attributes={"body": 'const THEBE_JS_URL = ""; const thebe_selector = ""'}
+        ),
+        SimpleNamespace(filename="_static/js/sogrid-book.js", attributes={"defer": "defer"}),
+        "_static/copybutton.js",
+    ]
+    context = {"script_files": list(scripts)}
+    extension.remove_thebe(None, "page", "page.html", context, None)
+    assert context["script_files"] == scripts[2:]
+
+
+def test_a_missing_package_is_named(extension):
+    with pytest.raises(RuntimeError, match="no-such-package"):
+        extension.package_folder("no-such-package")

@@ -1,0 +1,425 @@
+"""Every optimizer on an accelerator that tolerates no host tensor, no transfer and no waiting host.
+
+The cases run in one process of their own (see :mod:`fake_accelerator`), once for the whole module;
+each is reported as a test here. To see one alone: ``python tests/test_device.py "ACP, exact"``.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+
+import fake_accelerator
+import pytest
+import torch
+from fake_accelerator import DeviceFault, Generator, accelerator, preparing
+from torch import Tensor, nn
+
+from sogrid.kronecker import bordered, bordered_inverse
+from sogrid.linalg import inverse_square_root, tikhonov_inverse, tikhonov_solve
+from sogrid.losses import (
+    BinaryCrossEntropyAtLogits,
+    BinaryCrossEntropyAtProbabilities,
+    CrossEntropyAtLogits,
+    CrossEntropyAtProbabilities,
+    Loss,
+    Quadratic,
+)
+from sogrid.networks import MLP
+from sogrid.optimizers import (
+    ACP,
+    KFAC,
+    CenteredGradientDescent,
+    NaturalNN,
+    Newton,
+    UpdatedBackprop,
+    acp_inverse,
+    acp_update,
+    kfac_inverses,
+    kfac_update,
+)
+from sogrid.statistics import Statistics, input_moments, output_factor, squared_gradient_bound
+
+CASES: dict[str, Callable[[], None]] = {}
+
+OUTPUTS = {CrossEntropyAtProbabilities: "softmax", BinaryCrossEntropyAtProbabilities: "sigmoid"}
+LOSSES = [
+    Quadratic(),
+    BinaryCrossEntropyAtLogits(),
+    BinaryCrossEntropyAtProbabilities(),
+    CrossEntropyAtLogits("sum"),
+    CrossEntropyAtProbabilities(),
+]
+inplace_relu = functools.partial(nn.ReLU, inplace=True)
+
+Make = Callable[..., torch.optim.Optimizer]
+
+
+def train(
+    make: Make,
+    loss: Loss | None = None,
+    *,
+    steps: int = 4,
+    watch: Callable[[torch.optim.Optimizer, nn.Module], None] | None = None,
+    host_scalars: bool = False,
+    threaded: bool = False,
+    **network,
+) -> None:
+    """A training loop on the accelerator: ordinary steps, a refresh by closure, a step with a closure."""
+    loss = loss or Quadratic()
+    with accelerator(host_scalars=host_scalars, threaded=threaded) as device:
+        network.setdefault("output", OUTPUTS.get(type(loss), "identity"))
+        with preparing():
+            model = MLP([4, 5, 3, 3], device=device, **network)
+        optimizer = make(model)
+
+        def minibatch() -> Tensor:
+            x, f = torch.randn(8, 4, device=device), torch.rand(8, 3, device=device)
+            hard = isinstance(loss, CrossEntropyAtLogits | CrossEntropyAtProbabilities)
+            return loss(model(x), f.argmax(-1) if hard else f)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            value = minibatch()
+            value.backward()
+            return value
+
+        for _ in range(steps):
+            closure()
+            optimizer.step()
+        if getattr(optimizer, "uses_statistics", False):
+            optimizer.refresh(minibatch)
+            closure()
+            optimizer.step()
+        minibatch().backward()  # accumulate
+        minibatch().backward()
+        optimizer.step()
+        optimizer.step(closure)
+        assert all(p.device == device and p.dtype == torch.float32 for p in model.parameters())
+        if watch is not None:
+            watch(optimizer, model)
+
+
+def case(name: str):
+    """Register a function under a name."""
+
+    def register(function: Callable[[], None]) -> Callable[[], None]:
+        assert name not in CASES
+        CASES[name] = function
+        return function
+
+    return register
+
+
+# --- every optimizer -------------------------------------------------------------------------------
+
+ACPS = {
+    "ACP": {},
+    "ACP, heuristic": {"output_curvature": "heuristic"},
+    "ACP, exact": {"tikhonov": "exact"},
+    "ACP, exact, heuristic": {"tikhonov": "exact", "output_curvature": "heuristic"},
+    "ACP, averaging": {"averaging": 0.5, "output_curvature": "heuristic", "bias_correction": True},
+    "ACP, averaging, exact": {"averaging": 0.5, "tikhonov": "exact", "reduction": "sum"},
+}
+for _name, _options in ACPS.items():
+    CASES[_name] = functools.partial(
+        train, functools.partial(ACP, lr=0.1, damping=0.1, refresh_every=2, **_options)
+    )
+for _loss in LOSSES:
+    for _curvature in ("fisher_exact", "fisher_sampled", "gauss_newton_probabilities", "empirical_fisher"):
+        if _curvature == "gauss_newton_probabilities" and not type(_loss).__name__.startswith("Cross"):
+            continue  # refused: it would not be that matrix
+        _make = functools.partial(
+            KFAC, lr=0.1, damping=0.1, loss=_loss, curvature=_curvature, samples=2, refresh_every=2
+        )
+        CASES[f"KFAC, {_curvature}, {type(_loss).__name__}"] = functools.partial(train, _make, _loss)
+for _curvature in ("gauss_newton", "hessian", "none"):
+    for _loss in LOSSES:
+        _make = functools.partial(UpdatedBackprop, lr=0.1, loss=_loss, curvature=_curvature)
+        CASES[f"UpdatedBackprop, {_curvature}, {type(_loss).__name__}"] = functools.partial(
+            train, _make, _loss
+        )
+for _curvature in ("gauss_newton", "hessian", "fisher"):
+    _make = functools.partial(Newton, lr=0.1, damping=0.1, loss=LOSSES[0], curvature=_curvature)
+    CASES[f"Newton, {_curvature}"] = functools.partial(train, _make)
+
+EVERY: dict[str, Make] = {
+    "ACP": functools.partial(ACP, lr=0.1, damping=0.1, refresh_every=2, output_curvature="heuristic"),
+    "KFAC": functools.partial(KFAC, lr=0.1, damping=0.1, refresh_every=2, averaging=0.5, loss=Quadratic()),
+    "NaturalNN": functools.partial(NaturalNN, lr=0.1, damping=0.1, refresh_every=2, averaging=0.5),
+    "CenteredGradientDescent": functools.partial(CenteredGradientDescent, lr=0.1, bias_correction=True),
+    "UpdatedBackprop": functools.partial(UpdatedBackprop, lr=0.1, loss=Quadratic()),
+    "Newton": functools.partial(Newton, lr=0.1, damping=0.1, loss=Quadratic()),
+}
+CASES["NaturalNN"] = functools.partial(train, EVERY["NaturalNN"])
+CASES["CenteredGradientDescent"] = functools.partial(train, EVERY["CenteredGradientDescent"])
+for _name, _make in EVERY.items():
+    CASES[f"{_name}, backward in the engine's thread"] = functools.partial(train, _make, threaded=True)
+    CASES[f"{_name}, in-place ReLU"] = functools.partial(train, _make, activation=inplace_relu)
+
+
+@case("KFAC, no π")
+def _():
+    train(functools.partial(KFAC, lr=0.1, damping=0.1, loss=Quadratic(), pi_correction=False))
+
+
+@case("Newton, one layer frozen")
+def _():
+    """The rows and columns of what is trained are cut out without a mask."""
+
+    def make(model):
+        model.linear2.requires_grad_(False)
+        return EVERY["Newton"](model)
+
+    train(make)
+
+
+# --- what users do around a step -------------------------------------------------------------------
+
+LAYERWISE = {name: EVERY[name] for name in ("ACP", "KFAC", "NaturalNN", "CenteredGradientDescent")}
+
+
+def norms(name: str, normalization: str) -> None:
+    """Layers without biases, and norm layers trained by plain SGD."""
+    train(functools.partial(LAYERWISE[name], other_lr=0.05), normalization=normalization)
+
+
+def groups(name: str) -> None:
+    """Groups with hyperparameters of their own, one of them plain, one added late."""
+
+    def make(model):
+        first = {"params": model.linear1.parameters(), "lr": 0.2}
+        plain = {"params": model.linear2.parameters(), "preconditioned": False}
+        optimizer = LAYERWISE[name](model, params=[first, plain])
+        optimizer.add_param_group({"params": model.linear3.parameters()})
+        return optimizer
+
+    train(make)
+
+
+def tensors(name: str, where: str | None) -> None:
+    """Hyperparameters as 0-d tensors on the device, or on the host; a scheduler moves one of them."""
+
+    def make(model):
+        number = functools.partial(torch.full, (), device=where or model.linear1.weight.device)
+        options = {"lr": number(0.1), "other_lr": number(0.05)}
+        if name != "CenteredGradientDescent":
+            options["damping"] = number(0.1)
+        optimizer = LAYERWISE[name](model, **options)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+        optimizer.register_step_post_hook(lambda *_: scheduler.step())
+        return optimizer
+
+    train(make, host_scalars=where == "cpu", normalization="batch")
+
+
+def clipped(name: str) -> None:
+    """torch's own clipping before every step."""
+
+    def clip(optimizer, *_) -> None:
+        nn.utils.clip_grad_norm_(optimizer.model.parameters(), 1.0)
+
+    def make(model):
+        optimizer = LAYERWISE[name](model)
+        optimizer.register_step_pre_hook(clip)
+        return optimizer
+
+    train(make)
+
+
+def resumed(name: str) -> None:
+    """A state_dict taken and loaded, and a deep copy, without leaving the device."""
+
+    def watch(optimizer, model):
+        optimizer.load_state_dict(optimizer.state_dict())
+        twin = copy.deepcopy(optimizer)
+        for one in (optimizer, twin):
+            one.zero_grad()
+            one.model(torch.randn(8, 4, device=model.linear1.weight.device)).square().mean().backward()
+            one.step()
+
+    train(LAYERWISE[name], watch=watch)
+
+
+for _name in LAYERWISE:
+    CASES[f"{_name}, batch norm"] = functools.partial(norms, _name, "batch")
+    CASES[f"{_name}, mean-only batch norm"] = functools.partial(norms, _name, "mean_only")
+    CASES[f"{_name}, groups"] = functools.partial(groups, _name)
+    CASES[f"{_name}, tensors on the device"] = functools.partial(tensors, _name, None)
+    CASES[f"{_name}, tensors on the host"] = functools.partial(tensors, _name, "cpu")
+    CASES[f"{_name}, clipped"] = functools.partial(clipped, _name)
+    CASES[f"{_name}, resumed"] = functools.partial(resumed, _name)
+
+
+@case("ACP, exact, tensors on the device")
+def _():
+    def make(model):
+        number = functools.partial(torch.full, (), device=model.linear1.weight.device, dtype=torch.float64)
+        return ACP(model, number(0.1), number(0.1), output_curvature=number(2.0), tikhonov="exact")
+
+    train(make)
+
+
+@case("Newton, tensors on the device")
+def _():
+    def make(model):
+        number = functools.partial(torch.full, (), device=model.linear1.weight.device)
+        return Newton(model, number(0.1), number(0.1), loss=Quadratic())
+
+    train(make)
+
+
+@case("sampled targets are seeded by refresh, from the seed and the count of updates alone")
+def _():
+    """Every generator is made on the device; a second run repeats the seeds of the first."""
+
+    def seeds(seed):
+        make = functools.partial(KFAC, lr=0.1, loss=Quadratic(), seed=seed, refresh_every=2)
+        train(make)
+        return list(Generator.seeds)
+
+    first = seeds(0)
+    assert len(first) > 2
+    assert len(set(first)) > 2
+    assert seeds(0) == first
+    assert not set(seeds(1)) & set(first)
+    seeds(2**63 - 1)  # any 64-bit seed will do
+
+
+# --- the pure functions, on a grid -----------------------------------------------------------------
+
+
+@case("update functions on a grid")
+def _():
+    """K configurations as a leading dimension."""
+    with accelerator() as device:
+        h, g = torch.randn(6, 8, 4, device=device), torch.randn(6, 8, 3, device=device)
+        grad_w, grad_b = g.mT @ h / 8, g.mean(-2)
+        mean, covariance = input_moments(h)
+        statistics = Statistics(mean, covariance, squared_gradient_bound(g))
+        statistics = statistics.blend(statistics, 0.5)
+        damping = torch.rand(6, device=device)
+        dw, db = acp_update(grad_w, grad_b, mean, acp_inverse(mean, covariance, 0.1, "exact"), lr=0.1)
+        inverses = kfac_inverses(bordered(covariance, mean), output_factor([g]), damping)
+        kw, kb = kfac_update(grad_w, grad_b, *inverses, lr=0.1)
+        assert dw.shape == kw.shape == (6, 3, 4)
+        assert db.shape == kb.shape == (6, 3)
+        inverse = bordered_inverse(tikhonov_inverse(covariance, damping), mean)
+        assert tikhonov_solve(inverse, torch.randn(6, 5, 2, device=device), damping).device == device
+
+
+# --- the detector ----------------------------------------------------------------------------------
+
+
+def must_fault(function: Callable, *arguments) -> None:
+    with pytest.raises(DeviceFault):
+        function(*arguments)
+
+
+PLANTED: dict[str, Callable[[Tensor], object]] = {
+    "a CPU eye": lambda m: m + torch.eye(len(m)),
+    ".item()": lambda m: m.sum().item(),
+    "if tensor:": lambda m: m if m.sum() > 0 else -m,
+    "a CPU inverse": lambda m: torch.linalg.inv_ex(m.cpu())[0].to(m.device),
+    "linalg.cholesky": torch.linalg.cholesky,
+    "linalg.inv": torch.linalg.inv,
+    "linalg.solve": lambda m: torch.linalg.solve(m, m),
+    "linalg.eigh": torch.linalg.eigh,
+    "inverse_square_root": inverse_square_root,
+    "a Python number made a tensor": lambda m: torch.tensor(0.1, device=m.device),
+    "a list made a tensor": lambda m: m.new_tensor([1.0, 2.0]),
+    "a list as index": lambda m: m[[0, 1]],
+    "a CPU index": lambda m: m[torch.arange(2)],
+    "a CPU scalar": lambda m: m * torch.tensor(2.0),
+    "a CPU generator": lambda m: torch.randn(3, device=m.device, generator=torch.Generator()),
+    "a mask": lambda m: m[m > 0],
+    "a mask assigned to": lambda m: m.clone().index_put_((m > 0,), m[0, 0]),
+    "nonzero": lambda m: m.nonzero(),
+    "tolist": lambda m: m.tolist(),
+    "equal": lambda m: torch.equal(m, m),
+    "copy_ to the host": lambda m: torch.empty(m.shape).copy_(m),
+    "copy_ from the host": lambda m: m.copy_(torch.zeros(m.shape)),
+}
+
+
+def planted_in_step(fault: Callable[[Tensor], object]) -> None:
+    """In the update of a real optimizer."""
+
+    class Faulty(ACP):
+        def update(self, grad_w, grad_b, mean_h, state, group):
+            fault(state["inverse"])
+            return super().update(grad_w, grad_b, mean_h, state, group)
+
+    must_fault(train, functools.partial(Faulty, lr=0.1))
+
+
+for _name, _fault in PLANTED.items():
+    CASES[f"caught: {_name}"] = functools.partial(planted_in_step, _fault)
+
+
+@case("caught: in a backward hook")
+def _():
+    with accelerator() as device:
+        layer = nn.Linear(3, 2, device=device)
+        output = layer(torch.randn(5, 3, device=device))
+        output.register_hook(lambda g: g.sum().item() and None)
+        must_fault(output.sum().backward)
+
+
+@case("caught: in a refresh")
+def _():
+    class Faulty(KFAC):
+        def measure(self, batch, group):
+            return super().measure(batch._replace(g=batch.g.cpu()), group)
+
+    must_fault(train, functools.partial(Faulty, lr=0.1, loss=Quadratic(), curvature="empirical_fisher"))
+
+
+@case("a clean function passes")
+def _():
+    """The detector accepts the free forms of what it rejects."""
+    with accelerator() as device:
+        m = torch.randn(3, 3, device=device)
+        factor, info = torch.linalg.cholesky_ex(m + torch.eye(3, device=device))
+        torch.where(info == 0, factor, torch.nan)
+        torch.linalg.inv_ex(m)
+        m[torch.arange(2, device=device)]
+        m.masked_fill(m > 0, 0.0)
+        torch.randn(3, device=device, generator=torch.Generator(device).manual_seed(1))
+        assert torch.Generator().manual_seed(1).device.type == "cpu"
+
+
+# --- the tests -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def report() -> dict[str, str]:
+    return fake_accelerator.run_apart(__file__)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_on_the_fake_accelerator(name, report):
+    assert not report[name], report[name]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("name", EVERY)
+def test_a_gpu_never_makes_the_host_wait(name):
+    """What the fake one cannot see: kernels that wait inside. torch raises where the host would."""
+    model = MLP([4, 5, 3], device="cuda")
+    optimizer = EVERY[name](model)
+    x, y = torch.randn(8, 4, device="cuda"), torch.randn(8, 3, device="cuda")
+    for step in range(4):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # libraries wait when first loaded
+        try:
+            optimizer.zero_grad()
+            Quadratic()(model(x), y).backward()
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+if __name__ == "__main__":
+    fake_accelerator.main(CASES)

@@ -1,0 +1,304 @@
+"""Damped linear algebra against numpy in float64, and what its errors promise."""
+
+import re
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from references import relative_error
+
+from sogrid.linalg import (
+    FactorizationError,
+    conjugate_gradient,
+    inverse_square_root,
+    shift_diagonal,
+    tikhonov_inverse,
+    tikhonov_solve,
+)
+
+RTOL = 1e-12  # of the norm, float64 rounding times a condition number of at most 1e3
+
+
+@pytest.fixture
+def semidefinite(draw):
+    """``semidefinite(*leading, m)``: Gram matrices [..., m, m] of rank m − 1, so damping is needed."""
+
+    def make(*shape):
+        h = draw(*shape, shape[-1] - 1)
+        return h @ h.mT / shape[-1]
+
+    return make
+
+
+def numpy_inverse(matrix, damping):
+    m = matrix.double().numpy()
+    return torch.from_numpy(np.linalg.inv(m + damping * np.eye(m.shape[-1])))
+
+
+def message_of(function, *arguments):
+    with pytest.raises(FactorizationError) as caught:
+        function(*arguments, "layer 'fc7'")
+    return str(caught.value)
+
+
+def advised(message):
+    return float(re.search(r"a shift of (\S+) or more would have helped", message).group(1))
+
+
+def with_spectrum(values, draw):
+    """A symmetric matrix with these eigenvalues and random eigenvectors."""
+    q = np.linalg.qr(draw(len(values), len(values)).numpy())[0]
+    matrix = q * np.asarray(values, dtype=float) @ q.T
+    return torch.from_numpy((matrix + matrix.T) / 2)
+
+
+# --- shift -----------------------------------------------------------------------------------------
+
+
+def test_shift_diagonal_leaves_its_argument_alone(draw):
+    matrix = draw(2, 3, 3)
+    before = matrix.clone()
+    shifted = shift_diagonal(matrix, 0.5)
+    assert torch.equal(shifted, before + 0.5 * torch.eye(3, dtype=torch.float64))
+    assert torch.equal(matrix, before)
+
+
+def test_shift_diagonal_takes_one_damping_for_each_leading_dimension(draw):
+    """As many as matrices, more than matrices, and as many as rows, where a mistake would not raise."""
+    identity = torch.eye(3, dtype=torch.float64)
+    damping = torch.tensor([1.0, 10.0, 100.0], dtype=torch.float64)
+    for matrix in (draw(3, 3, 3), draw(3, 3)):
+        expected = matrix + damping[:, None, None] * identity
+        assert torch.equal(shift_diagonal(matrix, damping), expected)
+    assert shift_diagonal(draw(5, 1, 3, 3), damping).shape == (5, 3, 3, 3)
+
+
+# --- Tikhonov --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damping", [1e-2, 1.0, 1e4])
+@pytest.mark.parametrize("shape", [(1,), (6,), (2, 3, 4)], ids=str)
+def test_tikhonov_inverse_and_solve_are_numpys(semidefinite, draw, shape, damping):
+    matrix = semidefinite(*shape)
+    rhs = draw(*matrix.shape[:-1], 2)
+    expected = numpy_inverse(matrix, damping)
+    before = matrix.clone()
+    assert relative_error(tikhonov_inverse(matrix, damping), expected) < RTOL
+    assert relative_error(tikhonov_solve(matrix, rhs, damping), expected @ rhs) < RTOL
+    assert torch.equal(matrix, before)
+
+
+def test_an_undamped_definite_matrix_is_simply_inverted(draw):
+    matrix = with_spectrum([1.0, 2.0, 3.0], draw)
+    assert relative_error(tikhonov_inverse(matrix, 0.0), numpy_inverse(matrix, 0.0)) < RTOL
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_damping_may_be_a_0d_tensor_of_either_dtype(semidefinite, dtype):
+    """A 0-d tensor says the same as the number, and never changes the dtype of the result."""
+    matrix = semidefinite(4).to(dtype)
+    expected = tikhonov_inverse(matrix, 0.25)
+    for other in (torch.float32, torch.float64):
+        inverse = tikhonov_inverse(matrix, torch.tensor(0.25, dtype=other))
+        assert inverse.dtype == dtype
+        assert torch.equal(inverse, expected)
+
+
+def test_leading_dimensions_are_a_batch_of_single_problems(semidefinite):
+    """Each with a damping of its own: the grid of hyperparameters."""
+    matrix = semidefinite(3, 4)
+    damping = torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64)
+    batch = tikhonov_inverse(matrix, damping)
+    for k in range(3):
+        assert relative_error(batch[k], numpy_inverse(matrix[k], damping[k].item())) < RTOL
+        root = inverse_square_root(matrix, damping)[k]
+        assert relative_error(root @ root, batch[k]) < RTOL
+
+
+def test_what_float32_cannot_factorise_float64_does():
+    """1 + 1e-8 is 1 in float32, where the damped matrix of ones is therefore singular."""
+    ones, rhs = torch.ones(3, 3), torch.tensor([[1.0], [2.0], [4.0]])
+    assert torch.linalg.cholesky_ex(shift_diagonal(ones, 1e-8))[1] != 0
+    expected = numpy_inverse(ones, 1e-8)
+    inverse, solution = tikhonov_inverse(ones, 1e-8), tikhonov_solve(ones, rhs, 1e-8)
+    assert inverse.dtype == solution.dtype == torch.float32
+    # condition 3e8 in float64 (1e-7), then rounding to float32 (6e-8)
+    assert relative_error(inverse.double(), expected) < 1e-6
+    assert relative_error(solution.double(), expected @ rhs.double()) < 1e-6
+
+
+def test_float32_where_float32_is_enough(semidefinite):
+    matrix = semidefinite(6).float()
+    # float32 rounding times a condition number of about 30
+    assert relative_error(tikhonov_inverse(matrix, 0.1).double(), numpy_inverse(matrix, 0.1)) < 1e-5
+
+
+# --- errors ----------------------------------------------------------------------------------------
+
+SPECTRA = {
+    "indefinite": [-1.04, 0.5, 2.0],  # -1.04 rounded to two digits would not be enough
+    "negative": [-3.0, -2.0, -1.0],
+    "zero": [0.0, 0.0, 0.0],
+    "singular": [0.0, 0.0, 1.0, 7.0],
+    "nearly singular": [-1e-15, 1e-16, 1.0, 1e3],
+    "one by one": [-2e-9],
+}
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("function", [tikhonov_inverse, inverse_square_root])
+def test_the_damping_that_the_error_names_works(draw, function, spectrum, scale):
+    """Ten random bases each; where rounding makes a singular matrix definite there is no error to read."""
+    read = 0
+    for _ in range(10):
+        matrix = scale * with_spectrum(SPECTRA[spectrum], draw)
+        for candidate in (matrix, matrix.float()):
+            try:
+                function(candidate, 0.0)
+            except FactorizationError as error:
+                read += 1
+                shift = advised(str(error))
+                assert bool(torch.isfinite(function(candidate, shift)).all())
+                # not more than the smallest eigenvalue and rounding ask for
+                size = max(abs(v) for v in SPECTRA[spectrum]) * scale
+                slack = 1e3 * torch.finfo(candidate.dtype).eps * size + 1e-37
+                assert shift < 1.2 * max(0.0, -min(SPECTRA[spectrum])) * scale + slack
+    assert read > 0
+
+
+def test_the_advice_holds_for_the_worst_matrix_of_a_batch_and_counts_the_damping_in_use(draw):
+    batch = torch.stack([with_spectrum(v, draw) for v in ([1.0, 2.0], [-5.0, 1.0], [-0.1, 1e3])])
+    for damping in (1.0, torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)):
+        shift = advised(message_of(tikhonov_inverse, batch, damping))
+        assert 5.0 < shift < 6.0
+        tikhonov_inverse(batch, shift)
+
+
+@pytest.mark.parametrize("function", [tikhonov_inverse, inverse_square_root])
+def test_the_error_names_the_matrix_and_its_damping(draw, function):
+    matrix = with_spectrum([-1.0, 1.0], draw)
+    message = message_of(function, matrix, 0.125)
+    assert message.startswith("layer 'fc7': ")
+    assert "0.125" in message
+    with pytest.raises(FactorizationError, match="layer 'fc8'"):
+        tikhonov_solve(matrix, draw(2, 1), 0.125, "layer 'fc8'")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", [(1, 1), (2, 0)], ids=["diagonal", "off-diagonal"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("function", [tikhonov_inverse, inverse_square_root])
+def test_what_is_not_finite_is_called_that(function, dtype, where, bad):
+    """An infinite diagonal passes LAPACK's Cholesky in float64, and its inverse would look harmless."""
+    matrix = torch.eye(3, dtype=dtype)
+    matrix[where] = matrix[where[::-1]] = bad
+    message = message_of(function, torch.stack([torch.eye(3, dtype=dtype), matrix]), 1.0)
+    assert message.startswith("layer 'fc7'")
+    assert "NaN or infinite" in message
+    assert "helped" not in message
+
+
+def test_a_damping_that_is_not_a_number_is_not_blamed_on_the_matrix():
+    assert "damping, is NaN" in message_of(tikhonov_inverse, torch.eye(2), torch.tensor(torch.nan))
+
+
+# --- inverse square root ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("leading", [(), (2, 3)], ids=str)
+def test_inverse_square_root(semidefinite, leading):
+    """Symmetric, positive definite, and squares to the inverse."""
+    matrix = semidefinite(*leading, 5)
+    root = inverse_square_root(matrix, 0.1)
+    assert relative_error(root @ root, numpy_inverse(matrix, 0.1)) < RTOL
+    assert relative_error(root, root.mT) < RTOL
+    assert np.linalg.eigvalsh(root.numpy()).min() > 0
+
+
+def test_inverse_square_root_of_a_diagonal():
+    matrix = torch.diag(torch.tensor([3.0, 8.0], dtype=torch.float64))
+    expected = torch.diag(torch.tensor([1 / 2, 1 / 3], dtype=torch.float64))
+    assert relative_error(inverse_square_root(matrix, 1.0), expected) < RTOL
+
+
+# --- conjugate gradient ----------------------------------------------------------------------------
+
+
+class Counted:
+    """v ↦ M v, counting."""
+
+    def __init__(self, matrix):
+        self.matrix, self.calls = matrix, 0
+
+    def __call__(self, v):
+        self.calls += 1
+        return self.matrix @ v
+
+
+def test_conjugate_gradient_solves_in_at_most_m_products(draw):
+    matrix = with_spectrum(np.linspace(1, 10, 8), draw)
+    rhs, product = draw(8), Counted(matrix)
+    before = rhs.clone()
+    x = conjugate_gradient(product, rhs)
+    # residual 1e-10 of ‖rhs‖ (the default tolerance) or rounding, times the condition number 10
+    assert relative_error(x, torch.linalg.solve(matrix, rhs)) < 1e-9
+    assert product.calls <= 8
+    assert torch.equal(rhs, before)
+
+
+def test_conjugate_gradient_needs_one_product_for_each_distinct_eigenvalue(draw):
+    """Finite termination: three eigenvalues, three products, in any dimension."""
+    matrix = with_spectrum([1.0] * 10 + [3.0] * 10 + [7.0] * 10, draw)
+    rhs, product = draw(30), Counted(matrix)
+    x = conjugate_gradient(product, rhs)
+    assert product.calls == 3
+    assert relative_error(x, torch.linalg.solve(matrix, rhs)) < 1e-9  # as above
+
+
+def test_conjugate_gradient_stops_at_its_tolerance_and_at_its_budget(draw):
+    """Looser means fewer products, and the tolerance is on the residual."""
+    matrix = with_spectrum(np.geomspace(1, 1e3, 30), draw)
+    rhs = draw(30)
+    calls = []
+    for tolerance in (1e-1, 1e-3, 1e-6):
+        product = Counted(matrix)
+        x = conjugate_gradient(product, rhs, tolerance=tolerance, iterations=1000)
+        calls.append(product.calls)
+        # the recursive residual drifts from the true one by rounding only
+        assert (rhs - matrix @ x).norm() < 1.01 * tolerance * rhs.norm()
+    assert calls == sorted(calls)
+    assert calls[0] < calls[-1]
+    product = Counted(matrix)
+    conjugate_gradient(product, rhs, tolerance=0.0, iterations=4)
+    assert product.calls == 4
+
+
+def test_conjugate_gradient_errors_fall_in_the_matrix_norm(draw):
+    """The property that defines it: each iterate is the best in a growing Krylov space."""
+    matrix = with_spectrum(np.geomspace(1, 1e2, 12), draw)
+    rhs = draw(12)
+    exact = torch.linalg.solve(matrix, rhs)
+    errors = []
+    for k in range(8):
+        e = conjugate_gradient(lambda v: matrix @ v, rhs, iterations=k) - exact
+        errors.append((e @ matrix @ e).item())
+    assert all(later < earlier for earlier, later in pairwise(errors))
+
+
+def test_conjugate_gradient_of_zero_asks_for_nothing(draw):
+    product = Counted(with_spectrum([1.0, 2.0], draw))
+    assert torch.equal(conjugate_gradient(product, torch.zeros(2, dtype=torch.float64)), torch.zeros(2))
+    assert product.calls == 0
+
+
+@pytest.mark.parametrize(
+    "diagonal",
+    [[-1.0, -2.0], [1.0, -1.0], [0.0, 0.0], [1.0, float("nan")]],
+    ids=["negative", "zero along rhs", "zero", "NaN"],
+)
+def test_conjugate_gradient_refuses_curvature_that_is_not_positive(diagonal):
+    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    with pytest.raises(FactorizationError, match="curvature"):
+        conjugate_gradient(lambda v: matrix @ v, torch.ones(2, dtype=torch.float64))
