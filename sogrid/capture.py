@@ -44,7 +44,7 @@ class _Use:
     input_sum: Tensor
     inputs: Tensor | None  # a copy, if the pass is kept
     rows: list[Tensor] = field(default_factory=list)
-    returned: bool = False  # a gradient has come back
+    over: bool = False  # a gradient has come back, or will not
 
 
 @dataclass
@@ -146,6 +146,8 @@ class Capture:
 
     def clear(self) -> None:
         """Forget what has been seen."""
+        for use, _ in self._passes[-1].values():
+            use.over = True
         self.records = {name: LayerRecord() for name in self._names.values()}
         self.roots: list[RootRecord] = []
 
@@ -229,7 +231,7 @@ class Capture:
                 "use_reentrant=False, and call the model in training mode"
             )
         if name in latest:
-            if not any(use.returned for use, _ in latest.values()):
+            if not any(use.over for use, _ in latest.values()):
                 raise CaptureError(
                     f"layer {name!r} was applied twice in one forward pass; its curvature is not a sum over "
                     "examples: leave it to torch's SGD"
@@ -243,7 +245,7 @@ class Capture:
         def arrived(grad: Tensor) -> None:
             capture = me()
             if capture is not None and _accumulates(weight):
-                use.returned = True
+                use.over = True
                 capture._record(name, weight).add(use, grad.detach().to(weight.dtype))
 
         output.register_hook(arrived)

@@ -56,13 +56,24 @@ class Loss:
         self.reduction = check_reduction(reduction)
 
     def __call__(self, f: Tensor, y: Tensor) -> Tensor:
-        """Reduced loss over the examples: a scalar, or one per leading dimension."""
+        """Reduced loss over the examples: a scalar, or one per leading dimension.
+
+        Raises:
+            ValueError: If the shapes of outputs and targets do not belong together.
+        """
+        self._require_shapes(f, y)
         value = self.value(f, y)
         return value.mean(-1) if self.reduction == "mean" else value.sum(-1)
 
     def __repr__(self) -> str:
         """Class name and reduction."""
         return f"{type(self).__name__}(reduction={self.reduction!r})"
+
+    def _require_shapes(self, f: Tensor, y: Tensor) -> None:
+        if y.shape[-2:] != f.shape[-2:]:
+            raise ValueError(
+                f"outputs {tuple(f.shape)} and targets {tuple(y.shape)} must have the same shape"
+            )
 
     def value(self, f: Tensor, y: Tensor) -> Tensor:
         """Loss of each example, ``[..., n]``."""
@@ -221,6 +232,13 @@ class BinaryCrossEntropyAtLogits(Loss):
 
 class _Categorical(Loss):
     """What the two categorical cuts share: targets as class indices, one-hot rows or soft rows."""
+
+    def _require_shapes(self, f, y):
+        if y.shape[-2:] != f.shape[-2:] and y.shape[-1:] != f.shape[-2:-1]:
+            raise ValueError(
+                f"outputs {tuple(f.shape)} need targets {tuple(f.shape[:-1])} (classes) or {tuple(f.shape)} "
+                f"(rows), got {tuple(y.shape)}"
+            )
 
     def _rows(self, f: Tensor, y: Tensor) -> Tensor:
         """Targets as rows ``[..., n, k]``; integers of the shape of f are rows already."""

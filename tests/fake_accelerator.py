@@ -26,7 +26,7 @@ import os
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from unittest import mock
 
@@ -61,11 +61,20 @@ WAITS = {
     aten.unique_consecutive,
     aten.unique_dim,
 }
+COPIES = {aten._to_copy, aten.copy_}
 INDEXING = {aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_}
 
 
 class DeviceFault(RuntimeError):
     """The host would have waited, or a tensor was not where it should be."""
+
+
+def _fault(message: str) -> DeviceFault:
+    """The exception; printed too in a backward pass, where an exception aborts under a Python backend."""
+    if torch._C._current_graph_task_id() != -1:
+        traceback.print_stack()
+        print(f"DeviceFault: {message}", file=sys.stderr, flush=True)
+    return DeviceFault(message)
 
 
 class Generator(torch.Generator):
@@ -106,14 +115,12 @@ class _Calls(TorchFunctionMode):
             result = function(*args, **kwargs)
         except NotImplementedError as error:
             if _Operations.suspended and function is torch.tensor:
-                return torch.tensor(*args, **{**kwargs, "device": "cpu"}).to(kwargs["device"])
+                return torch.full((), *args, **kwargs)
             if "aten::empty_strided" in str(error):
-                raise DeviceFault(f"{function.__name__}: Python numbers are copied to the device") from error
+                raise _fault(f"{function.__name__}: Python numbers are copied to the device") from error
             raise
         if generator is not None and isinstance(result, Tensor) and result.device != generator.device:
-            raise DeviceFault(
-                f"{function.__name__}: {result.device} draws from a {generator.device} generator"
-            )
+            raise _fault(f"{function.__name__}: {result.device} draws from a {generator.device} generator")
         return result
 
 
@@ -128,18 +135,21 @@ class _Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if _Operations.suspended:
+        if _Operations.suspended or function.namespace == "prim":  # "prim": x.device
             return function(*args, **kwargs)
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         packet = function.overloadpacket
         waits = packet in WAITS or (packet in INDEXING and any(t.dtype == torch.bool for t in given[1:]))
         if waits and any(t.device.type == NAME for t in given):
-            raise DeviceFault(f"{function}: the host waits for the device")
+            raise _fault(f"{function}: the host waits for the device")
         result = function(*args, **kwargs)
-        for tensor in [*given, *(leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor))]:
+        tensors = given + [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if packet in COPIES and len({t.device.type for t in tensors}) > 1:
+            raise _fault(f"{function}: a copy between host and device")
+        for tensor in tensors:
             where, shape = tensor.device, tuple(tensor.shape)
             if where.type not in (NAME, "meta") and not (self.host_scalars and shape == ()):
-                raise DeviceFault(f"{function}: a tensor of shape {shape} is on {where}")
+                raise _fault(f"{function}: a tensor of shape {shape} is on {where}")
         return result
 
 
@@ -162,8 +172,7 @@ def accelerator(*, host_scalars: bool = False, threaded: bool = False) -> Iterat
     Args:
         host_scalars: Let 0-d host tensors take part: torch passes their values along, as it does
             with Python numbers.
-        threaded: Run backward passes in the engine's thread for the device, as a GPU does. An
-            exception raised there is lost (``SystemError`` or an abort), so not by default.
+        threaded: Run backward passes in the engine's thread for the device, as a GPU does.
     """
     _name_backend()
     Generator.seeds.clear()
@@ -191,32 +200,37 @@ def preparing() -> Iterator[None]:
 
 
 def main(cases: dict[str, Callable[[], None]]) -> None:
-    """Run the cases named on the command line, or all, and print name → traceback (empty if it passed)."""
-    report = {}
+    """Run the cases named on the command line, or all; print [name, traceback or ""] for each, in JSON."""
+    print("ready", flush=True)
     for name in sys.argv[1:] or cases:
         try:
             cases[name]()
-            report[name] = ""
+            outcome = ""
         except Exception:
-            report[name] = traceback.format_exc()
-    print(json.dumps(report))
+            outcome = traceback.format_exc()
+        print(json.dumps([name, outcome]), flush=True)
 
 
-def run_apart(script: str, timeout: float = 120.0) -> dict[str, str]:
-    """Run a script that ends in :func:`main` in a fresh Python, and return its report.
+def run_apart(script: str, names: Iterable[str], timeout: float = 300.0) -> dict[str, str]:
+    """Run the named cases of a script that ends in :func:`main`, in a fresh Python.
+
+    Returns:
+        Name → traceback, empty if the case passed. A case that takes its process down gets the last
+        words of that process, and those after it another process.
 
     Raises:
-        RuntimeError: If it printed none.
+        RuntimeError: If the script does not start.
     """
-    path = os.pathsep.join(p for p in sys.path if p)
-    done = subprocess.run(
-        [sys.executable, script],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    try:
-        return json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, json.JSONDecodeError) as error:
-        raise RuntimeError(f"{script} gave no report:\n{done.stdout}\n{done.stderr}") from error
+    report: dict[str, str] = {}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    while remaining := [name for name in names if name not in report]:
+        command = [sys.executable, script, *remaining]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+        if not done.stdout.startswith("ready"):
+            raise RuntimeError(f"{script} did not start:\n{done.stderr}")
+        report |= dict(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
+        for name in remaining:
+            if name not in report:
+                report[name] = f"exit status {done.returncode}\n{done.stderr[-10_000:]}"
+                break
+    return report

@@ -273,6 +273,8 @@ def test_conjugate_gradient_stops_at_its_tolerance_and_at_its_budget(draw):
     product = Counted(matrix)
     conjugate_gradient(product, rhs, tolerance=0.0, iterations=4)
     assert product.calls == 4
+    conjugate_gradient(product, rhs, tolerance=0.0)
+    assert product.calls == 4 + 30
 
 
 def test_conjugate_gradient_errors_fall_in_the_matrix_norm(draw):

@@ -306,6 +306,16 @@ def test_bad_arguments():
             Quadratic(variance=bad)
 
 
+@every_loss
+def test_targets_of_another_shape_are_refused_not_broadcast(loss):
+    """Outputs [5, 1] and targets [5] would silently make [5, 5]."""
+    f, y = torch.full((5, 1), 0.5), torch.zeros(5)
+    if isinstance(loss, CrossEntropyAtLogits | CrossEntropyAtProbabilities):
+        f, y = torch.full((5, 3), 1 / 3), torch.zeros(5, 2)
+    with pytest.raises(ValueError, match="targets"):
+        loss(f, y)
+
+
 def test_repr_names_the_reduction():
     assert repr(CrossEntropyAtLogits("sum")) == "CrossEntropyAtLogits(reduction='sum')"
 

@@ -4,6 +4,7 @@ The judges are autograd, dense matrices and per-example loops written here; noth
 from the code they judge.
 """
 
+import itertools
 import math
 
 import pytest
@@ -209,7 +210,7 @@ def test_row_24_heuristic_bias_step_explodes_as_gradients_vanish(layer):
         printed.append(acp_update(*grads, plain, **rates)[1].norm())
         corrected.append(acp_update(*grads, plain, **rates, bias_correction=True)[1].norm())
         exact.append(acp_update(*grads, tikhonov, **rates, bias_correction=True, corner=shift)[1].norm())
-    for small, large in zip(printed, printed[1:], strict=False):
+    for small, large in itertools.pairwise(printed):
         assert large / small == pytest.approx(10, rel=1e-9)
     assert corrected[-1] > 100 * corrected[0]  # the −ΔW h̄ term alone does not cure it
     assert exact[-1] < exact[0] / 10

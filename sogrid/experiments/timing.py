@@ -107,9 +107,7 @@ def main(out: str = "out") -> None:
         rows = time_optimizers(network)
         print(f"\n{network}: ms per update, ratio to SGD, ms per refresh")
         for row in rows:
-            print(
-                f"  {row['optimizer']:26} {row['update_ms']:8.2f} {row['ratio']:6.2f} {row['refresh_ms']:8.1f}"
-            )
+            print("  {optimizer:26} {update_ms:8.2f} {ratio:6.2f} {refresh_ms:8.1f}".format_map(row))
         record.add({"network": network, "rounds": ROUNDS, "rows": rows, "provenance": provenance()})
 
 

@@ -239,7 +239,7 @@ class Layerwise(CapturingOptimizer):
         return self.state.get(layer.weight, {}).get("biased") == (self._bias(layer) is not None)
 
     def refresh(self, closure: Callable[[], Tensor]) -> None:
-        """Refresh the statistics from a minibatch of their own (Algorithm 4, line 4).
+        """Refresh the statistics from a minibatch of their own (Algorithm 4, line 4), if there are any.
 
         Args:
             closure: Runs the model forward, in training mode, and returns the loss, reduced as

@@ -203,7 +203,7 @@ def test_averaged_statistics_are_those_of_the_mixed_population():
 
 
 def test_newton_solves_a_quadratic_in_one_step():
-    """A linear model with the quadratic loss: Hessian = Gauss-Newton = Fisher, and one step is the optimum."""
+    """A linear model, the quadratic loss: Hessian = Gauss-Newton = Fisher, and one step is the optimum."""
     x, y = batch()
     design = torch.cat([x, torch.ones(n, 1, dtype=x.dtype)], 1)
     optimum = torch.linalg.lstsq(design, y).solution.mT

@@ -1,0 +1,137 @@
+"""The training loop: data order, evaluation points, statistics minibatches, divergence, clocks."""
+
+import pytest
+import torch
+from torch import nn
+
+from sogrid.experiments import training
+from sogrid.experiments.benchmarks import METHODS, Task
+from sogrid.experiments.training import evaluation_points, minibatches, run, train
+from sogrid.losses import Quadratic
+from sogrid.networks import MLP
+from sogrid.optimizers import ACP
+
+
+@pytest.fixture
+def task():
+    x = torch.rand(60, 6, generator=torch.Generator().manual_seed(0))
+    build = lambda **options: MLP([6, 5, 6], "sigmoid", "sigmoid", **options)  # noqa: E731
+    return Task("tiny", None, (x, x), (x[:10], x[:10]), build, Quadratic())
+
+
+def test_evaluation_points_hold_both_ends_and_what_else_is_asked():
+    points = evaluation_points(1000, per_decade=3, also=[600, 5000])
+    assert points[0] == 0
+    assert points[-1] == 1000
+    assert 600 in points
+    assert 5000 not in points
+    assert points == sorted(set(points))
+    assert evaluation_points(1) == [0, 1]
+
+
+def test_every_epoch_shows_each_example_once_in_a_new_order():
+    batches = minibatches(10, 3, torch.Generator().manual_seed(0))
+    epochs = [torch.cat([next(batches) for _ in range(3)]) for _ in range(2)]
+    assert all(len(set(epoch.tolist())) == 9 for epoch in epochs)
+    assert epochs[0].tolist() != epochs[1].tolist()
+    with pytest.raises(ValueError, match="at least that many"):
+        next(minibatches(2, 3, torch.Generator()))
+
+
+def test_a_run_is_plain_gradient_descent_on_its_data_order(task):
+    """The loop against three lines of torch."""
+    settings = {"lr": 0.1, "scale": 4.0}
+    found = run(task, "standard_sgd", settings, seed=3, updates=7, points=[0, 7], batch=20)
+    model = task.network(scale=4.0, generator=torch.Generator().manual_seed(3))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    order = minibatches(60, 20, torch.Generator().manual_seed(3))
+    for _ in range(7):
+        x = task.train[0][next(order)]
+        optimizer.zero_grad()
+        (model(x) - x).square().sum(1).mean().backward()
+        optimizer.step()
+    x = task.train[0]
+    assert found["train"][-1] == pytest.approx((model(x) - x).square().sum(1).mean().item(), rel=1e-6)
+    assert found["update"] == [0, 7]
+    assert found["status"] == "finished"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_repeats_itself(task, method):
+    values = {"lr": 0.01, "damping": 0.5, "output_curvature": 1.0, "scale": 4.0}
+    settings = {key: values[key] for key in (*METHODS[method].settings, "scale")}
+    options = dict(seed=1, updates=6, points=[0, 3, 6], batch=20)
+    one, two = (run(task, method, settings, **options) for _ in range(2))
+    assert one["train"] == two["train"]
+    assert one["train"] != run(task, method, settings, **{**options, "seed": 2})["train"]
+
+
+def test_statistics_come_from_minibatches_of_their_own(task):
+    """Refreshes at updates 0, 3, 6 see another order than the updates do."""
+    model = task.network()
+    optimizer = ACP(model, 0.01, 1.0, refresh_every=3)
+    seen, refresh = [], optimizer.refresh
+
+    def spy(closure):
+        seen.append(optimizer.param_groups[0]["updates"])
+        refresh(closure)
+
+    optimizer.refresh = spy
+    train(model, optimizer, task, updates=8, points=[8], seed=0, batch=20)
+    assert seen == [0, 3, 6]
+
+
+@pytest.mark.parametrize("lr", [1e30, float("inf")])
+def test_divergence_ends_the_run_and_is_recorded(task, lr):
+    model = MLP([6, 5, 6], "relu")
+    optimizer = torch.optim.SGD(model.parameters(), lr)
+    curve = train(model, optimizer, task, updates=50, points=range(51), seed=0, batch=20)
+    assert curve.status == "diverged"
+    assert curve.reason.startswith("update ")
+    assert curve.update[-1] < 50
+    assert len(curve.update) == len(curve.train) == len(curve.test) == len(curve.second)
+    assert all(v == v and v != float("inf") for v in curve.train)
+
+
+def test_evaluation_stops_the_clock(task, monkeypatch):
+    """Ten seconds of evaluation by a fake clock leave no trace in the training seconds."""
+    now = [0.0]
+    monkeypatch.setattr(training, "perf_counter", lambda: now[0])
+    original = training.evaluate
+
+    def slow(*args, **options):
+        now[0] += 10
+        return original(*args, **options)
+
+    monkeypatch.setattr(training, "evaluate", slow)
+    model = task.network()
+
+    class Second(torch.optim.SGD):
+        def step(self, closure=None):
+            now[0] += 1
+            super().step(closure)
+
+    curve = train(model, Second(model.parameters(), 0.1), task, updates=5, points=[1, 2, 5], seed=0, batch=20)
+    assert curve.second == [0, 1, 2, 5]
+
+
+def test_evaluation_leaves_mode_and_statistics_alone(task):
+    model = task.network(normalization="batch")
+    before = model.norm1.running_mean.clone()
+    training.evaluate(model, task.loss, *task.test)
+    assert model.training
+    assert torch.equal(model.norm1.running_mean, before)
+
+
+def test_wrong_methods_and_settings_are_named(task):
+    options = dict(seed=0, updates=1, points=[1], batch=20)
+    with pytest.raises(ValueError, match="standard_sgd"):
+        run(task, "sgd", {}, **options)
+    with pytest.raises(ValueError, match="damping"):
+        run(task, "acp", {"lr": 0.1, "scale": 1.0}, **options)
+
+
+def test_progress_bars_are_silent_unless_asked(task, capsys):
+    model = nn.Sequential(nn.Linear(6, 6))
+    train(model, torch.optim.SGD(model.parameters(), 0.01), task, updates=2, points=[2], seed=0, batch=20)
+    assert capsys.readouterr().err == ""

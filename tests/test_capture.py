@@ -1,0 +1,673 @@
+"""What the hooks see, what they must not see, and that they leave nothing behind."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.modules import module as torch_hooks
+from torch.utils.checkpoint import checkpoint
+
+from sogrid import capture as capture_module
+from sogrid.capture import Capture, CaptureError
+
+RTOL = 1e-12  # float64 rounding
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=RTOL, atol=RTOL)
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left_behind():
+    yield
+    if list(capture_module._listeners):
+        gc.collect()  # tracebacks
+    assert not list(capture_module._listeners)
+    assert not torch_hooks._global_forward_hooks
+    assert not torch_hooks._global_forward_pre_hooks
+
+
+class Net(nn.Module):
+    """Three layers a, b, c, with everything a test may want to do to them."""
+
+    def __init__(self, activation=torch.tanh, checkpointed="", reentrant=False, norm=False):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.a, self.b, self.c = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.norm = nn.LayerNorm(2) if norm else nn.Identity()
+        self.activation, self.checkpointed, self.reentrant = activation, checkpointed, reentrant
+        self.double()
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, generator=generator)
+
+    def forward(self, x):
+        for name in "abc":
+
+            def part(h, layer=getattr(self, name)):
+                return self.activation(layer(h))
+
+            inside = name in self.checkpointed
+            x = checkpoint(part, x, use_reentrant=self.reentrant) if inside else part(x)
+        return self.norm(x)
+
+
+@pytest.fixture
+def x(draw):
+    return draw(6, 3)
+
+
+def by_hand(model, x, loss):
+    """{name: (h, g)} by autograd alone, for the tanh or ReLU network."""
+    h, found = x, {}
+    for name in "abc":
+        a = getattr(model, name)(h)
+        found[name] = (h.detach(), a)
+        h = model.activation(a)
+    grads = torch.autograd.grad(loss(h), [a for _, a in found.values()])
+    return {name: (h, g) for (name, (h, _)), g in zip(found.items(), grads, strict=True)}
+
+
+def mean_square(f):
+    return f.square().mean()
+
+
+def assert_records(capture, expected):
+    assert capture.records.keys() == expected.keys()
+    for name, (h, g) in expected.items():
+        record = capture.records[name]
+        assert record.count == len(h)
+        close(record.input_sum, h.sum(0))
+        close(torch.cat(record.inputs), h)
+        close(torch.cat(record.grads), g)
+
+
+# --- what is seen ----------------------------------------------------------------------------------
+
+
+def test_inputs_and_gradients_are_those_of_autograd(x):
+    model = Net()
+    expected = by_hand(model, x, mean_square)
+    with Capture(model) as capture:
+        mean_square(model(x)).backward()
+    assert_records(capture, expected)
+    (root,) = capture.roots
+    close(root.input, x)
+    close(root.output, model(x).detach())
+    close(root.grad, 2 * root.output / root.output.numel())
+
+
+def test_without_keep_only_counts_and_sums_remain(x):
+    model = Net()
+    expected = by_hand(model, x, mean_square)
+    with Capture(model, keep=False) as capture:
+        mean_square(model(x)).backward()
+    for name, record in capture.records.items():
+        assert (record.count, record.inputs, record.grads, record.rows) == (len(x), [], [], [])
+        close(record.input_sum, expected[name][0].sum(0))
+    assert capture.roots == []
+
+
+def test_layers_can_be_chosen(x):
+    model = Net()
+    with Capture(model, {"middle": model.b}) as capture:
+        model(x).sum().backward()
+    assert list(capture.records) == ["middle"]
+    assert capture.records["middle"].count == len(x)
+
+
+def test_gradients_accumulate_over_backward_passes(x):
+    model = Net()
+    expected = by_hand(model, x, lambda f: f.square().sum())
+    with Capture(model) as capture:
+        for part in x.split(2):
+            model(part).square().sum().backward()
+    assert_records(capture, expected)
+    assert len(capture.roots) == 3
+
+
+def test_model_called_twice_and_one_backward_is_the_concatenated_batch(x):
+    model = Net()
+    expected = by_hand(model, x, lambda f: f.square().sum())
+    with Capture(model) as capture:
+        first, second = model(x[:2]), model(x[2:])
+        (first.square().sum() + second.square().sum()).backward()
+    for name, record in capture.records.items():
+        assert record.count == len(x)
+        order = [0, 1] if len(record.inputs[0]) == 2 else [1, 0]
+        for found, kind in ((record.inputs, 0), (record.grads, 1)):
+            close(torch.cat([found[i] for i in order]), expected[name][kind])
+
+
+def test_one_forward_and_two_backwards_count_once_and_add(x):
+    model = Net()
+    expected = by_hand(model, x, lambda f: mean_square(f) + f.sum())
+    with Capture(model) as capture:
+        f = model(x)
+        mean_square(f).backward(retain_graph=True)
+        f.sum().backward()
+    assert_records(capture, expected)
+    (root,) = capture.roots
+    close(root.grad, 2 * root.output / root.output.numel() + 1)
+
+
+def test_in_place_activations_change_nothing(x):
+    expected = by_hand(Net(torch.relu), x, mean_square)
+    model = Net(torch.relu_)
+    with Capture(model) as capture:
+        capture.probe = lambda f: [torch.ones_like(f)]
+        mean_square(model(x)).backward()
+    assert_records(capture, expected)
+    ones = by_hand(Net(torch.relu), x, torch.sum)
+    for name, record in capture.records.items():
+        close(record.rows[0][0], ones[name][1])
+
+
+def test_output_changed_in_place_by_the_user(x):
+    model = Net(nn.functional.softplus)
+    logits = model(x).detach()
+    with Capture(model) as capture:
+        model(x).sigmoid_().sum().backward()
+    (root,) = capture.roots
+    close(root.output, logits)
+    close(root.grad, logits.sigmoid() * (-logits).sigmoid())
+
+
+def test_input_buffer_may_be_filled_again_before_the_records_are_used(x):
+    model, buffer = Net(), torch.empty_like(x[:3])
+    expected = by_hand(model, x, lambda f: f.square().sum())
+    with Capture(model) as capture:
+        for part in x.split(3):
+            buffer.copy_(part)
+            model(buffer).square().sum().backward()
+        buffer.zero_()
+    assert_records(capture, expected)
+    close(torch.cat([root.input for root in capture.roots]), x)
+
+
+def test_probes_are_pulled_back_for_the_layers_that_are_kept(x, draw):
+    model, vectors = Net(), [draw(6, 2), draw(6, 2)]
+    with Capture(model) as capture:
+        capture.keep, capture.probe = {"a", "c"}, lambda f: vectors
+        model(x).sum().backward()
+    for i, vector in enumerate(vectors):
+        expected = by_hand(model, x, lambda f, v=vector: (f * v).sum())
+        for name in "ac":
+            close(capture.records[name].rows[0][i], expected[name][1])
+    assert capture.records["b"].count == 6
+    assert capture.records["b"].rows == []
+
+
+def test_probes_are_not_asked_for_when_nothing_is_kept(x):
+    model = Net()
+    with Capture(model, keep=False) as capture:
+        capture.probe = lambda f: pytest.fail("asked")
+        model(x).sum().backward()
+
+
+def test_pull_is_the_transposed_jacobian_and_leaves_everything_alone(x, draw):
+    model, vector = Net(), draw(6, 2)
+    with Capture(model) as capture:
+        f = model(x)
+        pulled = capture.pull(f, vector)
+        assert all(p.grad is None for p in model.parameters())
+        assert all(record.count == 0 for record in capture.records.values())
+        mean_square(f).backward()  # the graph is still there
+    expected = by_hand(model, x, lambda f: (f * vector).sum())
+    for name, (_, g) in expected.items():
+        close(pulled[name], g)
+    assert_records(capture, by_hand(model, x, mean_square))
+
+
+def test_layers_that_the_output_does_not_depend_on_are_absent(x):
+    model = nn.ModuleDict({"used": nn.Linear(3, 2), "other": nn.Linear(3, 2)}).double()
+    model.forward = lambda x: (model["other"](x), model["used"](x))[1]
+    with Capture(model) as capture:
+        f = model(x)
+        assert list(capture.pull(f, torch.ones_like(f))) == ["used"]
+        f.sum().backward()
+    assert capture.records["other"].count == 0
+
+
+@pytest.mark.parametrize("checkpointed", ["a", "b", "c", "abc"])
+def test_checkpointed_layers_are_seen_once(x, checkpointed):
+    model = Net(checkpointed=checkpointed)
+    with Capture(model) as capture:
+        capture.probe = lambda f: [torch.ones_like(f)]
+        mean_square(model(x)).backward()
+    assert_records(capture, by_hand(model, x, mean_square))
+    ones = by_hand(model, x, torch.sum)
+    for name, record in capture.records.items():
+        close(record.rows[0][0], ones[name][1])
+
+
+def test_a_checkpoint_around_the_whole_model(x):
+    model = Net()
+    with Capture(model) as capture:
+        mean_square(checkpoint(model, x, use_reentrant=False)).backward()
+    assert_records(capture, by_hand(model, x, mean_square))
+    assert len(capture.roots) == 1
+
+
+@pytest.mark.parametrize("checkpointed", ["a", "b", "abc"])
+def test_reentrant_checkpoint_is_refused_by_name(x, checkpointed):
+    model = Net(checkpointed=checkpointed, reentrant=True)
+    with Capture(model), pytest.raises(CaptureError, match=f"'{checkpointed[-1]}'.*use_reentrant=False"):
+        mean_square(model(x.requires_grad_())).backward()
+
+
+def test_parts_of_the_model_may_be_called_on_their_own(x):
+    model = Net()
+    with Capture(model) as capture:
+        for _ in range(2):
+            model.a(x).sum().backward()
+        model(x).sum().backward()
+    assert [capture.records[name].count for name in "abc"] == [18, 6, 6]
+
+
+def test_a_model_in_eval_mode_with_one_layer_in_training_mode(x):
+    """Fine-tuning: frozen, deterministic body, trained head."""
+    model = Net().eval()
+    model.c.train()
+    with Capture(model) as capture:
+        capture.probe = lambda f: [torch.ones_like(f)]
+        for _ in range(2):
+            model(x)  # thrown away
+            mean_square(model(x)).backward()
+    assert [capture.records[name].count for name in "abc"] == [0, 0, 12]
+    close(capture.records["c"].rows[0][0], by_hand(model, x, torch.sum)["c"][1])
+
+
+def test_a_model_that_is_one_layer(x):
+    model = nn.Linear(3, 2).double()
+    with Capture(model) as capture:
+        model(x).sum().backward()
+    close(capture.records[""].inputs[0], x)
+    close(capture.roots[0].grad, torch.ones(6, 2).double())
+
+
+def test_keyword_arguments_no_arguments_and_outputs_that_are_not_tensors(x):
+    layer = nn.Linear(3, 2).double()
+    with Capture(layer) as capture:
+        layer(input=x).sum().backward()
+        close(capture.records[""].inputs[0], x)
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.start, self.layer = nn.Parameter(x.clone()), layer
+
+        def forward(self, twice=False):
+            f = self.layer(self.start)
+            return {"out": f} if twice else f
+
+    model = Odd()
+    with Capture(model) as capture:
+        model().sum().backward()
+        model(twice=True)["out"].sum().backward()
+    assert capture.records["layer"].count == 12
+    assert len(capture.roots) == 1
+
+
+def test_a_compiled_model_is_watched_like_any_other(x):
+    model = Net()
+    with Capture(model) as capture, pytest.warns(UserWarning, match="global hooks"):
+        mean_square(torch.compile(model, backend="aot_eager")(x)).backward()
+    assert_records(capture, by_hand(model, x, mean_square))
+    torch._dynamo.reset()
+
+
+# --- what is not seen ------------------------------------------------------------------------------
+
+
+def eval_mode(model, x):
+    model.eval()
+    model(x).sum().backward()
+    model.train()
+
+
+def without_gradients(model, x):
+    with torch.no_grad():
+        model(x)
+
+
+def inference(model, x):
+    with torch.inference_mode():
+        model(x)
+
+
+def per_example_gradients(model, x):
+    named = dict(model.named_parameters())
+    vmap(grad(lambda p, one: functional_call(model, p, (one,)).sum()), (None, 0))(named, x)
+
+
+def jacobian(model, x):
+    torch.func.jacrev(lambda p: functional_call(model, p, (x,)))(dict(model.named_parameters()))
+
+
+def gradient_of_the_input(model, x):
+    x = x.clone().requires_grad_()
+    torch.autograd.grad(model(x).sum(), x, create_graph=True)
+
+
+def gradient_returned(model, x):
+    torch.autograd.grad(model(x).sum(), list(model.parameters()))
+
+
+def gradient_for_the_input_only(model, x):
+    x = x.clone().requires_grad_()
+    model(x).sum().backward(inputs=[x])
+
+
+def a_copy_of_the_model(model, x):
+    copy.deepcopy(model)(x).sum().backward()
+
+
+def a_forward_pass_alone(model, x):
+    model(x)
+
+
+UNSEEN = [
+    eval_mode,
+    without_gradients,
+    inference,
+    per_example_gradients,
+    jacobian,
+    gradient_of_the_input,
+    gradient_returned,
+    gradient_for_the_input_only,
+    a_copy_of_the_model,
+    a_forward_pass_alone,
+]
+
+
+@pytest.mark.parametrize("between", UNSEEN, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("when", ["before", "between forward and backward", "after"])
+def test_not_seen(x, draw, between, when):
+    """At each moment of a training pass, on top of gradients that are already there."""
+    model, other = Net(), draw(5, 3)
+    expected = by_hand(model, x, lambda f: f.square().sum())
+    with Capture(model) as capture:
+        model(x[:2]).square().sum().backward()
+        if when == "before":
+            between(model, other)
+        loss = model(x[2:]).square().sum()
+        if when == "between forward and backward":
+            between(model, other)
+        loss.backward()
+        if when == "after":
+            between(model, other)
+    assert_records(capture, expected)
+
+
+def test_a_gradient_penalty_does_not_count_examples_twice(x):
+    model = Net()
+    with Capture(model) as capture:
+        x = x.requires_grad_()
+        f = model(x)
+        (slope,) = torch.autograd.grad(f.sum(), x, create_graph=True)
+        (mean_square(f) + slope.square().sum()).backward()
+    for record in capture.records.values():
+        assert record.count == len(x)
+        close(record.input_sum, record.inputs[0].sum(0))
+
+
+def test_frozen_layers_are_not_watched(x):
+    model = Net()
+    model.b.requires_grad_(False)
+    with Capture(model) as capture:
+        model(x).sum().backward()
+        model.b(x.new_ones(2, 3, 4).requires_grad_())  # nor checked
+    assert [capture.records[name].count for name in "abc"] == [6, 0, 6]
+
+
+def clear_nothing(model, capture):
+    model.zero_grad()
+
+
+def clear_by_hand(model, capture):
+    for parameter in model.parameters():
+        parameter.grad = None
+
+
+def clear_records(model, capture):
+    model.zero_grad(set_to_none=False)
+    capture.clear()
+
+
+@pytest.mark.parametrize("clear", [clear_nothing, clear_by_hand, clear_records], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("norm", [False, True])
+def test_records_are_forgotten_with_the_gradients_they_were_for(x, draw, clear, norm):
+    """Also when a parameter above the watched layers gets its new gradient first."""
+    model = Net(norm=norm)
+    with Capture(model) as capture:
+        mean_square(model(draw(5, 3))).backward()
+        clear(model, capture)
+        mean_square(model(x)).backward()
+    assert [record.count for record in capture.records.values()] == [6, 6, 6]
+    assert [len(root.output) for root in capture.roots] == [6]
+
+
+def test_gradients_cleared_between_forward_and_backward(x):
+    model = Net()
+    with Capture(model) as capture:
+        loss = mean_square(model(x))
+        model.zero_grad()
+        capture.clear()
+        loss.backward()
+    assert_records(capture, by_hand(model, x, mean_square))
+
+
+# --- collect ---------------------------------------------------------------------------------------
+
+
+def test_collect_is_separate_from_the_training_pass(x, draw):
+    model, other = Net(), draw(5, 3)
+    with Capture(model, keep=False) as capture:
+        training = model(x)
+        collected = capture.collect(lambda: mean_square(model(other)), lambda f: [torch.ones_like(f)])
+        assert all(p.grad is None for p in model.parameters())
+        assert all(record.count == 0 for record in capture.records.values())
+        mean_square(training).backward()
+    expected, ones = (by_hand(model, other, loss) for loss in (mean_square, torch.sum))
+    for name, (h, g) in expected.items():
+        close(collected[name].inputs[0], h)
+        close(collected[name].grads[0], g)
+        close(collected[name].rows[0][0], ones[name][1])
+        assert capture.records[name].count == len(x)
+        assert capture.records[name].inputs == []
+    assert (capture.keep, capture.probe) == (set(), None)
+
+
+def test_collect_takes_every_pass_of_its_closure(x):
+    model = Net()
+    expected = by_hand(model, x, lambda f: f.square().sum())
+    with Capture(model) as capture:
+        records = capture.collect(lambda: sum(model(part).square().sum() for part in x.split(2)))
+    for name, (h, g) in expected.items():
+        assert records[name].count == len(x)
+        close(torch.cat(records[name].inputs), h)
+        close(torch.cat(records[name].grads), g)
+
+
+def test_collect_that_fails_leaves_the_capture_as_it_was(x):
+    model = Net()
+    with Capture(model, keep=False) as capture:
+        with pytest.raises(ZeroDivisionError):
+            capture.collect(lambda: model(x).sum() / (1 // 0), lambda f: [f])
+        with pytest.raises(TypeError, match="scalar loss"):
+            capture.collect(lambda: model(x))
+        assert (capture.keep, capture.probe) == (set(), None)
+        mean_square(model(x)).backward()
+        assert [record.count for record in capture.records.values()] == [6, 6, 6]
+
+
+def test_collect_of_nothing_is_empty(x):
+    model = Net()
+    with Capture(model) as capture:
+        assert capture.collect(lambda: model.eval()(x).sum()) == {}
+        with torch.no_grad():
+            assert capture.collect(lambda: model.train()(x).sum()) == {}
+
+
+# --- captures and each other -----------------------------------------------------------------------
+
+
+def test_two_captures_do_not_see_each_other_pull(x):
+    """Also not on top of gradients that are already there."""
+    model = Net()
+    expected = by_hand(model, x, lambda f: f.square().sum())
+    with Capture(model) as one, Capture(model, {"a": model.a}) as two:
+        two.probe = lambda f: [torch.ones_like(f), f]
+        for part in x.split(3):
+            loss = model(part).square().sum()
+            two.collect(lambda: model(x).sum())
+            loss.backward()
+            one.collect(lambda: model(x).sum(), lambda f: [f])
+    assert_records(one, expected)
+    assert_records(two, {"a": expected["a"]})
+
+
+def test_closing_one_capture_keeps_the_other(x):
+    model = Net()
+    with Capture(model) as kept:
+        gone = Capture(model)
+        loss = model(x).sum()
+        gone.close()
+        loss.backward()
+        model(x).sum().backward()
+    assert kept.records["a"].count == 12
+    assert gone.records["a"].count == 6  # the pass it was open for
+
+
+def test_closing_twice_is_closing_once():
+    capture = Capture(Net())
+    capture.close()
+    capture.close()
+    assert not torch_hooks._global_forward_hooks
+
+
+def test_collected_captures_take_their_hooks_along(x):
+    model = Net()
+    capture = Capture(model)
+    loss = model(x).sum()
+    assert len(torch_hooks._global_forward_hooks) == 1
+    del capture
+    assert not torch_hooks._global_forward_hooks
+    loss.backward()
+    assert model.a.weight.grad is not None
+
+
+# --- errors ----------------------------------------------------------------------------------------
+
+
+def test_a_layer_applied_twice_is_refused_by_name(x):
+    layer = nn.Linear(3, 3).double()
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    with Capture(model) as capture:
+        with pytest.raises(CaptureError, match="layer '0' was applied twice"):
+            model(x)
+        capture.clear()
+        layer(x).sum().backward()
+        assert capture.records["0"].count == 6
+
+
+@pytest.mark.parametrize("shape", [(3,), (0, 3), (2, 5, 3)])
+def test_inputs_that_are_not_examples_by_features_are_refused_by_name(shape):
+    model = Net()
+    with Capture(model), pytest.raises(CaptureError, match=r"layer 'a' got an input of shape \(.*flatten"):
+        model(torch.ones(shape).double())
+
+
+def test_an_exception_in_forward_leaves_everything_usable(x):
+    model = Net()
+    with Capture(model) as capture:
+        for break_at in "abc":
+            getattr(model, break_at).in_features = "broken"
+            with pytest.raises(RuntimeError):
+                model(x[:, :2])
+            with pytest.raises(ZeroDivisionError):
+                Net.forward(model, 1 // 0)
+        mean_square(model(x)).backward()
+    assert_records(capture, by_hand(model, x, mean_square))
+
+
+def test_an_exception_in_the_block_closes_the_capture(x):
+    with pytest.raises(ZeroDivisionError), Capture(Net()):
+        raise ZeroDivisionError
+
+
+def test_an_exception_in_the_probe_reaches_the_user_and_nothing_else(x):
+    model = Net()
+
+    def broken(f):
+        raise ZeroDivisionError
+
+    with Capture(model) as capture:
+        capture.probe = broken
+        with pytest.raises(ZeroDivisionError):
+            model(x)
+        capture.probe = None
+        mean_square(model(x)).backward()
+    assert_records(capture, by_hand(model, x, mean_square))
+
+
+# --- memory ----------------------------------------------------------------------------------------
+
+
+def backward(f):
+    f.sum().backward()
+
+
+def twice(f):
+    f.sum().backward(retain_graph=True)
+    f.sum().backward()
+
+
+def abandon(f):
+    pass
+
+
+@pytest.mark.parametrize("finish", [backward, twice, abandon], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("keep", [True, False])
+def test_the_graph_is_freed_without_the_garbage_collector(x, finish, keep):
+    """A hook that held the graph that holds the hook would leak every activation, for good."""
+    alive = []
+
+    class Remembered(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, h):
+            ctx.token = set()
+            alive.append(weakref.ref(ctx.token))
+            return h.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g
+
+    model = Net(lambda h: Remembered.apply(h).tanh())
+    gc.collect()
+    gc.disable()
+    try:
+        with Capture(model, keep=keep) as capture:
+            capture.probe = lambda f: [torch.ones_like(f)]
+            for _ in range(3):
+                finish(model(x))
+                model.zero_grad()
+                capture.clear()
+            assert [token() for token in alive[:6]] == [None] * 6  # the latest pass can be pulled back
+    finally:
+        gc.enable()
+
+
+def test_models_are_freed_with_their_captures(x):
+    model = Net()
+    capture = Capture(model)
+    model(x).sum().backward()
+    reference = weakref.ref(model)
+    del model, capture
+    gc.collect()
+    assert reference() is None
