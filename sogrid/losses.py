@@ -126,6 +126,16 @@ def _columns(product, f: Tensor) -> Tensor:
     return torch.stack([product(e.expand_as(f)) for e in identity], -1)
 
 
+def _uniform(f: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Uniform numbers in the shape of f, float32 at least.
+
+    Compared with NaN they are not smaller: outputs that diverged draw *something*, where torch's own
+    samplers would raise or, on an accelerator, end the process.
+    """
+    dtype = torch.promote_types(f.dtype, torch.float32)
+    return torch.rand(f.shape, dtype=dtype, device=f.device, generator=generator)
+
+
 class Quadratic(Loss):
     r"""ℓ = ‖f − y‖², summed over outputs, without ½ (Thesis §1.2.1).
 
@@ -199,7 +209,7 @@ class BinaryCrossEntropyAtProbabilities(Loss):
         return torch.diag_embed((f * (1 - f)).rsqrt())
 
     def sample(self, f, generator=None):  # noqa: D102
-        return torch.bernoulli(f, generator=generator)
+        return (_uniform(f, generator) < f).to(f.dtype)
 
     def target(self, f, gradient):  # noqa: D102
         return f - gradient * f * (1 - f)
@@ -224,7 +234,7 @@ class BinaryCrossEntropyAtLogits(Loss):
         return torch.diag_embed((0.5 * (logsigmoid(f) + logsigmoid(-f))).exp())
 
     def sample(self, f, generator=None):  # noqa: D102
-        return torch.bernoulli(f.sigmoid(), generator=generator)
+        return (_uniform(f, generator) < f.sigmoid()).to(f.dtype)
 
     def target(self, f, gradient):  # noqa: D102
         return f.sigmoid() - gradient
@@ -253,8 +263,9 @@ class _Categorical(Loss):
 
     def sample(self, f, generator=None):
         p = self._probabilities(f)
-        drawn = torch.multinomial(p.reshape(-1, p.shape[-1]), 1, generator=generator)
-        return self._rows(f, drawn.reshape(f.shape[:-1]))
+        steps = p.to(torch.promote_types(p.dtype, torch.float32)).cumsum(-1)
+        drawn = (steps[..., :-1] <= _uniform(f[..., :1], generator) * steps[..., -1:]).sum(-1)
+        return self._rows(f, drawn)
 
 
 class CrossEntropyAtProbabilities(_Categorical):

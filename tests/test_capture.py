@@ -47,8 +47,8 @@ class Net(nn.Module):
     def forward(self, x):
         for name in "abc":
 
-            def part(h, layer=getattr(self, name)):
-                return self.activation(layer(h))
+            def part(h, name=name):
+                return self.activation(getattr(self, name)(h))
 
             inside = name in self.checkpointed
             x = checkpoint(part, x, use_reentrant=self.reentrant) if inside else part(x)

@@ -95,8 +95,11 @@ def _acp(model, loss, settings):
 
 
 def _kfac(curvature):
+    """KFAC with √ε added to both factors: the thesis does not say how it damps."""
+
     def build(model, loss, settings):
-        return KFAC(model, **settings, loss=loss, curvature=curvature, refresh_every=REFRESH_EVERY)
+        fixed = {"loss": loss, "curvature": curvature, "pi_correction": False, "refresh_every": REFRESH_EVERY}
+        return KFAC(model, **settings, **fixed)
 
     return build
 

@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from sogrid.experiments.reference import thesis_values
 from sogrid.plotting import METHODS, color, figure, style
 
-__all__ = ["caption", "comparison_table", "learning_curves", "loss_at"]
+__all__ = ["caption", "comparison_table", "learning_curves", "loss_at", "thesis_loss_at"]
 
 WORDS = {"lr": "λ", "damping": "ε", "output_curvature": "α", "scale": "s"}
 AXES = {"update": "update", "second": "second of training"}
@@ -136,13 +136,19 @@ def caption(record: dict[str, Any]) -> str:
     )
 
 
-def comparison_table(record: dict[str, Any], update: int, figure_key: str) -> str:
-    """Markdown table of the training loss at one update: ours, the thesis's (at update + 1), settings."""
+def thesis_loss_at(figure_key: str, update: int) -> dict[str, float]:
+    """The thesis's training losses at one update (its axis says update + 1), by method."""
     curve = thesis_values(figure_key)["curves"]["train_mse_by_update"]
     column = curve["x"].index(update + 1)
+    return {method: values[column] for method, values in curve["y"].items()}
+
+
+def comparison_table(record: dict[str, Any], update: int, figure_key: str) -> str:
+    """Markdown table of the training loss at one update: ours, the thesis's (at update + 1), settings."""
+    thesis = thesis_loss_at(figure_key, update)
     lines = [f"| method | at update {update:,} | thesis 2017 | settings |", "|---|---|---|---|"]
     for method, runs in _by_method(record).items():
         settings = ", ".join(f"{WORDS[key]} {value:g}" for key, value in runs[0]["settings"].items())
-        ours, theirs = loss_at(record, method, update), curve["y"][method][column]
-        lines.append(f"| {METHODS[method][0]} | {ours:.3g} | {theirs:.3g} | {settings} |")
+        ours = loss_at(record, method, update)
+        lines.append(f"| {METHODS[method][0]} | {ours:.3g} | {thesis[method]:.3g} | {settings} |")
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
 
@@ -92,6 +93,30 @@ class CapturingOptimizer(torch.optim.Optimizer):
                 f"{where}: the gradient is not finite, so the loss diverged or overflowed; nothing was "
                 "changed. Skip the batch with zero_grad(), lower lr or raise the damping"
             )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """One update of every parameter that holds a gradient, at full precision inside autocast too.
+
+        Args:
+            closure: As in torch: clears the gradients, computes the loss, calls ``backward``, returns it.
+
+        Raises:
+            CaptureError: If the forward pass that a gradient belongs to was not seen.
+            FactorizationError: If a damped matrix cannot be inverted.
+            FloatingPointError: On the CPU, if a gradient is not finite. No error changes a parameter.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        with torch._C._DisableAutocast():
+            self._step()
+        return loss
+
+    def _step(self) -> None:
+        """The update itself, from the gradients and what the capture has seen."""
+        raise NotImplementedError
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; also forgets what the cleared gradients had seen."""

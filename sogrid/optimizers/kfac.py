@@ -31,7 +31,7 @@ from sogrid.capture import CaptureError
 from sogrid.kronecker import bordered, kronecker_solve
 from sogrid.linalg import tikhonov_inverse
 from sogrid.losses import CrossEntropyAtLogits, CrossEntropyAtProbabilities, Loss
-from sogrid.optimizers.base import check_hyperparameter
+from sogrid.optimizers.base import check_count, check_hyperparameter
 from sogrid.optimizers.layerwise import Layerwise
 from sogrid.statistics import Statistics, input_moments, output_factor
 
@@ -164,8 +164,7 @@ class KFAC(Layerwise):
                 f"E[g gᵀ] is the Gauss-Newton matrix only for one-hot cross-entropy, not for {loss!r}: use "
                 "'fisher_sampled' (for the quadratic loss the two matrices are the same)"
             )
-        if not isinstance(samples, int) or samples < 1:
-            raise ValueError(f"samples must be a positive integer, got {samples!r}")
+        check_count("samples", samples)
         self.loss, self.curvature, self.samples, self.seed = loss, curvature, samples, seed
         super().__init__(
             model,

@@ -182,8 +182,8 @@ class Layerwise(CapturingOptimizer):
         for name, layer in layers.items():
             if layer.weight not in home:
                 raise ValueError(
-                    f"the bias of layer {name!r} is to be trained but its weight is not: freeze the bias too, "
-                    "or put it in a group with preconditioned=False"
+                    f"the bias of layer {name!r} is to be trained but its weight is not: freeze the bias "
+                    "too, or put it in a group with preconditioned=False"
                 )
             if home.get(layer.bias, home[layer.weight]) != home[layer.weight]:
                 raise ValueError(f"weight and bias of layer {name!r} are in different parameter groups")
@@ -270,8 +270,8 @@ class Layerwise(CapturingOptimizer):
                 continue
             if not record.complete:
                 raise CaptureError(
-                    f"layer {name!r}: its statistics are due, but were not when its forward pass ran: call "
-                    "zero_grad() before the forward pass, or refresh(closure)"
+                    f"layer {name!r}: its statistics became due, or its bias was frozen or unfrozen, after "
+                    "its forward pass: call zero_grad() and run it again, or call refresh(closure)"
                 )
             has_bias = self._bias(layer) is not None
             scale = record.count if self.reduction == "mean" else 1
@@ -337,28 +337,7 @@ class Layerwise(CapturingOptimizer):
                     self._require_finite(f"layer {name!r}", parameter.grad)
             yield name, layer, group, record
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One update of every parameter that holds a gradient; refreshes first if that is due.
-
-        Args:
-            closure: As in torch: clears the gradients, computes the loss, calls ``backward``, returns it.
-
-        Raises:
-            CaptureError: If a layer holds a gradient whose forward pass was not seen.
-            FactorizationError: If a damped matrix cannot be inverted.
-            FloatingPointError: On the CPU, if a gradient is not finite. No error changes a parameter.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with torch._C._DisableAutocast():
-            self._step()
-        return loss
-
     def _step(self) -> None:
-        """One update from the gradients and records there are."""
         ready, records = list(self._ready()), self._capture.records
         wanted = self._wanted()
         if wanted:
@@ -397,9 +376,9 @@ class Layerwise(CapturingOptimizer):
         for key, value in self.state.get(layer.weight, {}).items():
             if isinstance(value, Tensor) and (value.dtype, value.device) != (dtype, device):
                 raise ValueError(
-                    f"layer {name!r} is {dtype} on {device} but its {key} is {value.dtype} on {value.device}: "
-                    "the model was moved after the optimizer had refreshed; call "
-                    "optimizer.load_state_dict(optimizer.state_dict()), or refresh(closure)"
+                    f"layer {name!r} is {dtype} on {device}, its {key} {value.dtype} on {value.device}: the "
+                    "model was moved after the optimizer had refreshed; call refresh(closure), or "
+                    "optimizer.load_state_dict(optimizer.state_dict())"
                 )
 
     def _step_others(self, count: int) -> None:

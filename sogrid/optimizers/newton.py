@@ -6,8 +6,6 @@ r"""Newton, Gauss-Newton and natural-gradient steps with the dense matrix (Thesi
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
@@ -99,21 +97,7 @@ class Newton(CapturingOptimizer):
     def _bind(self) -> None:
         self._capture = Capture(self.model, {})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
-        """One dense step of every parameter that holds a gradient.
-
-        Args:
-            closure: As in torch.
-
-        Raises:
-            CaptureError: If the model's forward pass was not seen.
-            FloatingPointError: On the CPU, if the gradient is not finite or the matrix is singular.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def _step(self) -> None:
         roots = self._capture.roots
         if not roots:
             raise CaptureError(
@@ -134,4 +118,3 @@ class Newton(CapturingOptimizer):
         for parameter, part in zip(held, change.split([p.numel() for p in held]), strict=True):
             parameter.add_(part.view_as(parameter))
         self._capture.clear()
-        return loss

@@ -179,7 +179,9 @@ class UpdatedBackprop(Layerwise):
         params=None,
     ) -> None:
         """See the class."""
+        self._require_model(model)
         self._require_loss(loss)
+        self._chain(model)
         if curvature not in ("gauss_newton", "hessian", "none"):
             raise ValueError(f"curvature must be 'gauss_newton', 'hessian' or 'none', got {curvature!r}")
         self.loss, self.curvature = loss, curvature
@@ -201,10 +203,10 @@ class UpdatedBackprop(Layerwise):
         for name, module in model.named_children():
             if isinstance(module, nn.Linear):
                 chain.append((module, []))
-            elif not chain or any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
+            elif not chain or [*module.parameters(), *module.buffers()] or _is_random(module):
                 raise ValueError(
                     f"module {name!r} ({type(module).__name__}) breaks the chain: UpdatedBackprop follows "
-                    "linear layers and parameter-free activations that treat every example alone"
+                    "linear layers and parameter-free activations, not random, that treat every example alone"
                 )
             else:
                 chain[-1][1].append(module)
@@ -246,8 +248,13 @@ class UpdatedBackprop(Layerwise):
         if dw.device.type == "cpu" and bool(((expected + dw).abs() > tolerance).any()):
             raise CaptureError(
                 "UpdatedBackprop builds its step from per-example gradients, and .grad no longer agrees with "
-                "them: it cannot honour gradient clipping or penalties added to the loss; lower lr instead"
+                "them: it cannot honour gradient clipping, penalties added to the loss, or autocast"
             )
+
+
+def _is_random(module: nn.Module) -> bool:
+    """Whether a second run of a module would not repeat the first."""
+    return any(isinstance(m, nn.modules.dropout._DropoutNd | nn.RReLU) for m in module.modules())
 
 
 def _out_of_place(modules: list[nn.Module]) -> nn.Module:

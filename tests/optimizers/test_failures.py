@@ -1,0 +1,441 @@
+"""What cannot be done is refused clearly, changes nothing, and training can go on afterwards."""
+
+import re
+
+import pytest
+import torch
+from optimizer_list import (
+    LAYERWISE,
+    N_IN,
+    OPTIMIZERS,
+    REFRESHING,
+    assert_close,
+    assert_same,
+    batch,
+    each,
+    network,
+    parameters,
+    train,
+)
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from sogrid.capture import CaptureError
+from sogrid.linalg import FactorizationError
+from sogrid.losses import CrossEntropyAtLogits, Quadratic
+from sogrid.optimizers import ACP, KFAC, NaturalNN, Newton, UpdatedBackprop
+
+LOSS = CrossEntropyAtLogits()
+NOT_UBP = [m for m in OPTIMIZERS if m.kind is not UpdatedBackprop]
+WITHOUT_CHAIN = [m for m in LAYERWISE if m.kind is not UpdatedBackprop]
+
+
+def snapshot(model, optimizer):
+    """Everything that a failure must leave as it was."""
+    state = optimizer.state_dict()
+    return parameters(model), {
+        "state": dict(state["state"]),
+        "groups": [dict(g) for g in state["param_groups"]],
+    }
+
+
+def assert_refused(model, optimizer, error, message):
+    """``step`` raises, changes nothing bitwise, and does so again if repeated."""
+    before = snapshot(model, optimizer)
+    for _ in range(2):
+        with pytest.raises(error, match=message):
+            optimizer.step()
+        assert_same(snapshot(model, optimizer), before)
+
+
+def assert_trains_on(model, optimizer, reference, undisturbed):
+    """After the failure both continue alike."""
+    train(model, optimizer, 3, first=2)
+    train(reference, undisturbed, 3, first=2)
+    assert_same(parameters(model), parameters(reference))
+
+
+@pytest.fixture
+def pair(method):
+    """Two identical trainings, one update old: one to be disturbed, one for comparison."""
+    made = []
+    for _ in range(2):
+        model = network()
+        optimizer = method(model)
+        train(model, optimizer)
+        optimizer.zero_grad()
+        made += [model, optimizer]
+    return made
+
+
+# --- passes that were not seen ---------------------------------------------------------------------
+
+
+@each(OPTIMIZERS)
+def test_gradients_of_an_evaluation_pass(method, pair):
+    model, optimizer, *_ = pair
+    x, y = batch(9)
+    LOSS(model.eval()(x), y).backward()
+    model.train()
+    assert_refused(model, optimizer, CaptureError, "seen.*(eval|training) mode")
+    assert_trains_on(*pair)
+
+
+@each(OPTIMIZERS)
+def test_gradients_written_by_hand(method, pair):
+    model, optimizer, *_ = pair
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    assert_refused(model, optimizer, CaptureError, "not seen|were not seen")
+    assert_trains_on(*pair)
+
+
+@each(OPTIMIZERS)
+def test_a_closed_optimizer(method, pair):
+    model, optimizer, *_ = pair
+    optimizer.close()
+    x, y = batch(9)
+    LOSS(model(x), y).backward()
+    assert_refused(model, optimizer, CaptureError, "not seen|were not seen")
+
+
+@each(OPTIMIZERS)
+def test_a_second_step_on_the_same_gradients(method, pair):
+    model, optimizer, *_ = pair
+    x, y = batch(9)
+    LOSS(model(x), y).backward()
+    optimizer.step()
+    with pytest.raises(CaptureError):
+        optimizer.step()
+
+
+@each(LAYERWISE)
+def test_no_gradient_at_all(method):
+    """As in torch, a step without gradients does nothing; statistics are taken when there are some."""
+    model, reference = network(), network()
+    optimizer = method(model)
+    before = parameters(model)
+    if method.kind is UpdatedBackprop:
+        with pytest.raises(CaptureError, match="every layer must"):
+            optimizer.step()
+    else:
+        optimizer.step()
+        optimizer.step()
+    assert_same(parameters(model), before)
+    train(model, optimizer)
+    train(reference, method(reference))
+    if not method.samples:  # whose draws depend on the number of the update
+        assert_same(parameters(model), parameters(reference))
+
+
+@each(WITHOUT_CHAIN)
+@pytest.mark.parametrize("missing", ["weight", "bias"])
+def test_half_a_gradient(method, pair, missing):
+    model, optimizer, *_ = pair
+    x, y = batch(9)
+    LOSS(model(x), y).backward()
+    getattr(model[2], missing).grad = None
+    assert_refused(
+        model, optimizer, CaptureError, f"layer '2': the .* has a gradient but the {missing} has none"
+    )
+    assert_trains_on(*pair)
+
+
+# --- layers used in ways whose curvature is not known ----------------------------------------------
+
+
+class Shared(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enter, self.again, self.leave = nn.Linear(N_IN, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.double()
+        self.times = 1
+        self.dimensions = 2
+        self.reentrant = None
+
+    def forward(self, x):
+        h = self.enter(x).tanh()
+        for _ in range(self.times):
+            if self.reentrant is None:
+                h = self.again(h).tanh()
+            else:
+                h = checkpoint(lambda h: self.again(h).tanh(), h, use_reentrant=self.reentrant)
+        if self.dimensions == 3:
+            h = h.unsqueeze(1)
+        return self.leave(h).view(len(x), 3)
+
+
+def twice(model):
+    model.times = 2
+
+
+def three_dimensional(model):
+    model.dimensions = 3
+
+
+@each(WITHOUT_CHAIN)
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (twice, "layer 'again' was applied twice"),
+        (three_dimensional, r"layer 'leave' got an input of shape \(12, 1, 5"),
+    ],
+    ids=["twice", "3-D"],
+)
+def test_layers_used_otherwise_are_refused_by_name(method, how, message):
+    model, reference = Shared(), Shared()
+    reference.load_state_dict(model.state_dict())
+    optimizer, undisturbed = method(model), method(reference)
+    before = parameters(model)
+    how(model)
+    with pytest.raises(CaptureError, match=message):
+        train(model, optimizer)
+    assert_same(parameters(model), before)
+    model.times, model.dimensions = 1, 2
+    assert_trains_on(model, optimizer, reference, undisturbed)
+
+
+@each(WITHOUT_CHAIN)
+def test_a_reentrant_checkpoint_is_refused_and_the_other_kind_works(method):
+    model, reference = Shared(), Shared()
+    reference.load_state_dict(model.state_dict())
+    optimizer, undisturbed = method(model), method(reference)
+    model.reentrant = True
+    exact = method.options.get("curvature", "").startswith("fisher")  # pulls through the checkpoint
+    error, message = (
+        (RuntimeError, "use_reentrant") if exact else (CaptureError, "'again'.*use_reentrant=False")
+    )
+    with pytest.raises(error, match=message):
+        train(model, optimizer)
+    model.reentrant = False
+    assert_trains_on(model, optimizer, reference, undisturbed)
+
+
+@each(OPTIMIZERS)
+def test_an_empty_minibatch(method, pair):
+    model, optimizer, *_ = pair
+    before = snapshot(model, optimizer)
+    if method.layerwise:
+        with pytest.raises(CaptureError, match=r"layer '0' got an input of shape \(0, 4\)"):
+            model(torch.empty(0, N_IN).double())
+    assert_same(snapshot(model, optimizer), before)
+    assert_trains_on(*pair)
+
+
+@each(OPTIMIZERS)
+def test_an_exception_in_the_forward_pass(method, pair):
+    model, optimizer, *_ = pair
+    handle = model[1].register_forward_hook(lambda *_: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        model(batch(9)[0])
+    handle.remove()
+    assert_trains_on(*pair)
+
+
+@each(OPTIMIZERS)
+def test_an_exception_in_the_backward_pass(method, pair):
+    model, optimizer, *_ = pair
+
+    def explode(grad):
+        raise ZeroDivisionError
+
+    handle = model[1].register_forward_hook(lambda m, i, output: output.register_hook(explode) and None)
+    x, y = batch(9)
+    with pytest.raises(ZeroDivisionError):
+        LOSS(model(x), y).backward()
+    handle.remove()
+    assert_trains_on(*pair)
+
+
+# --- numbers that are not finite -------------------------------------------------------------------
+
+
+@each(OPTIMIZERS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("refresh", ["at the first update", "later"])
+def test_a_loss_that_is_not_finite(method, value, refresh):
+    """Parameters, state and statistics stay bitwise the same; the optimizer goes on."""
+    model, reference = network(), network()
+    optimizer, undisturbed = method(model), method(reference)
+    if refresh == "later":
+        train(model, optimizer)
+        train(reference, undisturbed)
+    optimizer.zero_grad()
+    x, y = batch(9)
+    (LOSS(model(x), y) * value).backward()
+    assert_refused(model, optimizer, FloatingPointError, "the gradient is not finite.*nothing was changed")
+    assert_trains_on(model, optimizer, reference, undisturbed)
+
+
+@each(LAYERWISE)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_input_that_is_not_finite(method, value):
+    """Also infinity behind a saturated activation, where the loss and the gradient of the bias are finite."""
+    model, reference = network(activation=nn.Sigmoid), network(activation=nn.Sigmoid)
+    optimizer, undisturbed = method(model), method(reference)
+    x, y = batch(9)
+    x[3, 2] = value
+    LOSS(model(x), y).backward()
+    if value == float("inf"):
+        assert torch.isfinite(model[0].bias.grad).all()
+    assert_refused(model, optimizer, FloatingPointError, "layer '[02]'")
+    assert_trains_on(model, optimizer, reference, undisturbed)
+
+
+# --- matrices that cannot be factorised ------------------------------------------------------------
+
+
+def singular_batch(model, dtype=torch.float64):
+    """More inputs than examples: the covariance of the minibatch is singular."""
+    x, y = batch(9, 3, dtype)
+    return LOSS(model(x), y)
+
+
+DAMPED = [
+    ("acp", ACP, {}),
+    ("acp, exact", ACP, {"tikhonov": "exact"}),
+    ("acp, heuristic", ACP, {"output_curvature": "heuristic"}),
+    ("acp, α = 0.01", ACP, {"output_curvature": 0.01}),
+    ("nnn", NaturalNN, {}),
+]
+
+
+@pytest.mark.parametrize(("kind", "options"), [d[1:] for d in DAMPED], ids=[d[0] for d in DAMPED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_too_small_a_damping_names_the_layer_and_one_that_helps(kind, options, dtype):
+    """A failed step changes nothing, keeps its gradients, and succeeds with the damping that was named."""
+    model = network(dtype=dtype)
+    optimizer = kind(model, 0.1, damping=0.0, **options)
+    singular_batch(model, dtype).backward()
+    with pytest.raises(FactorizationError) as error:
+        optimizer.step()
+    assert_refused(model, optimizer, FactorizationError, "layer '0'.*would have helped")
+    named = float(re.search(r"(\d\.\d+e[+-]\d+) or more would have helped", str(error.value)).group(1))
+    alpha = options.get("output_curvature", 1.0)
+    if alpha == "heuristic":
+        alpha = (
+            3 * torch.autograd.grad(singular_batch(model, dtype), model[0].bias)[0]
+        ).square().max().item() * 10
+    optimizer.param_groups[0]["damping"] = named * alpha
+    before = parameters(model)
+    optimizer.step()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert all((a != b).any() for a, b in zip(parameters(model), before, strict=True))
+
+
+@each([m for m in REFRESHING if m.kind is not KFAC])
+def test_training_goes_on_after_a_failed_refresh_with_a_higher_damping(method):
+    """By step or by closure; the old statistics and their schedule stay."""
+    model, reference = network(), network()
+    optimizer, undisturbed = method(model, refresh_every=None), method(reference, refresh_every=None)
+    for m, o in ((model, optimizer), (reference, undisturbed)):
+        o.refresh(lambda: LOSS(m(batch(5)[0]), batch(5)[1]))  # noqa: B023
+        train(m, o)
+    before = snapshot(model, optimizer)
+    optimizer.param_groups[0]["damping"] = 0.0
+    with pytest.raises(FactorizationError, match="layer '0'"):
+        optimizer.refresh(lambda: singular_batch(model))
+    optimizer.param_groups[0]["damping"] = 0.5
+    assert_same(snapshot(model, optimizer), before)
+    optimizer.refresh(lambda: singular_batch(model))
+    undisturbed.refresh(lambda: singular_batch(reference))
+    assert_trains_on(model, optimizer, reference, undisturbed)
+
+
+def test_a_matrix_that_fails_in_float32_is_retried_in_float64():
+    """Inputs near a large constant in float32: their covariance is indefinite there, and fine in float64."""
+    generator = torch.Generator().manual_seed(3)
+    direction = torch.randn(40, 1, generator=generator, dtype=torch.float64)
+    x = direction @ torch.ones(1, N_IN).double() + 3e-4 * torch.randn(40, N_IN, generator=generator).double()
+    x = x.float()
+    deviation = x - x.mean(0)
+    covariance = deviation.mT @ deviation / 40
+    damping = 0.0
+    assert torch.linalg.cholesky_ex(covariance)[1] != 0
+    assert torch.linalg.cholesky_ex(covariance.double())[1] == 0
+    model = nn.Linear(N_IN, 2)
+    before = parameters(model)
+    optimizer = ACP(model, 0.1, damping=damping)
+    model(x).square().mean().backward()
+    optimizer.step()
+    inverse = covariance.double().inverse()
+    gradient = (model.weight.grad - torch.outer(model.bias.grad, x.mean(0))).double()
+    assert_close([(model.weight - before[0]).double()], [-0.1 * gradient @ inverse], 1e-3)
+
+
+def test_kfac_names_the_layer_and_the_factor():
+    model = nn.Sequential(nn.Linear(N_IN, 3)).double()
+    optimizer = KFAC(
+        model, 0.1, damping=1e-300, loss=Quadratic(), curvature="empirical_fisher", pi_correction=False
+    )
+    x = batch(9, 3)[0]
+    before = parameters(model)
+    Quadratic()(model(x), torch.zeros(3, 3).double()).backward()
+    assert_refused(model, optimizer, FactorizationError, "layer '0', input factor.*would have helped")
+    optimizer.param_groups[0]["damping"] = 0.1
+    optimizer.step()
+    assert all((a != b).any() for a, b in zip(parameters(model), before, strict=True))
+
+
+def test_newton_at_a_singular_matrix_changes_nothing():
+    model = nn.Sequential(nn.Linear(N_IN, 1)).double()
+    optimizer = Newton(model, damping=0.0, loss=Quadratic())
+    x = torch.zeros(5, N_IN).double()
+    Quadratic()(model(x), torch.ones(5, 1).double()).backward()
+    assert_refused(model, optimizer, FloatingPointError, "singular matrix.*raise the damping")
+    optimizer.param_groups[0]["damping"] = 0.1
+    optimizer.step()
+
+
+# --- a model that moved ----------------------------------------------------------------------------
+
+
+@each(REFRESHING)
+def test_a_model_that_changed_its_dtype_is_refused_by_name(method):
+    """And both ways out that the message names do help."""
+    for way_out in ("load_state_dict", "refresh"):
+        model = network(dtype=torch.float32)
+        optimizer = method(model, refresh_every=100)
+        train(model, optimizer)
+        model.double()
+        optimizer.zero_grad()
+        x, y = batch(9)
+        LOSS(model(x), y).backward()
+        assert_refused(
+            model, optimizer, ValueError, r"layer '0' is torch\.float64 on cpu, its \w+ torch\.float32"
+        )
+        if way_out == "refresh":
+            optimizer.refresh(lambda: LOSS(model(x), y))  # noqa: B023
+        else:
+            optimizer.load_state_dict(optimizer.state_dict())
+            optimizer.zero_grad()
+            LOSS(model(x), y).backward()
+        optimizer.step()
+        assert {p.dtype for p in model.parameters()} == {torch.float64}
+
+
+@each(REFRESHING)
+def test_statistics_on_another_device_are_refused_by_name(method):
+    """The meta device stands for an accelerator."""
+    model = network()
+    optimizer = method(model, refresh_every=100)
+    train(model, optimizer)
+    state = optimizer.state[model[2].weight]
+    key = next(key for key, value in state.items() if isinstance(value, torch.Tensor))
+    state[key] = state[key].to("meta")
+    optimizer.zero_grad()
+    x, y = batch(9)
+    LOSS(model(x), y).backward()
+    assert_refused(model, optimizer, ValueError, rf"layer '2' is .* on cpu, its {key} .* on meta")
+    optimizer.load_state_dict(optimizer.state_dict()) if False else None
+
+
+@each(OPTIMIZERS)
+def test_a_model_that_moves_before_the_first_step(method):
+    one, two = network(dtype=torch.float32), network()
+    first, second = method(one), method(two)
+    one.double()
+    two.load_state_dict(one.state_dict())
+    train(one, first, 2)
+    train(two, second, 2)
+    assert_same(parameters(one), parameters(two))
