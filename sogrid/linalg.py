@@ -8,7 +8,8 @@ The inverse square root and conjugate gradient, which no optimizer's step uses, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ __all__ = [
     "FactorizationError",
     "conjugate_gradient",
     "inverse_square_root",
+    "naming_the_damping",
     "shift_diagonal",
     "tikhonov_inverse",
     "tikhonov_solve",
@@ -24,7 +26,28 @@ __all__ = [
 
 
 class FactorizationError(RuntimeError):
-    """A damped matrix is not positive definite, even in float64."""
+    """A damped matrix is not positive definite, even in float64.
+
+    Attributes:
+        shift: What added to the diagonal would have helped, if anything.
+    """
+
+    def __init__(self, message: str, shift: float | None = None) -> None:
+        """See the class."""
+        super().__init__(message)
+        self.shift = shift
+
+
+@contextmanager
+def naming_the_damping(damping: Callable[[float], float | Tensor]) -> Iterator[None]:
+    """Inside, errors also name ε: ``damping`` tells which ε gives a shift of the diagonal."""
+    try:
+        yield
+    except FactorizationError as error:
+        if error.shift is None:
+            raise
+        needed = float(torch.as_tensor(damping(error.shift)).max())
+        raise FactorizationError(f"{error}: damping (ε) ≥ {needed:.1e}", error.shift) from None
 
 
 def shift_diagonal(matrix: Tensor, damping: float | Tensor) -> Tensor:
@@ -49,7 +72,7 @@ def _cholesky(matrix: Tensor, damping: float | Tensor, name: str) -> Tensor:
     if _succeeded(factor, info):
         return factor
     _require_finite(shifted, name)
-    raise FactorizationError(_advice(torch.linalg.eigvalsh(shifted), matrix.dtype, damping, name))
+    raise _indefinite(torch.linalg.eigvalsh(shifted), matrix.dtype, damping, name)
 
 
 def _succeeded(factor: Tensor, info: Tensor) -> bool:
@@ -62,20 +85,23 @@ def _require_finite(matrix: Tensor, name: str) -> None:
         raise FactorizationError(f"{name}: the matrix to factorise, or its damping, is NaN or infinite")
 
 
-def _advice(eigenvalues: Tensor, dtype: torch.dtype, damping: float | Tensor, name: str) -> str:
-    """What to say of eigenvalues ``[..., m]`` of a damped matrix, given in ``dtype``, that is not definite.
+def _indefinite(
+    eigenvalues: Tensor, dtype: torch.dtype, damping: float | Tensor, name: str
+) -> FactorizationError:
+    """The error for eigenvalues ``[..., m]`` of a damped matrix, given in ``dtype``, that is not definite.
 
-    The damping named is enough: it lifts the smallest eigenvalue above rounding, and is rounded up.
+    The shift named is enough: it lifts the smallest eigenvalue above rounding, and is rounded up.
     """
     largest, smallest = eigenvalues.abs().amax(-1), eigenvalues.amin(-1)
     rounding = 8 * eigenvalues.shape[-1] * torch.finfo(dtype).eps * largest
     missing = (rounding - smallest).clamp(min=torch.finfo(dtype).tiny)
-    needed = float((missing + torch.as_tensor(damping, dtype=missing.dtype)).max())
+    needed = 1.1 * float((missing + torch.as_tensor(damping, dtype=missing.dtype)).max())
     shift = float(torch.as_tensor(damping).max())
-    return (
+    message = (
         f"{name}: with a shift of {shift:.3g} the matrix is not positive definite (smallest eigenvalue "
-        f"{float(smallest.min()):.3g}); a shift of {1.1 * needed:.1e} or more would have helped"
+        f"{float(smallest.min()):.3g}); a shift of {needed:.1e} or more would have helped"
     )
+    return FactorizationError(message, needed)
 
 
 def tikhonov_inverse(matrix: Tensor, damping: float | Tensor, name: str = "matrix") -> Tensor:
@@ -114,7 +140,7 @@ def inverse_square_root(matrix: Tensor, damping: float | Tensor = 0.0, name: str
         _require_finite(shifted, name)
     values, vectors = torch.linalg.eigh(shifted)
     if matrix.device.type == "cpu" and not bool((values > 0).all()):
-        raise FactorizationError(_advice(values.double(), matrix.dtype, damping, name))
+        raise _indefinite(values.double(), matrix.dtype, damping, name)
     return (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
 
 

@@ -1,12 +1,14 @@
 """Curvature of small networks, dense and slow: the ground truth the optimizers are tested against.
 
-| Thesis | what | here |
-|---|---|---|
-| §3.1.1 | Hessian of the risk | :func:`hessian` |
-| §3.1.4, §3.4 | Gauss-Newton, cut where the loss is | :func:`gauss_newton` and its two named cuts |
-| §3.2 | Fisher: exact, sampled, empirical; KL divergence | :mod:`sogrid.curvature.fisher` |
-| §3.1.5 | layer blocks and their inverse | :mod:`sogrid.curvature.blocks` |
-| §6.2, §6.4.1 | Kronecker factors of a block | :mod:`sogrid.curvature.kronecker_factors` |
+============  ================================================  ==========================================
+thesis        what                                              here
+============  ================================================  ==========================================
+§3.1.1        Hessian of the risk                               :func:`hessian`
+§3.1.4, §3.4  Gauss-Newton, cut where the loss is               :func:`gauss_newton` and its two named cuts
+§3.2          Fisher: exact, sampled, empirical; KL divergence  :func:`fisher`, :func:`kl_divergence`
+§3.1.5        layer blocks and their inverse                    :func:`block_diagonal`
+§6.2, §6.4.1  Kronecker factors of a block                      :func:`kronecker_factors`
+============  ================================================  ==========================================
 
 All matrices are means over examples, and index θ as :func:`parameter_vector` does.
 """

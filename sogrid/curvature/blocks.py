@@ -101,9 +101,9 @@ def _assemble(model: nn.Module, like: Tensor, blocks: dict[str, Tensor]) -> Tens
 
 
 def condition_number(matrix: Tensor) -> Tensor:
-    """|λ|_max / |λ|_min of a symmetric matrix: a scalar, infinite if it is singular.
+    """Largest over smallest eigenvalue of a symmetric matrix, in magnitude; infinite if it is singular.
 
-    Singular means up to rounding: |λ|_min ≤ P · (machine epsilon) · |λ|_max, torch's rank criterion.
+    Singular means up to rounding: the ratio exceeds 1 / (P · machine epsilon), torch's rank criterion.
 
     Args:
         matrix: ``[P, P]``, symmetric.

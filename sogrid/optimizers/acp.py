@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sogrid.linalg import tikhonov_inverse
+from sogrid.linalg import naming_the_damping, tikhonov_inverse
 from sogrid.optimizers.base import check_hyperparameter
 from sogrid.optimizers.centered import bias_update, centered_gradient
 from sogrid.optimizers.layerwise import Layerwise, StatisticsBatch
@@ -164,8 +164,10 @@ class ACP(Layerwise):
 
     def invert(self, statistics, group, has_bias, name):  # noqa: D102
         mean, covariance, alpha = statistics
-        shift = group["damping"] / (group["output_curvature"] if alpha is None else alpha)
-        state = {"inverse": acp_inverse(mean, covariance, shift, group["tikhonov"], name)}
+        scale = group["output_curvature"] if alpha is None else alpha
+        shift = group["damping"] / scale
+        with naming_the_damping(lambda shift: shift * scale):
+            state = {"inverse": acp_inverse(mean, covariance, shift, group["tikhonov"], name)}
         if group["tikhonov"] == "exact":
             corner = torch.ones((), dtype=mean.dtype, device=mean.device).mul_(shift)  # as_tensor would sync
             state |= {"mean": mean, "corner": corner}

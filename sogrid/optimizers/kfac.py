@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from sogrid.capture import CaptureError
 from sogrid.kronecker import bordered, kronecker_solve
-from sogrid.linalg import tikhonov_inverse
+from sogrid.linalg import naming_the_damping, tikhonov_inverse
 from sogrid.losses import CrossEntropyAtLogits, CrossEntropyAtProbabilities, Loss
 from sogrid.optimizers.base import check_count, check_hyperparameter
 from sogrid.optimizers.layerwise import Layerwise
@@ -88,10 +88,11 @@ def kfac_inverses(
         pi = (mean_a.clamp(min=tiny) / mean_b.clamp(min=tiny)).sqrt().clamp(1e-6, 1e6)
     else:
         pi = 1.0
-    return (
-        tikhonov_inverse(a, root * pi, f"{name}, input factor"),
-        tikhonov_inverse(b, root / pi, f"{name}, output factor"),
-    )
+    with naming_the_damping(lambda shift: (shift / pi) ** 2):
+        a_inverse = tikhonov_inverse(a, root * pi, f"{name}, input factor")
+    with naming_the_damping(lambda shift: (shift * pi) ** 2):
+        b_inverse = tikhonov_inverse(b, root / pi, f"{name}, output factor")
+    return a_inverse, b_inverse
 
 
 def kfac_update(

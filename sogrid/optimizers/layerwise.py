@@ -222,7 +222,7 @@ class Layerwise(CapturingOptimizer):
 
     @property
     def refresh_due(self) -> bool:
-        """Whether the next :meth:`step` would refresh the statistics from its own minibatch."""
+        """Whether the next step would refresh the statistics from its own minibatch."""
         group = self.param_groups[0]
         fresh = not self.uses_statistics or group["refreshed"] == group["updates"]
         return not fresh and refresh_due(group["updates"], self.refresh_every)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from sogrid.linalg import inverse_square_root, tikhonov_inverse
+from sogrid.linalg import inverse_square_root, naming_the_damping, tikhonov_inverse
 from sogrid.optimizers.acp import acp_update
 from sogrid.optimizers.base import check_hyperparameter
 from sogrid.optimizers.layerwise import Layerwise
@@ -124,7 +124,8 @@ class NaturalNN(Layerwise):
         return Statistics(*input_moments(batch.h, batch.has_bias))
 
     def invert(self, statistics, group, has_bias, name):  # noqa: D102
-        inverse = tikhonov_inverse(statistics.covariance, group["damping"], name)
+        with naming_the_damping(float):
+            inverse = tikhonov_inverse(statistics.covariance, group["damping"], name)
         return {"inverse": inverse, "mean": statistics.mean}
 
     def update(self, grad_w, grad_b, mean_h, state, group):  # noqa: D102
