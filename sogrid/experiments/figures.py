@@ -66,8 +66,8 @@ def learning_curves(
     return figure(
         traces,
         alt=f"Learning curves: {ylabel} by {AXES[x]}, both axes logarithmic. At the end: {ours}.",
-        xaxis={"title": AXES[x], "type": "log"},
-        yaxis={"title": ylabel, "type": "log"},
+        xaxis={"title": AXES[x], "type": "log", "dtick": "D2"},
+        yaxis={"title": ylabel, "type": "log", "dtick": "D2"},
         height=460,
     )
 
@@ -91,7 +91,8 @@ def _thesis_markers(key: str, x: str, y: str, methods: Iterable[str], last: floa
         if not pairs:
             continue
         at, values = zip(*pairs, strict=True)
-        marker = {"symbol": "circle-open", "size": 9, "color": color(method), "line": {"width": 2}}
+        symbol = "circle-open" if METHODS[method][2] == "solid" else "diamond-open"
+        marker = {"symbol": symbol, "size": 9, "color": color(method), "line": {"width": 2}}
         traces.append(
             go.Scatter(
                 x=at,

@@ -49,7 +49,8 @@ def updated_backprop_update(
         weights: W_l, ``[n_out, n_in]``.
         activations: f_l; the last one may mix outputs (softmax).
         grad_f: ∂ℓ/∂f per example, un-normalised, ``[n, n_f]``.
-        curvature: ``(l, v) -> H_l v`` for ``v: [n, n_out]``, of ``gauss_newton_term`` or ``hessian_term``; ``None`` drops the term.
+        curvature: ``(l, v) -> H_l v`` for ``v: [n, n_out]``, of ``gauss_newton_term`` or
+            ``hessian_term``; ``None`` drops the term.
         lr: λ of each layer.
     """
     changes: list[tuple[Tensor, Tensor]] = []

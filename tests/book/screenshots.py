@@ -7,7 +7,6 @@ writes light, dark and phone-sized PNG files of the pages (default: all) to the 
 
 from __future__ import annotations
 
-import base64
 import shutil
 import sys
 import tempfile
@@ -101,11 +100,13 @@ def set_theme(driver, theme: str) -> None:
     )
 
 
-def photograph(driver, path: Path) -> None:
-    """Save the whole page, not only what the window shows."""
-    shot = driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "format": "png"})
+def photograph(driver, path: Path, metrics: dict) -> None:
+    """Save the whole page, in a window as tall as it is."""
+    height = driver.execute_script("return document.documentElement.scrollHeight")
+    resize(driver, {**metrics, "height": height})
+    settle(driver)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(base64.b64decode(shot["data"]))
+    driver.save_screenshot(str(path))
 
 
 def main(out: Path, names: list[str]) -> None:
@@ -121,7 +122,9 @@ def main(out: Path, names: list[str]) -> None:
                 driver.get((HTML / name).as_uri())
                 settle(driver)
                 set_theme(driver, theme)
-                photograph(driver, out / f"{name.removesuffix('.html').replace('/', '-')}-{label}.png")
+                photograph(
+                    driver, out / f"{name.removesuffix('.html').replace('/', '-')}-{label}.png", metrics
+                )
 
 
 if __name__ == "__main__":
