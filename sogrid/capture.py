@@ -10,12 +10,14 @@ gradient is taken by a tensor hook on the layer's output, which autograd runs on
 in-place activation.
 
 A record says what ``.grad`` is made of. So these are not seen at all: forward passes in evaluation
-mode, without gradients or inside a ``torch.func`` transform; the repeated forward pass of an activation
-checkpoint; and gradients that ``torch.autograd.grad`` returns instead of adding them to ``.grad``.
+mode, without gradients or inside a ``torch.func`` transform, a trace or an export; the repeated forward
+pass of an activation checkpoint; and gradients that ``torch.autograd.grad`` returns instead of adding
+them to ``.grad``.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ __all__ = ["Capture", "CaptureError", "LayerRecord", "RootRecord"]
 
 _listeners: weakref.WeakSet[Capture] = weakref.WeakSet()
 _handles: list = []
+_lock = threading.RLock()
 
 
 class CaptureError(RuntimeError):
@@ -138,10 +141,11 @@ class Capture:
         self._collecting = False
         self._task = -1
         self.clear()
-        _listeners.add(self)
-        if not _handles:
-            _handles.append(register_module_forward_pre_hook(_before))
-            _handles.append(register_module_forward_hook(_after, with_kwargs=True))
+        with _lock:
+            _listeners.add(self)
+            if not _handles:
+                _handles.append(register_module_forward_pre_hook(_before))
+                _handles.append(register_module_forward_hook(_after, with_kwargs=True))
         weakref.finalize(self, _tidy).atexit = False
 
     def clear(self) -> None:
@@ -153,7 +157,8 @@ class Capture:
 
     def close(self) -> None:
         """Stop listening, for good."""
-        _listeners.discard(self)
+        with _lock:
+            _listeners.discard(self)
         _tidy()
 
     def __enter__(self) -> Capture:
@@ -309,29 +314,37 @@ def _accumulates(parameter: Tensor) -> bool:
 
 
 def _watching() -> bool:
-    """Whether autograd records, and not for a ``torch.func`` transform."""
-    return torch.is_grad_enabled() and torch._C._functorch.peek_interpreter_stack() is None
+    """Whether autograd records, and not for a ``torch.func`` transform, a trace or an export."""
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return torch.is_grad_enabled() and not (transformed or traced)
 
 
 def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def _captures() -> list[Capture]:
+    with _lock:
+        return list(_listeners)
+
+
 @torch._disable_dynamo  # a compiled model breaks its graph here, and is watched like any other
 def _before(module: nn.Module, args: tuple) -> None:
-    for capture in list(_listeners):
+    for capture in _captures():
         if module is capture._model and _watching() and not _in_backward():
             capture._begin()
 
 
 @torch._disable_dynamo
 def _after(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-    for capture in list(_listeners):
+    for capture in _captures():
         capture._end(module, args or tuple(kwargs.values()), output)
 
 
 def _tidy() -> None:
     """Take the process-wide hooks away with the last listener."""
-    if not list(_listeners):
-        while _handles:
-            _handles.pop().remove()
+    with _lock:
+        if not _captures():
+            while _handles:
+                _handles.pop().remove()

@@ -155,10 +155,21 @@ def test_row_22_optimizer_takes_the_exact_tikhonov_step():
     assert error(step, expected) < ROUNDING
 
 
+def test_centred_gradient_descent_with_the_bias_term_is_descent_in_centred_coordinates(layer):
+    """§6.3.1: a = W (h − h̄) + d, one gradient step in (W, d), seen in (W, b = d − W h̄)."""
+    h, g = layer
+    mean = h.mean(0)
+    w = torch.randn(n_out, n_in, dtype=torch.float64, requires_grad=True)
+    d = torch.randn(n_out, dtype=torch.float64, requires_grad=True)
+    (((h - mean) @ w.mT + d) * g).sum(1).mean().backward()  # a loss whose gradient at a is g
+    after = w - 0.3 * w.grad, d - 0.3 * d.grad
+    step = (after[0] - w).detach(), ((after[1] - after[0] @ mean) - (d - w @ mean)).detach()
+    assert error(centered_update(*gradients(h, g), lr=0.3, bias_correction=True), step) < ROUNDING
+
+
 def ascending_layer(offset):
-    """One output, two inputs; gradients aligned with the deviations, as in the construction of row 23."""
-    h = torch.tensor([[offset + 1.0], [offset - 1.0]], dtype=torch.float64)
-    return h
+    """Two examples of one input with variance 1 and the given mean."""
+    return torch.tensor([[offset + 1.0], [offset - 1.0]], dtype=torch.float64)
 
 
 @pytest.mark.parametrize(("offset", "ascends"), [(1.9, False), (2.1, True)])

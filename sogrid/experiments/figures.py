@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from sogrid.experiments.reference import thesis_values
 from sogrid.plotting import METHODS, color, figure, style
 
-__all__ = ["caption", "comparison_table", "learning_curves", "loss_at", "thesis_loss_at"]
+__all__ = ["caption", "comparison_table", "cost_table", "learning_curves", "loss_at", "thesis_loss_at"]
 
 WORDS = {"lr": "λ", "damping": "ε", "output_curvature": "α", "scale": "s"}
 AXES = {"update": "update", "second": "second of training"}
@@ -142,6 +142,18 @@ def thesis_loss_at(figure_key: str, update: int) -> dict[str, float]:
     curve = thesis_values(figure_key)["curves"]["train_mse_by_update"]
     column = curve["x"].index(update + 1)
     return {method: values[column] for method, values in curve["y"].items()}
+
+
+def cost_table(record: dict[str, Any], network: str, figure_key: str) -> str:
+    """Markdown table of what an update costs on a network, as a ratio to SGD: ours and the thesis's."""
+    (run,) = (run for run in record["runs"] if run["network"] == network)
+    headline = thesis_values(figure_key)["headline"]
+    lines = ["| method | ms per update | ratio to SGD | thesis 2017 |", "|---|---|---|---|"]
+    for row in run["rows"]:
+        method = row["optimizer"]
+        theirs = f"{headline[method]['ratio_to_sgd']:.2f}" if method in headline else ""
+        lines.append(f"| {METHODS[method][0]} | {row['update_ms']:.1f} | {row['ratio']:.2f} | {theirs} |")
+    return "\n".join(lines)
 
 
 def comparison_table(record: dict[str, Any], update: int, figure_key: str) -> str:

@@ -5,7 +5,9 @@ was measured, and *update* one layer from its gradient. Everything a ``torch.opt
 user is here, once.
 
 The step starts from ``.grad``, so gradient clipping, accumulation and loss penalties mean what they
-mean in torch. Per-example quantities come from :mod:`sogrid.capture`.
+mean in torch. Per-example quantities come from :mod:`sogrid.capture`; those made of gradients are of
+the loss as it was when ``backward`` ran, so a loss that a ``GradScaler`` scaled needs
+:meth:`Layerwise.refresh` with the unscaled one.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ class Layerwise(CapturingOptimizer):
             minibatch unless :meth:`refresh` was called for it. ``None``: only by :meth:`refresh`.
         averaging: ρ in [0, 1): weight of the old statistics when they are refreshed.
         other_lr: Learning rate of plain SGD for parameters outside linear layers (norms, embeddings,
-            convolutions). ``None``: such parameters are an error.
+            convolutions), unless their group has an ``lr``. ``None``: such parameters are an error.
         params: What to train, as in torch: parameters or groups of them with hyperparameters of their
             own; default all trainable parameters. A layer's weight and bias go in one group; a bias left
             out or frozen stays as it is, and the layer's inputs are then not centred. In a group with
@@ -112,7 +114,7 @@ class Layerwise(CapturingOptimizer):
             group = self.param_groups[-1]
             self.check_hyperparameters(group)
             if group["preconditioned"]:
-                self._split_others(group)
+                self._split_others(group, param_group.get("lr", self.other_lr))
             if self._capture is not None:
                 self._bind()
         except Exception:
@@ -136,8 +138,8 @@ class Layerwise(CapturingOptimizer):
                     owners.setdefault(parameter, []).append((name, module))
         return owners
 
-    def _split_others(self, group: dict) -> None:
-        """Move what is not in a linear layer to a group of its own, or refuse."""
+    def _split_others(self, group: dict, lr: float | Tensor | None) -> None:
+        """Move what is no linear layer's to a group of its own, or refuse; ``lr`` if that is all there is."""
         owners, layer_parameters, others = self._owners(), [], []
         for parameter in group["params"]:
             if parameter not in owners:
@@ -147,11 +149,12 @@ class Layerwise(CapturingOptimizer):
                 )
             (name, module), *more = owners[parameter]
             kind = type(module).__name__
-            if not isinstance(module, nn.Linear):
+            linear = isinstance(module, nn.Linear)
+            if not linear or (parameter is not module.weight and parameter is not module.bias):
                 if self.other_lr is None:
                     raise ValueError(
-                        f"module {name!r} ({kind}) has parameters but is no nn.Linear: pass other_lr=... to "
-                        "train such parameters by plain SGD, or leave them out with params=..."
+                        f"module {name!r} ({kind}) has parameters that are no nn.Linear's weight or bias: "
+                        "pass other_lr=... to train them by plain SGD, or leave them out with params=..."
                     )
                 others.append(parameter)
                 continue
@@ -167,7 +170,7 @@ class Layerwise(CapturingOptimizer):
             layer_parameters.append(parameter)
         group["params"] = layer_parameters
         if not layer_parameters:  # the whole group is plain
-            group.update(params=others, lr=self.other_lr, preconditioned=False)
+            group.update(params=others, lr=lr, preconditioned=False)
         elif others:
             super().add_param_group({**group, "params": others, "lr": self.other_lr, "preconditioned": False})
 
@@ -286,9 +289,10 @@ class Layerwise(CapturingOptimizer):
             statistics = self.measure(batch, group)
             old, state = self.state.get(layer.weight, {}), {"biased": has_bias}
             if self.averaging > 0:
-                if self._fits(layer) and "statistics_mean" in old:
-                    fields = {key: old.get("statistics_" + key) for key in Statistics._fields}
-                    statistics = Statistics(**fields).blend(statistics, self.averaging)
+                keys = [key for key in Statistics._fields if "statistics_" + key in old]
+                if keys and self._fits(layer):
+                    previous = Statistics(**{key: old["statistics_" + key].to(batch.h) for key in keys})
+                    statistics = previous.blend(statistics, self.averaging)
                 kept = statistics._asdict().items()
                 state |= {"statistics_" + key: value for key, value in kept if value is not None}
             states[layer.weight] = state | self.invert(statistics, group, has_bias, f"layer {name!r}")
@@ -319,6 +323,11 @@ class Layerwise(CapturingOptimizer):
     def _ready(self) -> Iterator[tuple[str, nn.Linear, dict, LayerRecord]]:
         """The layers that hold a gradient, each checked for what a step needs."""
         for name, layer, group in self._walk():
+            if layer.weight not in self._names:
+                raise CaptureError(
+                    f"layer {name!r} has another weight than when the optimizer was made, as after "
+                    "load_state_dict(..., assign=True): make a new optimizer"
+                )
             bias = self._bias(layer)
             if layer.weight.grad is None:
                 if bias is not None and bias.grad is not None:

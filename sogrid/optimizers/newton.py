@@ -97,6 +97,12 @@ class Newton(CapturingOptimizer):
     def _bind(self) -> None:
         self._capture = Capture(self.model, {})
 
+    def add_param_group(self, param_group: dict) -> None:
+        """Refused after the first: the matrix is that of the whole model, with one λ and one ε."""
+        if self.param_groups:
+            raise ValueError("Newton has one matrix for the whole model, hence one parameter group")
+        super().add_param_group(param_group)
+
     def _step(self) -> None:
         roots = self._capture.roots
         if not roots:

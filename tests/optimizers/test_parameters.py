@@ -122,6 +122,29 @@ def test_foreign_parameters_follow_schedulers_and_groups():
     assert_close([model.scale - before], [-0.01 * model.scale.grad])
 
 
+def test_a_group_of_foreign_parameters_may_have_a_rate_of_its_own():
+    model = nn.Sequential(nn.Linear(N_IN, N_OUT), nn.LayerNorm(N_OUT)).double()
+    own = {"params": model[1].parameters(), "lr": 0.5}
+    rates = [
+        [g["lr"] for g in ACP(model, 0.1, other_lr=0.2, params=groups).param_groups]
+        for groups in (
+            [{"params": model[0].parameters()}, own],
+            [{"params": model[0].parameters()}, {"params": model[1].parameters()}],
+            [{"params": list(model.parameters()), "lr": 0.3}],
+            None,
+        )
+    ]
+    assert rates == [[0.1, 0.5], [0.1, 0.2], [0.3, 0.2], [0.1, 0.2]]
+
+
+def test_newton_has_one_group():
+    model = network()
+    optimizer = Newton(model, loss=LOSS, damping=1.0)
+    with pytest.raises(ValueError, match="one parameter group"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+    train(model, optimizer)
+
+
 def test_linear_layers_may_be_trained_by_sgd_on_request():
     model, reference = network(), network()
     groups = [{"params": model[0].parameters(), "preconditioned": False}, {"params": model[2].parameters()}]
@@ -254,6 +277,44 @@ def test_parametrized_weights_are_refused_by_name():
         ACP(model, 0.1, other_lr=0.1)
 
 
+class LowRank(nn.Linear):
+    """A linear layer with parameters besides its weight and bias."""
+
+    def __init__(self, n_in, n_out):
+        super().__init__(n_in, n_out)
+        self.down, self.up = nn.Parameter(torch.randn(2, n_in)), nn.Parameter(torch.randn(n_out, 2))
+
+    def forward(self, h):
+        return super().forward(h) + h @ self.down.mT @ self.up.mT
+
+
+@each(WITH_OTHERS)
+def test_further_parameters_of_a_linear_layer_are_foreign(method):
+    model = nn.Sequential(LowRank(N_IN, N_OUT)).double()
+    with pytest.raises(ValueError, match=r"'0' \(LowRank\).*other_lr"):
+        method(model)
+    before = parameters(model)
+    train(model, method(model, other_lr=0.05))
+    named_before = dict(zip(dict(model[0].named_parameters()), before, strict=True))
+    for name in ("down", "up"):
+        parameter = getattr(model[0], name)
+        assert_close([parameter.detach() - named_before[name]], [-0.05 * parameter.grad])
+    assert (model[0].weight != named_before["weight"]).any()
+
+
+@each([m for m in LAYERWISE if m.kind is not UpdatedBackprop])
+def test_a_weight_that_was_replaced_is_refused_by_name(method):
+    """As by ``load_state_dict(..., assign=True)``: the optimizer would train what it was not given."""
+    model = network()
+    optimizer = method(model)
+    train(model, optimizer)
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    before = parameters(model)
+    with pytest.raises(CaptureError, match=r"layer '0' has another weight.*make a new optimizer"):
+        train(model, optimizer)
+    assert_same(parameters(model), before)
+
+
 def test_a_weight_that_is_used_outside_its_layer_is_refused_by_name():
     """The output projection of attention is a linear layer whose forward is never called."""
     model = nn.MultiheadAttention(4, 2, batch_first=True)
@@ -302,10 +363,18 @@ def test_a_weight_frozen_later_is_refused_by_name(method):
         train(model, optimizer)
 
 
-@each(OPTIMIZERS)
+@each([m for m in OPTIMIZERS if m.kind is UpdatedBackprop])
+def test_updated_backprop_refuses_a_frozen_layer(method):
+    model = network()
+    model[0].requires_grad_(False)
+    optimizer, before = method(model), parameters(model)
+    with pytest.raises(CaptureError, match="every layer must be trained"):
+        train(model, optimizer)
+    assert_same(parameters(model), before)
+
+
+@each([m for m in OPTIMIZERS if m.kind is not UpdatedBackprop])
 def test_a_frozen_layer_is_left_alone(method):
-    if method.kind is UpdatedBackprop:
-        pytest.skip("updates a whole chain")
     model = network()
     model[0].requires_grad_(False)
     before = parameters(model)

@@ -1,6 +1,8 @@
 """An ordinary torch training loop, with an optimizer of sogrid in it: it behaves as with ``torch.optim``."""
 
 import math
+import sys
+import threading
 from itertools import pairwise
 
 import pytest
@@ -150,8 +152,8 @@ def test_gradients_may_be_cleared_on_the_model_or_between_forward_and_backward(m
 
 
 @each(OPTIMIZERS)
-@pytest.mark.parametrize("on", ["model", "optimizer"])
-def test_a_skipped_step_leaves_no_trace(method, on):
+@pytest.mark.parametrize("clear", ["model", "optimizer", "optimizer, to zeros"])
+def test_a_skipped_step_leaves_no_trace(method, clear):
     """As after a spoiled batch, whose gradients are thrown away."""
     one, two = network(), network()
     train(one, method(one), 2)
@@ -159,7 +161,7 @@ def test_a_skipped_step_leaves_no_trace(method, on):
     for seed in (1, 2):
         optimizer.zero_grad()
         backward(two, 8, n=7)
-        (two if on == "model" else optimizer).zero_grad()
+        (two if clear == "model" else optimizer).zero_grad(set_to_none="zeros" not in clear)
         backward(two, seed)
         optimizer.step()
     assert_same(parameters(two), parameters(one))
@@ -516,6 +518,78 @@ def test_in_place_activations_equal_out_of_place(method):
     train(two, second := method(two), 3)
     assert_same(parameters(two), parameters(one))
     assert_same(second.state_dict(), first.state_dict())
+
+
+def traced(model):
+    return torch.jit.trace(model, batch()[0])
+
+
+def exported(model):
+    return torch.export.export(model, (batch()[0],)).module()
+
+
+@each(OPTIMIZERS)
+@pytest.mark.parametrize("convert", [traced, exported], ids=lambda f: f.__name__)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_model_in_training_may_be_converted(method, convert):
+    """Nothing of the optimizer enters the graph, and nothing of the conversion the update."""
+    one, two = network(), network()
+    train(one, method(one), 2)
+    optimizer = method(two)
+    for seed in (1, 2):
+        optimizer.zero_grad()
+        x, y = batch(seed)
+        value = LOSS(two(x), y)
+        assert_close([convert(two)(x)], [two(x)])
+        two.zero_grad()
+        value = LOSS(two(x), y)
+        value.backward()
+        optimizer.step()
+    assert_same(parameters(two), parameters(one))
+
+
+@each([m for m in FROM_GRAD if m.layerwise])
+def test_hooks_of_the_user_are_respected(method):
+    """A forward hook that changes the output, a backward hook, and a hook on a gradient."""
+    model, reference = network(), network()
+
+    class Doubled(nn.Module):
+        def forward(self, h):
+            return (2 * h).tanh()
+
+    reference[1] = Doubled()
+    model[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+    seen = []
+    model[2].register_full_backward_hook(lambda *_: seen.append("backward"))
+    model[2].weight.register_hook(lambda grad: seen.append("weight"))
+    train(model, method(model), 2)
+    train(reference, method(reference), 2)
+    assert_close(parameters(model), parameters(reference))
+    assert set(seen) == {"backward", "weight"}  # KFAC's probes run backward hooks more often
+
+
+def test_models_train_at_once_in_several_threads():
+    def work(found):
+        for _ in range(5):
+            model = network()
+            optimizer = KFAC(model, 0.1, loss=LOSS, refresh_every=2)
+            train(model, optimizer, 4)
+            found.append(parameters(model))
+
+    work(expected := [])
+    results = [[] for _ in range(3)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=work, args=(found,)) for found in results]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    for found in results:
+        assert_same(found, expected)
 
 
 class TwoHeads(nn.Module):
