@@ -93,11 +93,11 @@ class LayerRecord:
 
 @dataclass(eq=False)
 class RootRecord:
-    """The model's own input, output and output gradient, of one forward pass."""
+    """The model's own first input, output and output gradient, of one forward pass."""
 
     input: Tensor
     output: Tensor
-    grad: Tensor
+    grad: Tensor | None = None
 
 
 class Capture:
@@ -271,8 +271,9 @@ class Capture:
                     use.rows.append(row)
         if not self.keep_roots:
             return
-        x = inputs[0].detach().clone() if inputs and isinstance(inputs[0], Tensor) else inputs
-        root, me = RootRecord(x, output.detach().clone(), None), weakref.ref(self)
+        x = next(iter(inputs), None)
+        x = x.detach().clone() if isinstance(x, Tensor) else x
+        root, me = RootRecord(x, output.detach().clone()), weakref.ref(self)
 
         def arrived(grad: Tensor) -> None:
             capture = me()

@@ -71,7 +71,7 @@ EXPERIMENTS = {
             "acp_fixedalpha": {"lr": 0.5, "damping": 0.5, "output_curvature": 1.0, "scale": 32.0},
             "acp": {"lr": 0.15, "damping": 0.1, "scale": 64.0},
             "nnn2": {"lr": 0.3, "damping": 0.3, "scale": 32.0},
-            "kfac": {"lr": 0.2, "damping": 0.2, "scale": 32.0},
+            "kfac": {"lr": 0.1, "damping": 0.1, "scale": 32.0},
             "bn": {"lr": 0.1, "scale": 4.0},
             "standard_sgd": {"lr": 0.1, "scale": 48.0},
         },
