@@ -5,6 +5,7 @@
 * ``plotly.min.js`` and MathJax are copied from the installed wheels into the site, so that a built page
   needs no network and no large file is in git.
 * Kernels see ``SOGRID_BOOK=1``: a figure or an explorer gives its static view.
+* A page's text stays hidden until its formulas are typeset, so that it does not move under the reader.
 * sphinx-thebe writes its script twice on every page, although the book does not use it: it is removed.
 """
 
@@ -95,6 +96,8 @@ def remove_thebe(app: Sphinx, pagename: str, templatename: str, context: dict, d
 
 def setup(app: Sphinx) -> dict:
     os.environ["SOGRID_BOOK"] = "1"
+    # Set by a script, so that a reader without scripts sees the page; sogrid-book.js takes it away.
+    app.add_js_file(None, body='document.documentElement.classList.add("sogrid-typesetting")')
     app.connect("config-inited", set_cache)
     app.connect("builder-inited", copy_vendor)
     app.connect("html-page-context", remove_thebe, priority=900)

@@ -89,6 +89,13 @@
     document.documentElement.dataset.theme = screen;
   });
 
+  /* The text appears when its formulas are typeset (or after three seconds), and does not move then. */
+  addEventListener("DOMContentLoaded", async () => {
+    const patience = new Promise((resolve) => setTimeout(resolve, 3000));
+    await Promise.race([Promise.resolve(window.MathJax?.startup?.promise).catch(console.error), patience]);
+    document.documentElement.classList.remove("sogrid-typesetting");
+  });
+
   async function start() {
     for (const figure of document.querySelectorAll(".sogrid-figure")) {
       const element = figure.querySelector(".sogrid-plot");
