@@ -88,18 +88,19 @@ class ACP(Layerwise):
 
     Args:
         model: See :class:`~sogrid.optimizers.layerwise.Layerwise`.
-        lr: λ.
-        damping: ε ≥ 0. Zero needs an invertible covariance.
+        lr: Learning rate λ; the step is proportional to λ/α.
+        damping: ε ≥ 0; ε/α is added to the covariance of the inputs. The larger, the nearer to centred
+            gradient descent with learning rate λ/ε. Zero needs an invertible covariance.
         output_curvature: α > 0, or ``"heuristic"``: max of the squared per-example gradients, by layer
             and refresh.
         bias_correction: Add the term −ΔW h̄ of eq. (6.2.5) to the bias; off in the printed algorithm.
         tikhonov: ``"printed"`` or ``"exact"``; see the module. The exact form includes the bias term.
         curvature_floor: Smallest α the heuristic may return.
-        reduction: How the training loss is reduced: ``"mean"`` or ``"sum"``.
-        refresh_every: N.
-        averaging: ρ, see :class:`~sogrid.optimizers.layerwise.Layerwise`.
-        other_lr: See there.
-        params: See there.
+        reduction: How the training loss is reduced over examples: ``"mean"`` or ``"sum"``.
+        refresh_every: N, updates between refreshes of the statistics; ``None``: only by ``refresh``.
+        averaging: ρ in [0, 1), weight of the old statistics at a refresh.
+        other_lr: Learning rate of plain SGD for parameters outside linear layers.
+        params: What to train, as in torch; default all trainable parameters.
 
     Raises:
         ValueError: As in :class:`~sogrid.optimizers.layerwise.Layerwise`.

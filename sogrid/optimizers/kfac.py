@@ -119,17 +119,19 @@ class KFAC(Layerwise):
     Args:
         model: See :class:`~sogrid.optimizers.layerwise.Layerwise`. Call the model itself, not its
             parts: its output is where the Fisher's targets are drawn.
-        lr: λ.
-        damping: ε > 0, in units of A ⊗ B; see the module.
+        lr: Learning rate λ.
+        damping: ε > 0: √ε is added to both factors, or shared between them by ``pi_correction``.
         loss: What the training loss is, as an object of :mod:`sogrid.losses`; its reduction counts.
-        curvature: One of the four names in the module.
+        curvature: What the output factor B stands for: ``"fisher_sampled"`` (``samples`` more backward
+            passes at a refresh), ``"fisher_exact"`` (one more for each output, at most 128),
+            ``"gauss_newton_probabilities"`` or ``"empirical_fisher"`` (none); see the module.
         samples: Draws per example for ``"fisher_sampled"``.
         pi_correction: Balance the damping between the two factors.
         seed: Of the draws; each refresh has its own stream, so that a resumed run repeats them.
-        refresh_every: N.
-        averaging: ρ, see :class:`~sogrid.optimizers.layerwise.Layerwise`.
-        other_lr: See there.
-        params: See there.
+        refresh_every: N, updates between refreshes of the statistics; ``None``: only by ``refresh``.
+        averaging: ρ in [0, 1), weight of the old statistics at a refresh.
+        other_lr: Learning rate of plain SGD for parameters outside linear layers.
+        params: What to train, as in torch; default all trainable parameters.
 
     Raises:
         TypeError: If ``loss`` is not a :class:`~sogrid.losses.Loss`.

@@ -76,17 +76,20 @@ class WhitenedLinear(nn.Module):
 
 
 class NaturalNN(Layerwise):
-    """NNN for the linear layers of a model, in their original parameters; see the module.
+    """Natural neural network for the linear layers of a model, in their original parameters.
+
+    It equals :class:`~sogrid.optimizers.acp.ACP` with α = 1, the bias term, and the mean of the statistics
+    minibatch in place of the update's own; see the module.
 
     Args:
         model: See :class:`~sogrid.optimizers.layerwise.Layerwise`.
-        lr: λ.
+        lr: Learning rate λ.
         damping: ε ≥ 0, added to the covariance that whitens.
-        reduction: How the training loss is reduced: ``"mean"`` or ``"sum"``.
-        refresh_every: N, updates between re-whitenings.
-        averaging: ρ, see :class:`~sogrid.optimizers.layerwise.Layerwise`.
-        other_lr: See there.
-        params: See there.
+        reduction: How the training loss is reduced over examples: ``"mean"`` or ``"sum"``.
+        refresh_every: N, updates between re-whitenings; ``None``: only by ``refresh``.
+        averaging: ρ in [0, 1), weight of the old statistics at a refresh.
+        other_lr: Learning rate of plain SGD for parameters outside linear layers.
+        params: What to train, as in torch; default all trainable parameters.
 
     Raises:
         ValueError: As in :class:`~sogrid.optimizers.layerwise.Layerwise`.

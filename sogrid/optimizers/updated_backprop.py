@@ -158,7 +158,7 @@ class UpdatedBackprop(Layerwise):
         lr: λ, times the mean over the minibatch.
         loss: What the training loss is, as an object of :mod:`sogrid.losses`.
         curvature: ``"gauss_newton"`` (the thesis's), ``"hessian"``, or ``"none"``.
-        params: See :class:`~sogrid.optimizers.layerwise.Layerwise`; all layers must be trained.
+        params: Parameter groups, as in torch; all layers must be trained.
 
     Raises:
         TypeError: If ``loss`` is not a :class:`~sogrid.losses.Loss`.
