@@ -145,8 +145,8 @@ def thesis_loss_at(figure_key: str, update: int) -> dict[str, float]:
 
 
 def cost_table(record: dict[str, Any], network: str, figure_key: str) -> str:
-    """Markdown table of what an update costs on a network, as a ratio to SGD: ours and the thesis's."""
-    (run,) = (run for run in record["runs"] if run["network"] == network)
+    """Markdown table of what an update costs on a network, as a ratio to SGD: our latest, the thesis's."""
+    run = [run for run in record["runs"] if run["network"] == network][-1]
     headline = thesis_values(figure_key)["headline"]
     lines = ["| method | ms per update | ratio to SGD | thesis 2017 |", "|---|---|---|---|"]
     for row in run["rows"]:

@@ -1,7 +1,8 @@
 """Records: what was run, on what, and the curves it gave. One JSON file each, enough to redraw a figure.
 
 A record is written whole or not at all, carries a checksum of itself, and is refused if it does not
-match. Its runs are added one by one, so an interrupted experiment keeps those that were finished.
+match. Its runs are added one by one, so an interrupted experiment keeps those that were finished, and
+several processes may add to one record.
 """
 
 from __future__ import annotations
@@ -12,12 +13,19 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+
+try:
+    import fcntl
+except ImportError:  # Windows: there, let one process at a time write to a record
+    fcntl = None
 
 __all__ = ["RESULTS", "Record", "RecordError", "provenance", "write_atomically"]
 
@@ -49,6 +57,22 @@ def write_atomically(path: Path, content: bytes) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[bool]:
+    """Keep other processes that do the same out of the folder; False where the file system cannot."""
+    if fcntl is None:
+        yield False
+        return
+    handle, held = os.open(folder, os.O_RDONLY), False
+    try:
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            held = True
+        yield held
+    finally:
+        os.close(handle)
 
 
 def _commit() -> str:
@@ -118,15 +142,21 @@ class Record:
             "settings": settings,
             "runs": [],
         }
-        if self.path.exists():
-            found = self.read(self.path)
-            for key, wanted in (("experiment", experiment), ("settings", settings)):
-                if found[key] != wanted:
-                    raise RecordError(
-                        f"{self.path} holds another {key}: {found[key]} instead of {wanted}; "
-                        "move it away or write to another place"
-                    )
-            self.content["runs"] = found["runs"]
+        self._in_file = self._read_own()
+        self.content["runs"] = list(self._in_file)
+
+    def _read_own(self) -> list[dict[str, Any]]:
+        """The runs in the file, which must be of this experiment."""
+        if not self.path.exists():
+            return []
+        found = self.read(self.path)
+        for key in ("experiment", "settings"):
+            if found[key] != self.content[key]:
+                raise RecordError(
+                    f"{self.path} holds another {key}: {found[key]} instead of {self.content[key]}; "
+                    "move it away or write to another place"
+                )
+        return found["runs"]
 
     @staticmethod
     def read(path: str | Path) -> dict[str, Any]:
@@ -142,6 +172,8 @@ class Record:
             raise RecordError(f"{path} cannot be read as a record: {error}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise RecordError(f"{path} is not a sogrid record of format {FORMAT}")
+        if not content.keys() >= {"experiment", "settings", "runs"}:
+            raise RecordError(f"{path} is no whole record: it lacks its experiment, settings or runs")
         claimed = content.pop("checksum", None)
         if claimed != _checksum(content):
             raise RecordError(
@@ -157,12 +189,28 @@ class Record:
         )
 
     def add(self, run: dict[str, Any]) -> None:
-        """Append a run and write the file."""
-        runs = [*self.content["runs"], json.loads(json.dumps(run))]
-        content = {**self.content, "runs": runs}
-        text = json.dumps({**content, "checksum": _checksum(content)}, indent=1, allow_nan=False)
-        write_atomically(self.path, text.encode())
-        self.content = content
+        """Append a run, after those that other processes have added meanwhile, and write the file.
+
+        Raises:
+            RecordError: If the file cannot be written, or is no longer this record; it is left as it is.
+            ValueError: If the run is not made of JSON values.
+        """
+        run = json.loads(json.dumps(run))
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _alone(self.path.parent) as alone:
+                for leftover in self.path.parent.glob(f".{self.path.name}.*") if alone else ():
+                    leftover.unlink()  # of a process killed while writing
+                others = [other for other in self._read_own() if other not in self._in_file]
+                content = {**self.content, "runs": [*self.content["runs"], *others, run]}
+                text = json.dumps({**content, "checksum": _checksum(content)}, indent=1, allow_nan=False)
+                write_atomically(self.path, text.encode())
+        except OSError as error:
+            raise RecordError(
+                f"{self.path} cannot be written: {error.strerror}. What it held before is intact: make the "
+                "folder writable, with room for it, and run the same again"
+            ) from error
+        self.content, self._in_file = content, content["runs"]
 
 
 def _checksum(content: dict[str, Any]) -> str:

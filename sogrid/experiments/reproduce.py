@@ -13,11 +13,12 @@ from typing import Any
 
 from sogrid.experiments import data
 from sogrid.experiments.benchmarks import BATCH, REFRESH_EVERY, Task, mnist_task
+from sogrid.experiments.checkpoints import FOLDER, Checkpoint
 from sogrid.experiments.records import Record
 from sogrid.experiments.reference import thesis_values
 from sogrid.experiments.training import evaluation_points, run
 
-__all__ = ["EXPERIMENTS", "PROFILES", "Experiment", "Profile", "reproduce"]
+__all__ = ["EXPERIMENTS", "PROFILES", "Experiment", "Profile", "record_path", "reproduce"]
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,27 @@ EXPERIMENTS = {
 }
 
 
+def record_path(out: str | Path, experiment: str, profile: str) -> Path:
+    """Where :func:`reproduce` leaves its record."""
+    return Path(out) / f"{experiment}.{profile}.json"
+
+
 def reproduce(
-    experiment: str, *, profile: str = "smoke", seed: int = 0, device: str = "cpu", out: str | Path = "out"
+    experiment: str,
+    *,
+    profile: str = "smoke",
+    seed: int = 0,
+    device: str = "cpu",
+    out: str | Path = "out",
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Run an experiment, or what is missing of it, and return the content of its record.
 
     The record is ``<out>/<experiment>.<profile>.json``. It is written after each method, and methods
-    that it already holds (same settings and seed) are not run again.
+    that it already holds (same settings and seed) are not run again. A method under way leaves its state
+    in ``<out>/.checkpoints/`` every half minute and at SIGINT or SIGTERM; called again after that, or
+    after the process was killed, it goes on to the curve it would have given, bit for bit on the CPU.
+    Other seeds may be run by other processes at the same time.
 
     Args:
         experiment: Key of :data:`EXPERIMENTS`.
@@ -94,10 +109,14 @@ def reproduce(
         seed: Of weights, data order and statistics.
         device: Where to train.
         out: Folder of the record.
+        progress: Show a bar for each method.
 
     Raises:
+        CheckpointError: If a checkpoint is damaged, of another run (settings, data, versions, code), or
+            cannot be written, or another process is at the same run.
         DataError: If the profile needs the full data set and it is not there.
-        RecordError: If the file is damaged or holds another experiment.
+        Interrupted: By SIGINT or SIGTERM.
+        RecordError: If the file is damaged, holds another experiment, or cannot be written.
         ValueError: For an unknown experiment or profile.
     """
     if experiment not in EXPERIMENTS:
@@ -123,12 +142,20 @@ def reproduce(
         "data": {"variant": digits.variant, "checksum": digits.checksum},
         "hyperparameters": plan.chosen,
     }
-    record = Record(Path(out) / f"{experiment}.{profile}.json", experiment, settings)
+    path = record_path(out, experiment, profile)
+    record = Record(path, experiment, settings)
     thesis_points = [int(u) - 1 for u in thesis_values(plan.figure)["curves"]["train_mse_by_update"]["x"]]
     points = evaluation_points(scale.updates, also=thesis_points)
+    options = {"updates": scale.updates, "points": points, "evaluate_on": scale.evaluate_on}
     task = plan.task(digits)
-    for method, chosen in plan.settings.items():
-        if record.find(method=method, settings=chosen, seed=seed) is None:
-            options = {"updates": scale.updates, "points": points, "evaluate_on": scale.evaluate_on}
-            record.add(run(task, method, chosen, seed=seed, **options))
+    for number, (method, chosen) in enumerate(plan.settings.items(), start=1):
+        place = path.parent / FOLDER / f"{path.stem}.{method}.seed{seed}.pt"
+        if record.find(method=method, settings=chosen, seed=seed) is not None:
+            continue
+        with Checkpoint(place) as checkpoint:
+            record = Record(path, experiment, settings)  # as it is now that no one else is at this run
+            if record.find(method=method, settings=chosen, seed=seed) is None:
+                title = f"{method} ({number} of {len(plan.settings)})" if progress else None
+                run_options = {**options, "progress": title, "checkpoint": checkpoint}
+                record.add(run(task, method, chosen, seed=seed, **run_options))
     return record.content

@@ -100,9 +100,8 @@ def _clock(work: Callable[[], None], x: Tensor) -> float:
 
 
 def main(out: str = "out") -> None:
-    """Time both networks, print the table, and write ``<out>/step_times.json``."""
+    """Time both networks, print the table, and add it to ``<out>/step_times.json``."""
     record = Record(f"{out}/step_times.json", "step_times", {"batch": BATCH, "refresh_every": REFRESH_EVERY})
-    record.content["runs"] = []
     for network in NETWORKS:
         rows = time_optimizers(network)
         print(f"\n{network}: ms per update, ratio to SGD, ms per refresh")

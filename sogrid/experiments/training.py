@@ -1,13 +1,15 @@
 """One training loop for every experiment: curves by update and by second, divergence recorded.
 
 Examples are shuffled anew each epoch; an optimizer that keeps statistics refreshes them from a
-minibatch of its own. Seconds count training alone: evaluation stops the clock.
+minibatch of its own. Seconds count training alone: evaluation and checkpoints stop the clock.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import signal
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any
@@ -17,11 +19,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sogrid.experiments.benchmarks import BATCH, METHODS, Task
+from sogrid.experiments.checkpoints import Checkpoint, Interrupted, StopSignals, source_digest
 from sogrid.experiments.records import provenance
 from sogrid.linalg import FactorizationError
 from sogrid.losses import Loss
 
-__all__ = ["Curve", "evaluation_points", "minibatches", "run", "train"]
+__all__ = ["Curve", "Minibatches", "evaluation_points", "run", "train"]
 
 
 @dataclass
@@ -58,17 +61,48 @@ def evaluation_points(updates: int, per_decade: int = 8, also: Iterable[int] = (
     return sorted({0, updates, *(p for p in (*spaced, *also) if p <= updates)})
 
 
-def minibatches(n: int, batch: int, generator: torch.Generator) -> Iterator[Tensor]:
+class Minibatches:
     """Endless index minibatches, every epoch in a new order; the last n mod batch are left out.
+
+    Args:
+        n: Number of examples.
+        batch: How many at a time.
+        generator: Draws the orders, on the CPU.
 
     Raises:
         ValueError: If there are fewer than ``batch`` examples.
     """
-    if n < batch:
-        raise ValueError(f"a minibatch of {batch} needs at least that many examples, got {n}")
-    while True:
-        order = torch.randperm(n, generator=generator)
-        yield from order[: n - n % batch].split(batch)
+
+    def __init__(self, n: int, batch: int, generator: torch.Generator) -> None:
+        """See the class."""
+        if n < batch:
+            raise ValueError(f"a minibatch of {batch} needs at least that many examples, got {n}")
+        self.n, self.batch, self.generator = n, batch, generator
+        self._start_epoch()
+
+    def _start_epoch(self) -> None:
+        self.before, self.taken = self.generator.get_state(), 0
+        order = torch.randperm(self.n, generator=self.generator)
+        self.order = order[: self.n - self.n % self.batch].split(self.batch)
+
+    def __iter__(self) -> Minibatches:
+        return self
+
+    def __next__(self) -> Tensor:
+        if self.taken == len(self.order):
+            self._start_epoch()
+        self.taken += 1
+        return self.order[self.taken - 1]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The generator before this epoch, and how many of its minibatches were taken."""
+        return {"before": self.before, "taken": self.taken}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where a state of the same n and batch was saved."""
+        self.generator.set_state(state["before"])
+        self._start_epoch()
+        self.taken = state["taken"]
 
 
 @torch.no_grad()
@@ -92,6 +126,7 @@ def train(
     batch: int = BATCH,
     evaluate_on: int = 10_000,
     progress: str | None = None,
+    checkpoint: Checkpoint | None = None,
 ) -> Curve:
     """Train for a number of updates and return the curve.
 
@@ -105,13 +140,18 @@ def train(
         batch: Examples per update, and per statistics minibatch.
         evaluate_on: The training curve uses this many of the first training examples.
         progress: Title of a progress bar, or ``None``.
+        checkpoint: Where the state is saved every so often and at SIGINT or SIGTERM, and where an earlier
+            one is taken up: on the CPU, to the same losses bit for bit; seconds go on counting.
+
+    Raises:
+        CheckpointError: If the checkpoint is damaged, of another run, or cannot be written.
+        Interrupted: If a signal came; the checkpoint holds the state.
     """
-    (x, y), loss, points = task.train, task.loss, set(points)
-    order = minibatches(len(x), batch, torch.Generator().manual_seed(seed))
-    statistics_order = minibatches(len(x), batch, torch.Generator().manual_seed(seed + 1_000_003))
+    (x, y), loss, points = task.train, task.loss, sorted(set(points))
+    order = Minibatches(len(x), batch, torch.Generator().manual_seed(seed))
+    statistics_order = Minibatches(len(x), batch, torch.Generator().manual_seed(seed + 1_000_003))
     some = (x[:evaluate_on], y[:evaluate_on])
-    curve, clock = Curve(), 0.0
-    bar = tqdm(total=updates, desc=progress, disable=progress is None, mininterval=1.0, leave=False)
+    curve, clock, first = Curve(), 0.0, 0
 
     def look(done: int) -> bool:
         values = evaluate(model, loss, *some), evaluate(model, loss, *task.test)
@@ -136,27 +176,109 @@ def train(
         value.backward()
         optimizer.step()
 
-    model.train()
-    look(0)
-    for done in range(1, updates + 1):
-        start = perf_counter()
-        try:
-            update()
-        except (FloatingPointError, FactorizationError) as error:
-            curve.status, curve.reason = "diverged", f"update {done}: {error}"
-            break
-        if x.device.type != "cpu" and done in points:
-            torch.accelerator.synchronize()
-        clock += perf_counter() - start
-        bar.update()
-        if done in points and not look(done):
-            curve.status, curve.reason = "diverged", f"update {done}: the evaluated loss is not finite"
-            break
-    bar.close()
+    parts = {"model": model, "optimizer": optimizer, "order": order, "statistics_order": statistics_order}
+
+    def save(done: int) -> None:
+        states = {name: part.state_dict() for name, part in parts.items()}
+        values = {"update": done, "clock": clock, "curve": asdict(curve)}
+        checkpoint.save({**values, **states, "random": _random_state(x.device)})
+
+    if checkpoint is not None:
+        plan = {
+            "updates": updates,
+            "points": points,
+            "seed": seed,
+            "batch": batch,
+            "evaluate_on": evaluate_on,
+        }
+        checkpoint.identity |= _identity(model, optimizer, task, plan)
+        if (saved := checkpoint.load()) is not None:
+            first, clock, curve = saved["update"], saved["clock"], Curve(**saved["curve"])
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            _set_random_state(saved["random"], x.device)
+
+    title = {"desc": progress, "disable": progress is None, "leave": False}
+    with (
+        nullcontext() if checkpoint is None else StopSignals() as stop,
+        tqdm(total=updates, initial=first, mininterval=1.0, **title) as bar,
+    ):
+        model.train()
+        if not curve.update:
+            look(0)
+        for done in range(first + 1, updates + 1):
+            start = perf_counter()
+            try:
+                update()
+            except (FloatingPointError, FactorizationError) as error:
+                curve.status, curve.reason = "diverged", f"update {done}: {error}"
+                break
+            due = checkpoint is not None and (checkpoint.due or stop.number is not None)
+            if x.device.type != "cpu" and (done in points or due):
+                torch.accelerator.synchronize()
+            clock += perf_counter() - start
+            bar.update()
+            if done in points and not look(done):
+                curve.status, curve.reason = "diverged", f"update {done}: the evaluated loss is not finite"
+                break
+            stopped = checkpoint is not None and stop.number is not None
+            if due or stopped:
+                save(done)
+            if stopped:
+                number = stop.take()
+                raise Interrupted(
+                    f"stopped by {signal.Signals(number).name} after update {done:,} of {updates:,}; the "
+                    f"state is in {checkpoint.path}: run the same again to go on from there",
+                    number,
+                )
     return curve
 
 
-def run(task: Task, method: str, settings: dict[str, Any], *, seed: int, **options) -> dict[str, Any]:
+def _identity(
+    model: nn.Module, optimizer: torch.optim.Optimizer, task: Task, plan: dict[str, Any]
+) -> dict[str, Any]:
+    """All that two runs must share for one to be continued as the other."""
+    device = task.train[0].device
+    return {
+        "task": task.name,
+        "data": getattr(task.data, "checksum", None),
+        "plan": plan,
+        "model": str(model),
+        "optimizer": {
+            "class": type(optimizer).__name__,
+            **{k: str(v) for k, v in optimizer.defaults.items()},
+        },
+        "device": device.type,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "versions": provenance(device)["versions"],
+        "sources": source_digest(),
+    }
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    """Torch's global streams, which a model of one's own may draw from."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def run(
+    task: Task,
+    method: str,
+    settings: dict[str, Any],
+    *,
+    seed: int,
+    progress: str | None = "",
+    checkpoint: Checkpoint | None = None,
+    **options,
+) -> dict[str, Any]:
     """Build one of the thesis's methods, train it, and return the run as a record keeps it.
 
     Args:
@@ -164,6 +286,8 @@ def run(task: Task, method: str, settings: dict[str, Any], *, seed: int, **optio
         method: Key of :data:`~sogrid.experiments.benchmarks.METHODS`.
         settings: Its hyperparameters and the initialisation's ``scale``.
         seed: Of weights, data order and everything else.
+        progress: Title of the progress bar, by default the method; ``None`` for no bar.
+        checkpoint: See :func:`train`. A run that was taken up says so under ``"resumed"``.
         **options: Passed to :func:`train`.
 
     Raises:
@@ -171,8 +295,15 @@ def run(task: Task, method: str, settings: dict[str, Any], *, seed: int, **optio
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}")
+    device = task.train[0].device
     generator = torch.Generator().manual_seed(seed)
-    model, optimizer = METHODS[method].build(task, settings, generator, task.train[0].device)
-    curve = train(model, optimizer, task, seed=seed, progress=method, **options)
-    origin = provenance(task.train[0].device)
-    return {"method": method, "settings": settings, "seed": seed, **asdict(curve), "provenance": origin}
+    model, optimizer = METHODS[method].build(task, settings, generator, device)
+    if checkpoint is not None:
+        checkpoint.identity |= {"method": method, "settings": settings}
+    options |= {"progress": method if progress == "" else progress, "checkpoint": checkpoint}
+    curve = train(model, optimizer, task, seed=seed, **options)
+    outcome = {"method": method, "settings": settings, "seed": seed, **asdict(curve)}
+    outcome["provenance"] = provenance(device)
+    if checkpoint is not None and checkpoint.resumed:
+        outcome["resumed"] = checkpoint.resumed
+    return outcome

@@ -2,10 +2,12 @@
 
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
-from sogrid.experiments.records import Record, RecordError, provenance, write_atomically
+from sogrid.experiments.records import RESULTS, Record, RecordError, provenance, write_atomically
 
 SETTINGS = {"profile": "smoke", "updates": 3}
 
@@ -41,7 +43,14 @@ def test_damage_is_noticed(tmp_path):
     path = tmp_path / "r.json"
     Record(path, "fig", SETTINGS).add({"method": "a", "train": [1.0]})
     good = path.read_text()
-    for bad in (good[: len(good) // 2], good.replace("1.0", "0.9"), "[]", json.dumps({"format": 99}), ""):
+    for bad in (
+        good[: len(good) // 2],
+        good.replace("1.0", "0.9"),
+        "[]",
+        json.dumps({"format": 99}),
+        json.dumps({"format": 1}),
+        "",
+    ):
         path.write_text(bad)
         with pytest.raises(RecordError, match=r"r\.json"):
             Record.read(path)
@@ -61,6 +70,85 @@ def test_a_failing_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatc
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["r.json"]
+
+
+def test_a_full_disk_is_a_clear_error_and_loses_nothing(tmp_path, monkeypatch):
+    record = Record(tmp_path / "r.json", "fig", SETTINGS)
+    record.add({"method": "a"})
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(RecordError, match=r"r\.json cannot be written: No space left on device.*intact"):
+            record.add({"method": "b"})
+    assert [run["method"] for run in Record.read(tmp_path / "r.json")["runs"]] == ["a"]
+    record.add({"method": "b"})
+    assert [run["method"] for run in Record.read(tmp_path / "r.json")["runs"]] == ["a", "b"]
+
+
+def test_a_folder_that_is_none_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecordError, match=r"file.r\.json cannot be written"):
+        Record(tmp_path / "file" / "r.json", "fig", SETTINGS).add({"method": "a"})
+
+
+def test_two_who_add_lose_nothing_of_each_other(tmp_path):
+    one, two = (Record(tmp_path / "r.json", "fig", SETTINGS) for _ in range(2))
+    one.add({"method": "a"})
+    two.add({"method": "b"})
+    one.add({"method": "c"})
+    assert [run["method"] for run in Record.read(tmp_path / "r.json")["runs"]] == ["a", "b", "c"]
+    assert one.find(method="b") is not None
+
+
+ADD = """
+import sys
+from sogrid.experiments.records import Record
+record = Record(sys.argv[1], "fig", {})
+for i in range(20):
+    record.add({"who": sys.argv[2], "i": i})
+"""
+
+
+def test_two_processes_at_once_lose_nothing_of_each_other(tmp_path):
+    pytest.importorskip("fcntl")
+    commands = ([sys.executable, "-c", ADD, str(tmp_path / "r.json"), who] for who in "ab")
+    children = [subprocess.Popen(command) for command in commands]
+    assert [child.wait() for child in children] == [0, 0]
+    runs = Record.read(tmp_path / "r.json")["runs"]
+    assert sorted((run["who"], run["i"]) for run in runs) == [(who, i) for who in "ab" for i in range(20)]
+    assert os.listdir(tmp_path) == ["r.json"]
+
+
+def test_adding_does_not_bring_back_runs_that_were_dropped(tmp_path):
+    """As the timing of steps does, which starts its record anew."""
+    record = Record(tmp_path / "r.json", "fig", SETTINGS)
+    record.add({"method": "old"})
+    record = Record(tmp_path / "r.json", "fig", SETTINGS)
+    record.content["runs"] = []
+    record.add({"method": "new"})
+    assert [run["method"] for run in Record.read(tmp_path / "r.json")["runs"]] == ["new"]
+
+
+def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path):
+    (tmp_path / ".r.json.x1y2").write_bytes(b"half")
+    Record(tmp_path / "r.json", "fig", SETTINGS).add({"method": "a"})
+    assert os.listdir(tmp_path) == ["r.json"]
+
+
+def test_a_file_changed_into_something_else_meanwhile_is_left(tmp_path):
+    record = Record(tmp_path / "r.json", "fig", SETTINGS)
+    (tmp_path / "r.json").write_text("something else")
+    with pytest.raises(RecordError, match="cannot be read"):
+        record.add({"method": "a"})
+    assert (tmp_path / "r.json").read_text() == "something else"
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.name)
+def test_the_books_records_are_whole(path):
+    assert Record.read(path)["runs"]
 
 
 def test_a_run_that_is_no_json_is_refused_and_nothing_is_lost(tmp_path):

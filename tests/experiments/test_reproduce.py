@@ -1,14 +1,18 @@
 """Experiments as data: profiles, continuing, refusals."""
 
+import signal
+
 import pytest
 
 from sogrid.experiments import reproduce as module
 from sogrid.experiments.benchmarks import METHODS
+from sogrid.experiments.checkpoints import FOLDER, Checkpoint, Interrupted
 from sogrid.experiments.data import DataError
 from sogrid.experiments.parameters import ParameterError, checked
 from sogrid.experiments.records import Record
 from sogrid.experiments.reference import thesis_values
 from sogrid.experiments.reproduce import EXPERIMENTS, Profile, reproduce
+from sogrid.optimizers import ACP
 
 FIG = "fig6_2_mnist_autoencoder"
 
@@ -48,6 +52,48 @@ def test_a_full_profile_refuses_the_embedded_digits(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="SOGRID_DATA"):
         reproduce(FIG, profile="laptop", out=tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_stopped_figure_goes_on_with_the_method_under_way(tiny, tmp_path, monkeypatch):
+    straight = reproduce(FIG, out=tmp_path / "straight")["runs"]
+    step, count = ACP.step, [0]
+
+    def stop(self, closure=None):
+        count[0] += 1
+        if count[0] == 1:
+            signal.raise_signal(signal.SIGINT)
+        return step(self, closure)
+
+    monkeypatch.setattr(ACP, "step", stop)
+    with pytest.raises(Interrupted, match="stopped by SIGINT after update 1 of 2"):
+        reproduce(FIG, out=tmp_path)
+    kept = tmp_path / FOLDER / f"{FIG}.smoke.acp_fixedalpha.seed0.pt"
+    assert kept.exists()
+    reproduce(FIG, out=tmp_path, seed=1)  # another run's state is left alone
+    assert kept.exists()
+    runs = reproduce(FIG, out=tmp_path)["runs"]
+    assert runs[-1]["train"] == straight[-1]["train"]
+    assert runs[-1]["resumed"][0]["update"] == 1
+    assert not kept.parent.exists()
+
+
+def test_a_run_that_another_process_has_finished_meanwhile_is_not_run_again(tiny, tmp_path, monkeypatch):
+    other = reproduce(FIG, out=tmp_path / "other")
+    enter = Checkpoint.__enter__
+
+    def late(self):
+        path = tmp_path / f"{FIG}.smoke.json"
+        if not path.exists():
+            path.write_bytes((tmp_path / "other" / path.name).read_bytes())
+        return enter(self)
+
+    monkeypatch.setattr(Checkpoint, "__enter__", late)
+    assert reproduce(FIG, out=tmp_path)["runs"] == other["runs"]
+
+
+def test_bars_may_be_left_out(tiny, tmp_path, capsys):
+    reproduce(FIG, out=tmp_path, progress=False)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("wrong", [{"experiment": "fig9"}, {"experiment": FIG, "profile": "huge"}])

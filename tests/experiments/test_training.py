@@ -6,7 +6,7 @@ from torch import nn
 
 from sogrid.experiments import training
 from sogrid.experiments.benchmarks import METHODS, Task
-from sogrid.experiments.training import evaluation_points, minibatches, run, train
+from sogrid.experiments.training import Minibatches, evaluation_points, run, train
 from sogrid.losses import Quadratic
 from sogrid.networks import MLP
 from sogrid.optimizers import ACP
@@ -30,12 +30,12 @@ def test_evaluation_points_hold_both_ends_and_what_else_is_asked():
 
 
 def test_every_epoch_shows_each_example_once_in_a_new_order():
-    batches = minibatches(10, 3, torch.Generator().manual_seed(0))
+    batches = Minibatches(10, 3, torch.Generator().manual_seed(0))
     epochs = [torch.cat([next(batches) for _ in range(3)]) for _ in range(2)]
     assert all(len(set(epoch.tolist())) == 9 for epoch in epochs)
     assert epochs[0].tolist() != epochs[1].tolist()
     with pytest.raises(ValueError, match="at least that many"):
-        next(minibatches(2, 3, torch.Generator()))
+        next(Minibatches(2, 3, torch.Generator()))
 
 
 def test_a_run_is_plain_gradient_descent_on_its_data_order(task):
@@ -44,7 +44,7 @@ def test_a_run_is_plain_gradient_descent_on_its_data_order(task):
     found = run(task, "standard_sgd", settings, seed=3, updates=7, points=[0, 7], batch=20)
     model = task.network(scale=4.0, generator=torch.Generator().manual_seed(3))
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    order = minibatches(60, 20, torch.Generator().manual_seed(3))
+    order = Minibatches(60, 20, torch.Generator().manual_seed(3))
     for _ in range(7):
         x = task.train[0][next(order)]
         optimizer.zero_grad()

@@ -1,0 +1,7 @@
+"""``python -m sogrid``: see :mod:`sogrid.cli`."""
+
+import sys
+
+from sogrid.cli import main
+
+sys.exit(main())

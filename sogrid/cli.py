@@ -1,0 +1,245 @@
+"""The command line: ``python -m sogrid reproduce`` and ``python -m sogrid records``.
+
+Torch is imported only by what needs it, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+__all__ = ["main"]
+
+OK, FAILURE = 0, 1  # argparse exits with 2 for wrong usage
+
+DESCRIPTION = "Rerun the experiments of the thesis, and look at the records that they leave."
+
+ENDING = """\
+examples:
+  python -m sogrid reproduce fig6_2                     a few seconds: does everything run?
+  python -m sogrid reproduce fig6_2 --profile laptop    the figure, on full MNIST
+  python -m sogrid records verify                       are the book's records intact?
+
+Stop a run with Ctrl-C; the same command goes on where it stopped, also after a crash.
+
+exit status: 0 done, 1 failed (one line says why), 2 wrong usage, 130 stopped by Ctrl-C
+"""
+
+REPRODUCE = """\
+Run the methods of one figure, or those that are missing from its record. The record is
+OUT/FIG.PROFILE.json, written after each method. A method under way saves its state every half minute
+and at Ctrl-C, in OUT/.checkpoints; the same command goes on from there to the same curve.
+Runs of other seeds may go on in other processes at the same time, into the same record.
+"""
+
+PROFILES = """\
+profiles:
+  smoke     a dozen updates on 400 digits that come with the project; needs nothing
+  laptop    2,000 updates on the full data set; point SOGRID_DATA at it (see README, Data)
+  thesis    the thesis's 300,000 updates; for a GPU or a patient machine
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line asks, and return the exit status.
+
+    Args:
+        arguments: Without the program's name; default ``sys.argv``.
+    """
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        return options.action(options)
+    except KeyboardInterrupt as stop:
+        print(f"\nsogrid: {stop or 'stopped'}", file=sys.stderr)
+        return 128 + getattr(stop, "number", 2)
+    except BrokenPipeError:  # as in `sogrid records list | head`
+        sys.stderr.close()
+        return OK
+    except OSError as error:
+        print(f"sogrid: {error}", file=sys.stderr)
+        return FAILURE
+    except ValueError as error:
+        if not _ours(error):
+            raise
+        print(f"sogrid: {error}", file=sys.stderr)
+        return FAILURE
+
+
+def _ours(error: ValueError) -> bool:
+    """Whether an error's message is written for the reader of a terminal."""
+    from sogrid.experiments.checkpoints import CheckpointError
+    from sogrid.experiments.data import DataError
+    from sogrid.experiments.records import RecordError
+
+    return isinstance(error, CheckpointError | DataError | RecordError)
+
+
+def _parser() -> argparse.ArgumentParser:
+    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+    parser = argparse.ArgumentParser("python -m sogrid", description=DESCRIPTION, epilog=ENDING, **layout)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    reproduce = commands.add_parser(
+        "reproduce", help="run, or go on with, a figure", description=REPRODUCE, epilog=PROFILES, **layout
+    )
+    reproduce.add_argument("figure", metavar="FIG", help="its name, or the beginning of it, such as fig6_2")
+    reproduce.add_argument("--profile", default="smoke", help="how much of it, see below (default: smoke)")
+    reproduce.add_argument("--seed", type=int, default=0, help="of weights and data order (default: 0)")
+    reproduce.add_argument("--device", default="cpu", help="where to train, e.g. cuda (default: cpu)")
+    reproduce.add_argument("--out", default="out", help="folder of the record (default: out)")
+    reproduce.add_argument("--quiet", action="store_true", help="no progress bars, only the result")
+    reproduce.set_defaults(action=_reproduce, parser=reproduce)
+
+    records = commands.add_parser("records", help="list, show or verify records", description="Records.")
+    verbs = records.add_subparsers(required=True, metavar="VERB")
+    several = {"nargs": "*", "metavar": "FILE", "type": Path}
+    which = "records, or folders of them (default: those of the book)"
+    for name, action, text in (
+        ("list", _list, "one line for each record"),
+        ("verify", _verify, "read each record and compare it with its checksum; 1 if any is damaged"),
+    ):
+        verb = verbs.add_parser(name, help=text, description=text.capitalize(), **layout)
+        verb.add_argument("files", help=which, **several)
+        verb.set_defaults(action=action)
+    text = "settings, runs and provenance of a record"
+    show = verbs.add_parser("show", help=text, description=text.capitalize(), **layout)
+    show.add_argument("file", metavar="FILE", type=Path, help="the record")
+    show.set_defaults(action=_show)
+    return parser
+
+
+def _reproduce(options: argparse.Namespace) -> int:
+    from sogrid.experiments.reproduce import EXPERIMENTS, PROFILES, record_path, reproduce
+
+    fail = options.parser.error
+    exact = [name for name in EXPERIMENTS if name == options.figure]
+    found = exact or [name for name in EXPERIMENTS if name.startswith(options.figure)]
+    if len(found) != 1:
+        verdict = "could be any of" if found else "is unknown; there are"
+        fail(f"FIG {options.figure!r} {verdict}: {', '.join(found or EXPERIMENTS)}")
+    if options.profile not in PROFILES:
+        fail(f"--profile must be one of {', '.join(PROFILES)}, got {options.profile!r}")
+    if problem := _device_problem(options.device):
+        fail(f"--device {options.device!r} cannot be used here: {problem}")
+    wanted = {key: getattr(options, key) for key in ("profile", "seed", "device", "out")}
+    content = reproduce(found[0], **wanted, progress=not options.quiet)
+    print(_runs({**content, "runs": [run for run in content["runs"] if run["seed"] == options.seed]}))
+    print(f"\nrecord: {record_path(options.out, found[0], options.profile)}")
+    return OK
+
+
+def _device_problem(device: str) -> str:
+    """Why torch cannot compute there, in its words; empty if it can."""
+    import torch
+
+    try:
+        float(torch.zeros((), device=device))
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def _list(options: argparse.Namespace) -> int:
+    from sogrid.experiments.records import Record, RecordError
+
+    rows, damaged = [], []
+    for file in _files(options.files):
+        try:
+            content = Record.read(file)
+        except RecordError as error:
+            damaged.append(error)
+            continue
+        runs = content["runs"]
+        dates = {run["provenance"]["date"] for run in runs if "provenance" in run}
+        profile = content["settings"].get("profile", "")
+        rows.append((str(file), content["experiment"], profile, len(runs), max(dates, default="")))
+    print(_table([("file", "experiment", "profile", "runs", "last"), *rows]))
+    for error in damaged:
+        print(f"sogrid: {error}", file=sys.stderr)
+    return FAILURE if damaged else OK
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from sogrid.experiments.records import Record, RecordError
+
+    status = OK
+    for file in _files(options.files):
+        try:
+            content = Record.read(file)
+        except RecordError as error:
+            print(f"sogrid: {error}", file=sys.stderr)
+            status = FAILURE
+        else:
+            print(f"ok  {file}  ({len(content['runs'])} runs)")
+    return status
+
+
+def _show(options: argparse.Namespace) -> int:
+    from sogrid.experiments.records import Record
+
+    content = Record.read(options.file)
+    print(f"experiment  {content['experiment']}\n\nsettings")
+    print(_table([(f"  {key}", _plain(value)) for key, value in content["settings"].items()]))
+    print(f"\nruns\n{_runs(content)}\n\nprovenance")
+    numbered = enumerate(content["runs"], start=1)
+    for origin, group in groupby(numbered, lambda entry: entry[1].get("provenance", {})):
+        group = list(group)
+        numbers = [str(number) for number, _ in group]
+        print(f"  run {numbers[0]}" if len(group) == 1 else f"  runs {numbers[0]} to {numbers[-1]}")
+        print(_table([(f"    {key}", _plain(value)) for key, value in origin.items()]))
+        for number, run in group:
+            for part in run.get("resumed", ()):
+                where = f"{part['date']}, commit {part['commit']}, {part['processor']}"
+                print(f"    run {number} was resumed; up to update {part['update']:,}: {where}")
+    return OK
+
+
+def _runs(content: dict[str, Any]) -> str:
+    """A table of a record's runs: what was run, and where the curves ended."""
+    rows = [("", "method", "seed", "updates", "seconds", "train", "test", "status", "settings")]
+    for number, run in enumerate(content["runs"], start=1):
+        ends = [(run.get(key) or [None])[-1] for key in ("update", "second", "train", "test")]
+        formats = ("{:,}", "{:.1f}", "{:.4g}", "{:.4g}")
+        ends = ["" if end is None else form.format(end) for form, end in zip(formats, ends, strict=True)]
+        what = run.get("method", run.get("network", ""))
+        status = run.get("status", "") + (f" ({run['reason']})" if run.get("reason") else "")
+        rows.append((number, what, run.get("seed", ""), *ends, status, _plain(run.get("settings", {}))))
+    return _table([tuple(f"  {cell}" if i == 0 else cell for i, cell in enumerate(row)) for row in rows])
+
+
+def _files(given: Sequence[Path]) -> list[Path]:
+    """The records that were named, or lie in folders that were named.
+
+    Raises:
+        RecordError: If there is none.
+    """
+    from sogrid.experiments.records import RESULTS, RecordError
+
+    files = []
+    for path in given or [RESULTS]:
+        inside = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        if not inside or not path.exists():
+            raise RecordError(f"{path}: {'no records there' if path.exists() else 'no such file or folder'}")
+        files += inside
+    here = Path.cwd()
+    return [file.relative_to(here) if file.is_relative_to(here) else file for file in files]
+
+
+def _plain(value: Any) -> str:
+    """JSON values as one reads them: ``lr 0.1, scale 4.0``."""
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(inner)}" for key, inner in value.items())
+    return str(value)
+
+
+def _table(rows: Sequence[tuple]) -> str:
+    """Rows of cells, as columns of even width."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)] if cells else []
+    padded = (map(str.ljust, row, widths) for row in cells)
+    return "\n".join("  ".join(row).rstrip() for row in padded)
