@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from sogrid.experiments.data import Dataset
 from sogrid.losses import CrossEntropyAtLogits, Loss, Quadratic
-from sogrid.networks import cifar10_classifier, mnist_autoencoder
-from sogrid.optimizers import ACP, KFAC, CenteredGradientDescent, NaturalNN
+from sogrid.networks import MLP, cifar10_classifier, mnist_autoencoder
+from sogrid.optimizers import ACP, KFAC, CenteredGradientDescent, NaturalNN, UpdatedBackprop
 
-__all__ = ["BATCH", "METHODS", "REFRESH_EVERY", "Method", "Task", "cifar10_task", "mnist_task"]
+__all__ = ["BATCH", "BENCHMARKS", "METHODS", "REFRESH_EVERY", "Benchmark", "Method", "Task"]
 
 BATCH = 200
 REFRESH_EVERY = 100
@@ -44,16 +44,70 @@ class Task:
     network: Callable[..., nn.Module]
     loss: Loss
 
+    @property
+    def classifies(self) -> bool:
+        """Whether outputs are scores of classes, so that there is an error rate."""
+        return isinstance(self.loss, CrossEntropyAtLogits)
 
-def mnist_task(data: Dataset) -> Task:
-    """Autoencoder 784-…-30-…-784 with the summed squared error (Thesis §4.1.1)."""
-    (train, _), (test, _) = data.train, data.test
-    return Task("mnist_autoencoder", data, (train, train), (test, test), mnist_autoencoder, Quadratic())
+
+@dataclass(frozen=True)
+class Benchmark:
+    """A network, its data and its loss, before the data are there.
+
+    Attributes:
+        name: Short name.
+        dataset: ``"mnist"`` or ``"cifar10"``.
+        network: Builds the network from MLP options.
+        loss: Training loss and evaluation criterion.
+        domain: Where hyperparameters are searched, on a log scale and the same for every method:
+            ``{name: (low, high)}``.
+    """
+
+    name: str
+    dataset: str
+    network: Callable[..., nn.Module]
+    loss: Loss
+    domain: dict[str, tuple[float, float]]
+
+    def task(self, data: Dataset) -> Task:
+        """The benchmark on its data; an autoencoder's targets are its inputs."""
+        train, test = data.train, data.test
+        if isinstance(self.loss, Quadratic):
+            train, test = (train[0], train[0]), (test[0], test[0])
+        return Task(self.name, data, train, test, self.network, self.loss)
 
 
-def cifar10_task(data: Dataset) -> Task:
-    """Classifier 3072-8×100-10 with the cross-entropy (Thesis §4.1.2)."""
-    return Task("cifar10_classifier", data, data.train, data.test, cifar10_classifier, CrossEntropyAtLogits())
+def _small_autoencoder(**options) -> MLP:
+    return MLP([784, 100, 30, 100, 784], **{"activation": "sigmoid", "output": "sigmoid", **options})
+
+
+BENCHMARKS = {
+    benchmark.name: benchmark
+    for benchmark in (
+        Benchmark(
+            "mnist_autoencoder",
+            "mnist",
+            mnist_autoencoder,
+            Quadratic(),
+            {"lr": (1e-3, 10.0), "damping": (1e-3, 10.0), "scale": (2.0, 128.0)},
+        ),
+        Benchmark(
+            "cifar10_classifier",
+            "cifar10",
+            cifar10_classifier,
+            CrossEntropyAtLogits(),
+            {"lr": (1e-3, 10.0), "damping": (1e-3, 10.0), "scale": (0.5, 16.0)},
+        ),
+        Benchmark(
+            "mnist_small_autoencoder",
+            "mnist",
+            _small_autoencoder,
+            Quadratic(),
+            {"lr": (1e-3, 10.0), "scale": (1.0, 1000.0)},
+        ),
+    )
+}
+"""The thesis's two (§4.1.1 and §4.1.2), and an autoencoder 784-100-30-100-784 for thousands of runs."""
 
 
 @dataclass(frozen=True)
@@ -64,11 +118,13 @@ class Method:
         optimizer: ``(model, loss, settings) -> optimizer``.
         normalization: What its network adds, see :class:`~sogrid.networks.MLP`.
         settings: Names of the hyperparameters it takes, beside the initialisation's ``scale``.
+        tuned_as: The method whose hyperparameters it takes over, if it is a variant of one.
     """
 
     optimizer: Callable[[nn.Module, Loss, dict[str, Any]], torch.optim.Optimizer]
     normalization: str | None = None
     settings: tuple[str, ...] = ("lr",)
+    tuned_as: str | None = None
 
     def build(self, task: Task, settings: dict[str, Any], generator: torch.Generator, device="cpu"):
         """(network, optimizer) for a task, with weights drawn on the CPU from ``generator``.
@@ -90,34 +146,52 @@ def _sgd(model, loss, settings):
     return torch.optim.SGD(model.parameters(), **settings)
 
 
-def _acp(model, loss, settings):
-    return ACP(model, **settings, refresh_every=REFRESH_EVERY)
+def _acp(alpha):
+    return lambda model, loss, s: ACP(model, **s, output_curvature=alpha, refresh_every=REFRESH_EVERY)
 
 
-def _kfac(curvature):
-    """KFAC with √ε added to both factors: the thesis does not say how it damps."""
+def _nnn(model, loss, settings):
+    return NaturalNN(model, **settings, refresh_every=REFRESH_EVERY)
+
+
+def _kfac(curvature=None):
+    """KFAC with √ε added to both factors: the thesis does not say how it damps.
+
+    By default with the Gauss-Newton matrix: for one-hot cross-entropy E[g gᵀ], for the quadratic loss
+    (whose Gauss-Newton and Fisher matrices are the same) from one sampled target for each example.
+    """
 
     def build(model, loss, settings):
-        fixed = {"loss": loss, "curvature": curvature, "pi_correction": False, "refresh_every": REFRESH_EVERY}
-        return KFAC(model, **settings, **fixed)
+        usual = "fisher_sampled" if isinstance(loss, Quadratic) else "gauss_newton_probabilities"
+        fixed = {"loss": loss, "pi_correction": False, "refresh_every": REFRESH_EVERY}
+        return KFAC(model, **settings, curvature=curvature or usual, **fixed)
 
     return build
 
 
+def _ubp(curvature):
+    return lambda model, loss, s: UpdatedBackprop(model, **s, loss=loss, curvature=curvature)
+
+
+DAMPED = ("lr", "damping")
 METHODS = {
     "standard_sgd": Method(_sgd),
     "bn": Method(_sgd, "batch"),
     "mean_only_bn": Method(_sgd, "mean_only"),
     "centered_gradient_descent": Method(lambda model, loss, s: CenteredGradientDescent(model, **s)),
-    "acp_fixedalpha": Method(_acp, settings=("lr", "damping", "output_curvature")),
-    "acp": Method(
-        lambda model, loss, s: _acp(model, loss, {**s, "output_curvature": "heuristic"}),
-        settings=("lr", "damping"),
-    ),
+    "acp_fixedalpha": Method(_acp(1.0), settings=DAMPED),
+    "acp": Method(_acp("heuristic"), settings=DAMPED),
     "nnn2": Method(
-        lambda model, loss, s: NaturalNN(model, **s, refresh_every=REFRESH_EVERY),
-        settings=("lr", "damping"),
+        lambda model, loss, s: NaturalNN(model, **s, refresh_every=REFRESH_EVERY), settings=DAMPED
     ),
-    "kfac": Method(_kfac("fisher_sampled"), settings=("lr", "damping")),
+    "kfac": Method(_kfac(), settings=DAMPED),
+    "kfac_nat": Method(_kfac("fisher_exact"), settings=DAMPED),
+    "jaco_update": Method(_ubp("gauss_newton")),
+    "jaco_update_hessian": Method(_ubp("hessian"), tuned_as="jaco_update"),
+    "jaco_update_without": Method(_ubp("none"), tuned_as="jaco_update"),
 }
-"""The methods of Figs. 6.1 and 6.2, by the thesis's legend."""
+"""The methods of Figs. 5.1 to 6.3, by the thesis's legends.
+
+A fixed α of ACP is 1: with (λ, ε) free it is redundant, since only λ/α and ε/α matter. Two variants of
+updated backpropagation are ours: the true Hessian in the place of Gauss-Newton, and no second term.
+"""

@@ -1,24 +1,40 @@
-"""The experiments of the thesis, as data, and the one call that runs them.
+"""The experiments of the thesis, as data, and the call that runs, resumes or completes one.
 
 A template in ``book/experiments/`` names an experiment and a profile; the record it leaves is what the
-book redraws the figure from.
+book redraws the figure from. Learning curves (Figs. 5.1, 6.1 to 6.3) use the hyperparameters that
+:func:`tune` found; Figs. 2.2 and 4.1 are searches themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from sogrid.experiments import data
-from sogrid.experiments.benchmarks import BATCH, REFRESH_EVERY, Task, mnist_task
+from sogrid.experiments.benchmarks import BATCH, BENCHMARKS, METHODS, REFRESH_EVERY, Task
 from sogrid.experiments.checkpoints import FOLDER, Checkpoint
-from sogrid.experiments.records import Record
+from sogrid.experiments.records import RESULTS, Record, RecordError
 from sogrid.experiments.reference import thesis_values
 from sogrid.experiments.training import evaluation_points, run
+from sogrid.experiments.tuning import Search, SearchError, chosen, open_storage, search
 
-__all__ = ["EXPERIMENTS", "PROFILES", "Experiment", "Profile", "record_path", "reproduce"]
+__all__ = [
+    "EXPERIMENTS",
+    "PROFILES",
+    "Curves",
+    "Profile",
+    "Searches",
+    "record_path",
+    "reproduce",
+    "search_path",
+    "tune",
+]
 
 
 @dataclass(frozen=True)
@@ -26,57 +42,93 @@ class Profile:
     """How much of an experiment is run.
 
     Attributes:
-        updates: Parameter updates of each run.
+        updates: Of each run of a learning curve: ``{benchmark: parameter updates}``.
+        trials: Of each search of hyperparameters.
+        trial_updates: Of each of its trials: ``{benchmark: parameter updates}``.
+        landscape: Random trials of Fig. 2.2, and their updates.
+        searches: Searches by each sampler of Fig. 4.1, their trials, and the updates of a trial.
         full: On the full data set, or on a few of the embedded digits.
         evaluate_on: The training curve is a mean over this many of the first training examples.
     """
 
-    updates: int
-    full: bool
-    evaluate_on: int
+    updates: dict[str, int]
+    trials: int
+    trial_updates: dict[str, int]
+    landscape: tuple[int, int]
+    searches: tuple[int, int, int]
+    full: bool = True
+    evaluate_on: int = 10_000
 
 
+AE, CIFAR, SMALL = "mnist_autoencoder", "cifar10_classifier", "mnist_small_autoencoder"
+LAPTOP = Profile({AE: 5_000, CIFAR: 20_000}, 24, {AE: 500, CIFAR: 1_000}, (200, 400), (20, 64, 300))
 PROFILES = {
-    "smoke": Profile(12, full=False, evaluate_on=400),
-    "laptop": Profile(2_000, full=True, evaluate_on=10_000),
-    "thesis": Profile(300_000, full=True, evaluate_on=60_000),
-}
+    "smoke": Profile(
+        {AE: 12, CIFAR: 12}, 2, {AE: 4, CIFAR: 4}, (4, 4), (2, 4, 4), full=False, evaluate_on=400
+    ),
+    "laptop": LAPTOP,
+    "long": replace(LAPTOP, updates={AE: 100_000, CIFAR: 50_000}),
+    "thesis": Profile(
+        {AE: 300_000, CIFAR: 50_000}, 100, {AE: 5_000, CIFAR: 5_000}, (200, 5_000), (100, 100, 5_000),
+        evaluate_on=50_000,
+    ),
+}  # fmt: skip
 SMOKE_EXAMPLES = 400
 
 
 @dataclass(frozen=True)
-class Experiment:
-    """One figure of the thesis.
+class Curves:
+    """A figure of learning curves.
 
     Attributes:
         figure: Key of :func:`~sogrid.experiments.reference.thesis_values`.
-        dataset: ``"mnist"`` or ``"cifar10"``.
-        task: The benchmark on that data.
-        settings: Method → hyperparameters.
-        chosen: How the hyperparameters were chosen.
+        benchmark: Key of :data:`~sogrid.experiments.benchmarks.BENCHMARKS`.
+        methods: Keys of :data:`~sogrid.experiments.benchmarks.METHODS`.
     """
 
     figure: str
-    dataset: str
-    task: Callable[[data.Dataset], Task]
-    settings: dict[str, dict[str, Any]]
-    chosen: str
+    benchmark: str
+    methods: tuple[str, ...]
 
 
-EXPERIMENTS = {
-    "fig6_2_mnist_autoencoder": Experiment(
-        "fig6_2",
-        "mnist",
-        mnist_task,
-        {
-            "acp_fixedalpha": {"lr": 0.5, "damping": 0.5, "output_curvature": 1.0, "scale": 32.0},
-            "acp": {"lr": 0.15, "damping": 0.1, "scale": 64.0},
-            "nnn2": {"lr": 0.3, "damping": 0.3, "scale": 32.0},
-            "kfac": {"lr": 0.1, "damping": 0.1, "scale": 32.0},
-            "bn": {"lr": 0.1, "scale": 4.0},
-            "standard_sgd": {"lr": 0.1, "scale": 48.0},
-        },
-        chosen="by hand",
+@dataclass(frozen=True)
+class Searches:
+    """A figure of hyperparameter searches with SGD.
+
+    Attributes:
+        figure: Its number in the thesis.
+        benchmark: Key of :data:`~sogrid.experiments.benchmarks.BENCHMARKS`.
+        domain: Of the searches.
+        samplers: Keys of :data:`~sogrid.experiments.tuning.SAMPLERS`.
+        plan: From a profile: searches by each sampler, trials of each, updates of a trial.
+    """
+
+    figure: str
+    benchmark: str
+    domain: dict[str, tuple[float, float]]
+    samplers: tuple[str, ...]
+    plan: Callable[[Profile], tuple[int, int, int]]
+
+
+LANDSCAPE = {"lr": (1e-3, 10.0), "scale": (1.0, 1000.0)}
+EXPERIMENTS: dict[str, Curves | Searches] = {
+    "fig2_2_learning_rate_and_scale": Searches(
+        "fig2_2", AE, LANDSCAPE, ("random",), lambda profile: (1, *profile.landscape)
+    ),
+    "fig4_1_three_searches": Searches(
+        "fig4_1", SMALL, LANDSCAPE, ("grid", "random", "biased"), lambda profile: profile.searches
+    ),
+    "fig5_1_updated_backpropagation": Curves(
+        "fig5_1", AE, ("standard_sgd", "jaco_update", "jaco_update_hessian", "jaco_update_without")
+    ),
+    "fig6_1_centering": Curves(
+        "fig6_1", AE, ("standard_sgd", "mean_only_bn", "centered_gradient_descent", "acp_fixedalpha")
+    ),
+    "fig6_2_mnist_autoencoder": Curves(
+        "fig6_2", AE, ("acp_fixedalpha", "acp", "nnn2", "kfac", "bn", "standard_sgd")
+    ),
+    "fig6_3_cifar10": Curves(
+        "fig6_3", CIFAR, ("acp_fixedalpha", "acp", "nnn2", "kfac", "kfac_nat", "bn", "standard_sgd")
     ),
 }
 
@@ -86,6 +138,20 @@ def record_path(out: str | Path, experiment: str, profile: str) -> Path:
     return Path(out) / f"{experiment}.{profile}.json"
 
 
+def search_path(out: str | Path, benchmark: str, profile: str) -> Path:
+    """Where :func:`tune` leaves its record."""
+    return record_path(out, f"search_{benchmark}", profile)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One run of a record: how it is recognised there, and how it is made."""
+
+    key: dict[str, Any]
+    place: str
+    make: Callable[[str | None, Checkpoint], dict[str, Any]]
+
+
 def reproduce(
     experiment: str,
     *,
@@ -93,23 +159,26 @@ def reproduce(
     seed: int = 0,
     device: str = "cpu",
     out: str | Path = "out",
+    methods: Sequence[str] = (),
     progress: bool = True,
 ) -> dict[str, Any]:
     """Run an experiment, or what is missing of it, and return the content of its record.
 
-    The record is ``<out>/<experiment>.<profile>.json``. It is written after each method, and methods
-    that it already holds (same settings and seed) are not run again. A method under way leaves its state
+    The record is ``<out>/<experiment>.<profile>.json``. It is written after each run, and runs that it
+    already holds (same method, settings and seed) are not made again; nor are those that another figure's
+    record in ``out`` holds of the same benchmark at the same scale. A run under way leaves its state
     in ``<out>/.checkpoints/`` every half minute and at SIGINT or SIGTERM; called again after that, or
     after the process was killed, it goes on to the curve it would have given, bit for bit on the CPU.
-    Other seeds may be run by other processes at the same time.
+    Other seeds or methods may be run by other processes at the same time.
 
     Args:
         experiment: Key of :data:`EXPERIMENTS`.
         profile: Key of :data:`PROFILES`.
-        seed: Of weights, data order and statistics.
+        seed: Of weights, data order and statistics; of searches, the first of their seeds.
         device: Where to train.
         out: Folder of the record.
-        progress: Show a bar for each method.
+        methods: Only these of the figure's methods (or samplers); default all.
+        progress: Show a bar for each run.
 
     Raises:
         CheckpointError: If a checkpoint is damaged, of another run (settings, data, versions, code), or
@@ -117,45 +186,237 @@ def reproduce(
         DataError: If the profile needs the full data set and it is not there.
         Interrupted: By SIGINT or SIGTERM.
         RecordError: If the file is damaged, holds another experiment, or cannot be written.
-        ValueError: For an unknown experiment or profile.
+        SearchError: If there are no hyperparameters for a method, or a study is of another plan.
+        ValueError: For an unknown experiment, profile or method.
     """
-    if experiment not in EXPERIMENTS:
-        raise ValueError(f"experiment must be one of {list(EXPERIMENTS)}, got {experiment!r}")
-    if profile not in PROFILES:
-        raise ValueError(f"profile must be one of {list(PROFILES)}, got {profile!r}")
-    plan, scale = EXPERIMENTS[experiment], PROFILES[profile]
-    if scale.full:
-        digits = data.load(plan.dataset, device=device)
-        if "subset" in digits.variant:
-            raise data.DataError(
-                f"profile {profile!r} needs the full data set, not the {digits.variant}: set SOGRID_DATA or "
-                f"run sogrid.experiments.data.load({plan.dataset!r}, source='download') once"
-            )
+    _require(experiment=(experiment, EXPERIMENTS), profile=(profile, PROFILES))
+    plan = EXPERIMENTS[experiment]
+    known = plan.methods if isinstance(plan, Curves) else plan.samplers
+    for method in methods:
+        _require(method=(method, known))
+    task = _task(plan.benchmark, profile, device)
+    path = record_path(out, experiment, profile)
+    wanted = [m for m in known if m in methods or not methods]
+    if isinstance(plan, Curves):
+        settings, jobs = _curves(plan, task, profile, seed, wanted, Path(out))
     else:
-        digits = data.load(plan.dataset, source="embedded", subset=SMOKE_EXAMPLES, device=device)
+        settings, jobs = _searches(plan, task, profile, seed, wanted, path)
+    return _complete(path, experiment, settings, jobs, progress)
+
+
+def tune(
+    benchmark: str,
+    *,
+    profile: str = "smoke",
+    device: str = "cpu",
+    out: str | Path = "out",
+    methods: Sequence[str] = (),
+    storage: str | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Search the hyperparameters of a benchmark's methods, and return the content of the record.
+
+    Every method gets the same number of trials by biased random search, over the same domain. The record
+    is ``<out>/search_<benchmark>.<profile>.json``; :func:`reproduce` with the same ``out`` uses it.
+
+    Args:
+        benchmark: ``"mnist_autoencoder"`` or ``"cifar10_classifier"``.
+        profile: Key of :data:`PROFILES`.
+        device: Where to train.
+        out: Folder of the record.
+        methods: Only these; default all that the benchmark's figures compare.
+        storage: Database URL of the studies, for several machines ``postgresql+psycopg://…``; default an
+            SQLite file beside the record.
+        progress: Show a bar for each method.
+
+    Raises:
+        CheckpointError: If another process is at the same search, with an SQLite file.
+        DataError: If the profile needs the full data set and it is not there.
+        RecordError: If the file is damaged, holds another experiment, or cannot be written.
+        SearchError: If the storage cannot be used, or holds a study of another plan.
+        ValueError: For an unknown benchmark, profile or method.
+    """
+    known = tuned_methods()
+    _require(benchmark=(benchmark, known), profile=(profile, PROFILES))
+    for method in methods:
+        _require(method=(method, known[benchmark]))
+    scale, domain = PROFILES[profile], BENCHMARKS[benchmark].domain
+    task = _task(benchmark, profile, device)
+    path = search_path(out, benchmark, profile)
     settings = {
+        **_common(task, profile),
+        "trials": scale.trials,
+        "updates": scale.trial_updates[benchmark],
+        "domain": {key: list(ends) for key, ends in domain.items()},
+    }
+    plans = []
+    for method in (m for m in known[benchmark] if m in methods or not methods):
+        own = {key: ends for key, ends in domain.items() if key in (*METHODS[method].settings, "scale")}
+        plans.append(Search(method, own, scale.trials, scale.trial_updates[benchmark], scale.evaluate_on))
+    return _complete(
+        path, path.stem.split(".")[0], settings, _search_jobs(plans, task, path, storage), progress
+    )
+
+
+def tuned_methods() -> dict[str, list[str]]:
+    """Benchmark → the methods that its figures compare and that have hyperparameters of their own."""
+    found: dict[str, list[str]] = {}
+    for plan in EXPERIMENTS.values():
+        for method in plan.methods if isinstance(plan, Curves) else ():
+            names = found.setdefault(plan.benchmark, [])
+            if method not in names and METHODS[method].tuned_as is None:
+                names.append(method)
+    return found
+
+
+def _require(**choices: tuple[str, Sequence[str]]) -> None:
+    for name, (value, known) in choices.items():
+        if value not in known:
+            raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
+
+
+def _task(benchmark: str, profile: str, device: str) -> Task:
+    """The benchmark on the data that the profile needs."""
+    plan = BENCHMARKS[benchmark]
+    if not PROFILES[profile].full:
+        digits = data.load("mnist", source="embedded", subset=SMOKE_EXAMPLES, device=device)
+        return plan.task(digits if plan.dataset == "mnist" else _as_cifar10(digits))
+    found = data.load(plan.dataset, device=device)
+    if "subset" in found.variant:
+        raise data.DataError(
+            f"profile {profile!r} needs the full data set, not the {found.variant}: set SOGRID_DATA or "
+            f"run sogrid.experiments.data.load({plan.dataset!r}, source='download') once"
+        )
+    return plan.task(found)
+
+
+def _as_cifar10(digits: data.Dataset) -> data.Dataset:
+    """Digits in the format of CIFAR-10, none of which may be shipped: framed, and three times the same."""
+
+    def colour(images: torch.Tensor) -> torch.Tensor:
+        framed = torch.nn.functional.pad(images.unflatten(1, (28, 28)), (2, 2, 2, 2))
+        return framed.flatten(1).repeat(1, 3)
+
+    sets = {key: (colour(x), y) for key, (x, y) in (("train", digits.train), ("test", digits.test))}
+    return replace(digits, variant=f"{digits.variant}, in the format of CIFAR-10", **sets)
+
+
+def _common(task: Task, profile: str) -> dict[str, Any]:
+    """Settings that every record has."""
+    return {
         "profile": profile,
-        "updates": scale.updates,
+        "benchmark": task.name,
         "batch": BATCH,
         "refresh_every": REFRESH_EVERY,
-        "evaluate_on": scale.evaluate_on,
-        "data": {"variant": digits.variant, "checksum": digits.checksum},
-        "hyperparameters": plan.chosen,
+        "evaluate_on": PROFILES[profile].evaluate_on,
+        "data": {"variant": task.data.variant, "checksum": task.data.checksum},
     }
-    path = record_path(out, experiment, profile)
+
+
+def _curves(
+    plan: Curves, task: Task, profile: str, seed: int, methods: Sequence[str], out: Path
+) -> tuple[dict[str, Any], list[_Job]]:
+    scale, found = PROFILES[profile], _tuned(plan.benchmark, profile, out)
+    updates = scale.updates[plan.benchmark]
+    options = {"updates": updates, "points": _points(plan.benchmark, updates)}
+    options |= {"evaluate_on": scale.evaluate_on, "seed": seed}
+    jobs = []
+    for method in methods:
+        tuned_as = METHODS[method].tuned_as or method
+        best = next((chosen(run) for run in found["runs"] if run["method"] == tuned_as), None)
+        if best is None:
+            raise SearchError(
+                f"the hyperparameters of {tuned_as} on {plan.benchmark} have not been searched: run "
+                f"python -m sogrid search {plan.benchmark} --profile {profile} first"
+            )
+        make = partial(_train, task, method, best, options)
+        key = {"method": method, "settings": best, "seed": seed}
+        jobs.append(_Job(key, f"{method}.seed{seed}", make))
+    how = f"by biased random search ({found['settings']['trials']} trials of "
+    how += f"{found['settings']['updates']:,} updates for each method)"
+    return {**_common(task, profile), "updates": updates, "hyperparameters": how}, jobs
+
+
+def _train(task: Task, method: str, settings: dict, options: dict, title: str | None, checkpoint: Checkpoint):
+    return run(task, method, settings, progress=title, checkpoint=checkpoint, **options)
+
+
+def _points(benchmark: str, updates: int) -> list[int]:
+    """When curves are evaluated: the same for all figures of a benchmark, with the thesis's points."""
+    theirs = set()
+    for plan in EXPERIMENTS.values():
+        if isinstance(plan, Curves) and plan.benchmark == benchmark:
+            curves = thesis_values(plan.figure)["curves"].items()
+            axes = [curve["x"] for name, curve in curves if name.endswith("by_update")]
+            # The axes of Figs. 6.1 and 6.2 begin at update 1.
+            theirs |= {int(u) - (u % 10 == 1) for axis in axes for u in axis}
+    return evaluation_points(updates, also=theirs)
+
+
+def _tuned(benchmark: str, profile: str, out: Path) -> dict[str, Any]:
+    """The record of the searches: the user's own of this profile, or at laptop scale, or the book's."""
+    places = [search_path(out, benchmark, profile), search_path(out, benchmark, "laptop")]
+    places.append(search_path(RESULTS, benchmark, "laptop"))
+    for place in places:
+        if place.exists():
+            return Record.read(place)
+    raise SearchError(
+        f"the hyperparameters of {benchmark} have not been searched: run python -m sogrid search {benchmark}"
+    )
+
+
+def _searches(
+    plan: Searches, task: Task, profile: str, seed: int, samplers: Sequence[str], path: Path
+) -> tuple[dict[str, Any], list[_Job]]:
+    searches, trials, updates = plan.plan(PROFILES[profile])
+    settings = {**_common(task, profile), "trials": trials, "updates": updates, "searches": searches}
+    plans = [
+        Search("standard_sgd", plan.domain, trials, updates, PROFILES[profile].evaluate_on, sampler, seed + k)
+        for k in range(searches)
+        for sampler in samplers
+    ]
+    return settings, _search_jobs(plans, task, path, None)
+
+
+def _search_jobs(plans: list[Search], task: Task, path: Path, url: str | None) -> list[_Job]:
+    """Searches that share a storage, by default an SQLite file beside the record."""
+
+    def make(plan: Search, name: str, title: str | None, checkpoint: Checkpoint) -> dict[str, Any]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage = open_storage(url or f"sqlite:///{path.with_suffix('.sqlite3')}")
+        return search(task, plan, storage=storage, name=name, progress=title)
+
+    jobs = []
+    for plan in plans:
+        place = f"{plan.method}.{plan.sampler}{plan.seed}"
+        key = {"method": plan.method, "sampler": plan.sampler, "seed": plan.seed}
+        jobs.append(_Job(key, place, partial(make, plan, f"{path.stem}.{place}")))
+    return jobs
+
+
+def _complete(
+    path: Path, experiment: str, settings: dict[str, Any], jobs: list[_Job], progress: bool
+) -> dict[str, Any]:
+    """Make the runs that the record lacks, or take them from another figure's."""
     record = Record(path, experiment, settings)
-    thesis_points = [int(u) - 1 for u in thesis_values(plan.figure)["curves"]["train_mse_by_update"]["x"]]
-    points = evaluation_points(scale.updates, also=thesis_points)
-    options = {"updates": scale.updates, "points": points, "evaluate_on": scale.evaluate_on}
-    task = plan.task(digits)
-    for number, (method, chosen) in enumerate(plan.settings.items(), start=1):
-        place = path.parent / FOLDER / f"{path.stem}.{method}.seed{seed}.pt"
-        if record.find(method=method, settings=chosen, seed=seed) is not None:
+    for number, job in enumerate(jobs, start=1):
+        if record.find(**job.key) is not None:
             continue
-        with Checkpoint(place) as checkpoint:
+        with Checkpoint(path.parent / FOLDER / f"{path.stem}.{job.place}.pt") as checkpoint:
             record = Record(path, experiment, settings)  # as it is now that no one else is at this run
-            if record.find(method=method, settings=chosen, seed=seed) is None:
-                title = f"{method} ({number} of {len(plan.settings)})" if progress else None
-                run_options = {**options, "progress": title, "checkpoint": checkpoint}
-                record.add(run(task, method, chosen, seed=seed, **run_options))
+            if record.find(**job.key) is None:
+                title = f"{job.place} ({number} of {len(jobs)})" if progress else None
+                record.add(_elsewhere(path, settings, job.key) or job.make(title, checkpoint))
     return record.content
+
+
+def _elsewhere(path: Path, settings: dict[str, Any], key: dict[str, Any]) -> dict[str, Any] | None:
+    """The same run in the record of another figure, made at the same scale."""
+    for other in sorted(path.parent.glob("fig*.json")):
+        with suppress(RecordError):
+            content = Record.read(other)
+            if other != path and content["settings"] == settings:
+                found = Record(other, content["experiment"], settings).find(**key)
+                if found is not None:
+                    return found
+    return None

@@ -36,6 +36,8 @@ class Curve:
         second: Training seconds spent until then.
         train: Mean loss on (a fixed part of) the training set.
         test: Mean loss on the test set.
+        train_error: Error rate where ``train`` was evaluated, for a classifier; else empty.
+        test_error: Error rate on the test set.
         status: ``"finished"`` or ``"diverged"``.
         reason: Why it stopped early, in words.
     """
@@ -44,6 +46,8 @@ class Curve:
     second: list[float] = field(default_factory=list)
     train: list[float] = field(default_factory=list)
     test: list[float] = field(default_factory=list)
+    train_error: list[float] = field(default_factory=list)
+    test_error: list[float] = field(default_factory=list)
     status: str = "finished"
     reason: str = ""
 
@@ -106,13 +110,17 @@ class Minibatches:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, loss: Loss, x: Tensor, y: Tensor, batch: int = 2000) -> float:
-    """Mean loss over ``x: [n, ·]`` in evaluation mode."""
+def evaluate(model: nn.Module, loss: Loss, x: Tensor, y: Tensor, batch: int = 2000) -> tuple[float, float]:
+    """Mean loss, and error rate (of labels y; else NaN), over ``x: [n, ·]`` in evaluation mode."""
     training = model.training
     model.eval()
-    parts = [loss.value(model(a), b).sum() for a, b in zip(x.split(batch), y.split(batch), strict=True)]
+    values, errors = 0.0, 0.0
+    for a, b in zip(x.split(batch), y.split(batch), strict=True):
+        f = model(a)
+        values += loss.value(f, b).sum()
+        errors += (f.argmax(-1) != b).sum() if b.dim() == 1 else math.nan
     model.train(training)
-    return float(sum(parts)) / len(x)
+    return float(values) / len(x), float(errors) / len(x)
 
 
 def train(
@@ -154,14 +162,17 @@ def train(
     curve, clock, first = Curve(), 0.0, 0
 
     def look(done: int) -> bool:
-        values = evaluate(model, loss, *some), evaluate(model, loss, *task.test)
-        if not all(map(math.isfinite, values)):
+        (value, error), (test_value, test_error) = (evaluate(model, loss, *s) for s in (some, task.test))
+        if not (math.isfinite(value) and math.isfinite(test_value)):
             return False
         curve.update.append(done)
         curve.second.append(round(clock, 4))
-        curve.train.append(values[0])
-        curve.test.append(values[1])
-        bar.set_postfix(train=f"{values[0]:.3g}")
+        curve.train.append(value)
+        curve.test.append(test_value)
+        if task.classifies:
+            curve.train_error.append(error)
+            curve.test_error.append(test_error)
+        bar.set_postfix(train=f"{value:.3g}")
         return True
 
     def update() -> None:
@@ -204,7 +215,7 @@ def train(
         tqdm(total=updates, initial=first, mininterval=1.0, **title) as bar,
     ):
         model.train()
-        if not curve.update:
+        if 0 in points and not curve.update:
             look(0)
         for done in range(first + 1, updates + 1):
             start = perf_counter()
