@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sogrid.linalg import ThinInverse
+
 __all__ = [
     "bordered",
     "bordered_inverse",
@@ -40,7 +42,9 @@ def kronecker_product(a: Tensor, b: Tensor, vector: Tensor) -> Tensor:
     return vec(b @ unvec(vector, b.shape[-1]) @ a.mT)
 
 
-def kronecker_solve(a_inverse: Tensor, b_inverse: Tensor, gradient: Tensor) -> Tensor:
+def kronecker_solve(
+    a_inverse: Tensor | ThinInverse, b_inverse: Tensor | ThinInverse, gradient: Tensor
+) -> Tensor:
     """(A ⊗ B)⁻¹ vec(G) as a matrix: B⁻¹ G A⁻¹, for ``gradient: [..., o, i]`` (Thesis §6.2.1)."""
     return b_inverse @ gradient @ a_inverse
 

@@ -1,28 +1,99 @@
 """Damped linear algebra: Tikhonov solve and inverse, inverse square root, conjugate gradient.
 
-All matrices are symmetric ``[..., m, m]``; leading dimensions broadcast. On an accelerator the Tikhonov
-forms read nothing back to the host: a factorisation that fails there yields NaN, which no loss
-survives unseen. On the CPU, where looking is free, a failure is retried in float64 and then raised.
-The inverse square root and conjugate gradient, which no optimizer's step uses, do make the host wait.
+All matrices are symmetric ``[..., m, m]``; leading dimensions broadcast. One of low rank may be given
+by its rows (:class:`Gram`), and its inverse is then *thin* (:class:`ThinInverse`): neither is formed.
+
+On an accelerator the Tikhonov forms read nothing back to the host: a factorisation that fails there
+yields NaN, which no loss survives unseen. On the CPU, where looking is free, a failure is retried in
+float64 and then raised. The inverse square root and conjugate gradient, which no optimizer's step uses,
+do make the host wait.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
     "FactorizationError",
+    "Gram",
+    "ThinInverse",
+    "add_outer",
     "conjugate_gradient",
     "inverse_square_root",
+    "mean_eigenvalue",
     "naming_the_damping",
     "shift_diagonal",
     "tikhonov_inverse",
     "tikhonov_solve",
 ]
+
+
+class Gram(NamedTuple):
+    """RᵀR, ``[..., m, m]``, known by its rows R.
+
+    Attributes:
+        rows: R, ``[..., n, m]``.
+    """
+
+    rows: Tensor
+
+    def dense(self) -> Tensor:
+        """The matrix itself."""
+        return self.rows.mT @ self.rows
+
+
+class ThinInverse(NamedTuple):
+    """P = (RᵀR + δI)⁻¹ = I/δ − QᵀQ, ``[..., m, m]``, which multiplies matrices from either side by ``@``.
+
+    With L Lᵀ = RRᵀ + δI, of the size of R's few rows, Q = L⁻¹R/√δ (Woodbury).
+
+    Attributes:
+        factor: Q, ``[..., n, m]``.
+        shift: δ, ``[...]``.
+
+    Example:
+        >>> thin = tikhonov_inverse(Gram(torch.ones(1, 3)), 1.0)
+        >>> (torch.tensor([[4.0, 0.0, 0.0]]) @ thin).tolist()
+        [[3.0, -1.0, -1.0]]
+    """
+
+    factor: Tensor
+    shift: Tensor
+
+    def __rmatmul__(self, x: Tensor) -> Tensor:
+        """X P of ``x: [..., k, m]``, in two thin products."""
+        scaled, image = x / self.shift[..., None, None], x @ self.factor.mT
+        if scaled.dim() > 2:
+            return scaled.sub_(image @ self.factor)
+        return scaled.addmm_(image, self.factor, alpha=-1)  # spares a pass over x
+
+    def __matmul__(self, x: Tensor) -> Tensor:
+        """P X of ``x: [..., m, k]``."""
+        return (x.mT @ self).mT
+
+    def dense(self) -> Tensor:
+        """The matrix itself."""
+        return shift_diagonal(-self.factor.mT @ self.factor, 1 / self.shift)
+
+
+def add_outer(matrix: Tensor | Gram, vector: Tensor, weight: float | Tensor = 1.0) -> Tensor | Gram:
+    """``matrix + weight · v vᵀ``, weight ≥ 0, for ``vector: [..., m]``; a Gram matrix takes one more row."""
+    if isinstance(matrix, Gram):
+        row = abs(weight) ** 0.5 * vector  # abs: below zero by a wrong damping, refused when inverted
+        return Gram(torch.cat([matrix.rows, row.unsqueeze(-2)], -2))
+    return matrix + weight * (vector.unsqueeze(-1) * vector.unsqueeze(-2))
+
+
+def mean_eigenvalue(matrix: Tensor | Gram) -> Tensor:
+    """Trace over m, ``[...]``."""
+    if isinstance(matrix, Gram):
+        return matrix.rows.square().sum((-2, -1)) / matrix.rows.shape[-1]
+    return matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
 
 
 class FactorizationError(RuntimeError):
@@ -104,11 +175,14 @@ def _indefinite(
     return FactorizationError(message, needed)
 
 
-def tikhonov_inverse(matrix: Tensor, damping: float | Tensor, name: str = "matrix") -> Tensor:
+def tikhonov_inverse(
+    matrix: Tensor | Gram, damping: float | Tensor, name: str = "matrix"
+) -> Tensor | ThinInverse:
     """(matrix + damping · I)⁻¹ of a positive semi-definite matrix (Thesis §3.1.3).
 
     Args:
-        matrix: ``[..., m, m]``.
+        matrix: ``[..., m, m]``. A :class:`Gram` matrix has a :class:`ThinInverse`, unless the damping is
+            lost in its rounding: a failure, at which on the CPU it is formed and inverted like any other.
         damping: ε ≥ 0, a number or a tensor ``[...]``: one for all, or one for each leading dimension.
         name: Named in the error, usually the layer.
 
@@ -120,7 +194,24 @@ def tikhonov_inverse(matrix: Tensor, damping: float | Tensor, name: str = "matri
         >>> tikhonov_inverse(torch.tensor([[1.0]]), 3.0).tolist()
         [[0.25]]
     """
+    if isinstance(matrix, Gram):
+        return _thin_inverse(matrix, damping, name)
     return torch.cholesky_inverse(_cholesky(matrix, damping, name)).to(matrix.dtype)
+
+
+def _thin_inverse(matrix: Gram, damping: float | Tensor, name: str) -> Tensor | ThinInverse:
+    rows = matrix.rows
+    gram = rows @ rows.mT
+    shift = (torch.ones_like(rows[..., 0, 0]) * damping).to(rows.dtype)  # as_tensor would sync
+    lower, info = torch.linalg.cholesky_ex(shift_diagonal(gram, shift))
+    rounding = torch.finfo(rows.dtype).eps * torch.linalg.matrix_norm(gram, torch.inf)
+    sound = (info == 0) & (shift > rounding)  # RRᵀ may be definite without δ, RᵀR never is
+    if rows.device.type == "cpu" and not bool(sound.all()):
+        return tikhonov_inverse(matrix.dense(), damping, name)
+    factor = torch.linalg.solve_triangular(lower, rows, upper=False) / shift.sqrt()[..., None, None]
+    if rows.device.type != "cpu":
+        factor = torch.where(sound[..., None, None], factor, torch.nan)
+    return ThinInverse(factor, shift)
 
 
 def tikhonov_solve(matrix: Tensor, rhs: Tensor, damping: float | Tensor, name: str = "matrix") -> Tensor:

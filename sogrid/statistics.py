@@ -13,25 +13,57 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["Statistics", "input_moments", "output_factor", "refresh_due", "squared_gradient_bound"]
+from sogrid.linalg import Gram
+
+__all__ = [
+    "Statistics",
+    "input_moments",
+    "input_rows",
+    "output_factor",
+    "output_rows",
+    "refresh_due",
+    "second_moment",
+    "squared_gradient_bound",
+]
 
 
-def input_moments(h: Tensor, centered: bool = True) -> tuple[Tensor, Tensor]:
-    """Mean ``[..., i]`` and covariance ``[..., i, i]`` of ``h: [..., n, i]``, divisor n (Thesis §6.1).
+def input_rows(h: Tensor, centered: bool = True) -> tuple[Tensor, Tensor]:
+    """Mean h̄ ``[..., i]`` of ``h: [..., n, i]`` and rows R = (h − h̄)/√n, so that C = RᵀR (Thesis §6.1).
 
-    Without centring (a layer that has no bias) the mean is zero and the second moment is returned.
+    Without centring (a layer that has no bias) the mean is zero and RᵀR the second moment.
     """
     mean = h.mean(-2) if centered else torch.zeros_like(h[..., 0, :])
     deviation = h - mean.unsqueeze(-2) if centered else h
-    return mean, deviation.mT @ deviation / h.shape[-2]
+    return mean, deviation * h.shape[-2] ** -0.5
 
 
-def output_factor(rows: Sequence[Tensor]) -> Tensor:
-    """B = (1/n) Σ_rows Σ_i g_i g_iᵀ, ``[..., o, o]``, from per-example rows ``[..., n, o]`` each.
+def output_rows(passes: Sequence[Tensor]) -> Tensor:
+    """R = g/√n of the per-example rows ``[..., n, o]`` of all passes, so that B = RᵀR."""
+    return torch.cat(tuple(passes), -2) * passes[0].shape[-2] ** -0.5
+
+
+def input_moments(h: Tensor, centered: bool = True) -> tuple[Tensor, Tensor]:
+    """Mean ``[..., i]`` and covariance ``[..., i, i]`` of ``h: [..., n, i]``; see :func:`input_rows`."""
+    mean, rows = input_rows(h, centered)
+    return mean, Gram(rows).dense()
+
+
+def output_factor(passes: Sequence[Tensor]) -> Tensor:
+    """B = (1/n) Σ_passes Σ_i g_i g_iᵀ, ``[..., o, o]``, from per-example rows ``[..., n, o]`` each.
 
     With the rows of S, SᵀS = D(f), pulled back to the layer this is E[Jᵀ D J] (Thesis §6.4.1).
     """
-    return sum(row.mT @ row for row in rows) / rows[0].shape[-2]
+    return Gram(output_rows(passes)).dense()
+
+
+def second_moment(rows: Tensor) -> Tensor | Gram:
+    """RᵀR of ``rows: [..., n, m]``, kept as its rows where that is the cheaper route (2n < m).
+
+    A product with the inverse then costs 2nm instead of m² for each row it multiplies, and the inverse
+    itself n³ + n²m instead of m³.
+    """
+    n, m = rows.shape[-2:]
+    return Gram(rows) if 2 * n < m else Gram(rows).dense()
 
 
 def squared_gradient_bound(g: Tensor) -> Tensor:
@@ -49,13 +81,18 @@ class Statistics(NamedTuple):
 
     Attributes:
         mean: h̄, ``[i]``.
-        covariance: C, ``[i, i]``.
-        output: What the method keeps of the output side: a factor ``[o, o]``, a scalar, or ``None``.
+        covariance: C, ``[i, i]``, or its rows; see :func:`second_moment`.
+        output: What the method keeps of the output side: a factor ``[o, o]`` or its rows, a scalar, or
+            ``None``.
     """
 
     mean: Tensor
-    covariance: Tensor
-    output: Tensor | None = None
+    covariance: Tensor | Gram
+    output: Tensor | Gram | None = None
+
+    def dense(self) -> Statistics:
+        """The same with every matrix formed, as blending needs."""
+        return Statistics(*(part.dense() if isinstance(part, Gram) else part for part in self))
 
     def blend(self, newer: Statistics, decay: float) -> Statistics:
         """Exponential average: weight ``decay`` on self, ``1 − decay`` on ``newer``.

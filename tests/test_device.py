@@ -16,8 +16,8 @@ import torch
 from fake_accelerator import DeviceFault, Generator, accelerator, preparing
 from torch import Tensor, nn
 
-from sogrid.kronecker import bordered, bordered_inverse
-from sogrid.linalg import inverse_square_root, tikhonov_inverse, tikhonov_solve
+from sogrid.kronecker import bordered, bordered_inverse, homogeneous
+from sogrid.linalg import ThinInverse, inverse_square_root, tikhonov_inverse, tikhonov_solve
 from sogrid.losses import (
     BinaryCrossEntropyAtLogits,
     BinaryCrossEntropyAtProbabilities,
@@ -40,7 +40,15 @@ from sogrid.optimizers import (
     kfac_update,
 )
 from sogrid.optimizers.kfac import output_vectors
-from sogrid.statistics import Statistics, input_moments, output_factor, squared_gradient_bound
+from sogrid.statistics import (
+    Statistics,
+    input_moments,
+    input_rows,
+    output_factor,
+    output_rows,
+    second_moment,
+    squared_gradient_bound,
+)
 
 CASES: dict[str, Callable[[], None]] = {}
 
@@ -65,6 +73,7 @@ def train(
     watch: Callable[[torch.optim.Optimizer, nn.Module], None] | None = None,
     host_scalars: bool = False,
     threaded: bool = False,
+    sizes: tuple[int, ...] = (4, 5, 3, 3),
     **network,
 ) -> None:
     """A training loop on the accelerator: ordinary steps, a refresh by closure, a step with a closure."""
@@ -72,11 +81,11 @@ def train(
     with accelerator(host_scalars=host_scalars, threaded=threaded) as device:
         network.setdefault("output", OUTPUTS.get(type(loss), "identity"))
         with preparing():
-            model = MLP([4, 5, 3, 3], device=device, **network)
+            model = MLP(sizes, device=device, **network)
         optimizer = make(model)
 
         def minibatch() -> Tensor:
-            x, f = torch.randn(8, 4, device=device), torch.rand(8, 3, device=device)
+            x, f = torch.randn(8, sizes[0], device=device), torch.rand(8, sizes[-1], device=device)
             hard = isinstance(loss, CrossEntropyAtLogits | CrossEntropyAtProbabilities)
             return loss(model(x), f.argmax(-1) if hard else f)
 
@@ -232,18 +241,20 @@ def clipped(name: str) -> None:
     train(make)
 
 
-def resumed(name: str) -> None:
+def resume(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
     """A state_dict taken and loaded, and a deep copy, without leaving the device."""
+    optimizer.load_state_dict(optimizer.state_dict())
+    twin = copy.deepcopy(optimizer)
+    weight = model.linear1.weight
+    for one in (optimizer, twin):
+        one.zero_grad()
+        one.model(torch.randn(8, weight.shape[1], device=weight.device)).square().mean().backward()
+        one.step()
 
-    def watch(optimizer, model):
-        optimizer.load_state_dict(optimizer.state_dict())
-        twin = copy.deepcopy(optimizer)
-        for one in (optimizer, twin):
-            one.zero_grad()
-            one.model(torch.randn(8, 4, device=model.linear1.weight.device)).square().mean().backward()
-            one.step()
 
-    train(LAYERWISE[name], watch=watch)
+def resumed(name: str) -> None:
+    """See :func:`resume`."""
+    train(LAYERWISE[name], watch=resume)
 
 
 for _name in LAYERWISE:
@@ -301,6 +312,39 @@ def _():
     seeds(2**63 - 1)  # any 64-bit seed will do
 
 
+# --- thin inverses, of layers wider than twice the minibatch -----------------------------------------
+
+WIDE = (20, 40, 30)
+THIN: dict[str, Make] = {
+    "ACP": functools.partial(ACP, lr=0.1, damping=0.1, refresh_every=2, output_curvature="heuristic"),
+    "ACP, exact": functools.partial(ACP, lr=0.1, damping=0.1, refresh_every=2, tikhonov="exact"),
+    "KFAC": functools.partial(KFAC, lr=0.1, damping=0.1, refresh_every=2, loss=Quadratic()),
+    "KFAC, no π": functools.partial(KFAC, lr=0.1, loss=Quadratic(), pi_correction=False),
+    "NaturalNN": functools.partial(NaturalNN, lr=0.1, damping=0.1, refresh_every=2),
+}
+
+
+def thin(make: Make, number: Callable[[nn.Module], float | Tensor] = lambda _: 0.1, **options) -> None:
+    """Every inverse is thin; its damping may be a tensor."""
+
+    def watch(optimizer, model):
+        assert "linear2 thin" in repr(optimizer)
+        assert "dense" not in repr(optimizer)
+
+    train(lambda model: make(model, damping=number(model)), sizes=WIDE, watch=watch, **options)
+
+
+for _name, _make in THIN.items():
+    CASES[f"thin: {_name}"] = functools.partial(thin, _make)
+    CASES[f"thin: {_name}, resumed"] = functools.partial(train, _make, sizes=WIDE, watch=resume)
+    CASES[f"thin: {_name}, a tensor on the device"] = functools.partial(
+        thin, _make, lambda m: torch.full((), 0.1, device=m.linear1.weight.device, dtype=torch.float64)
+    )
+    CASES[f"thin: {_name}, a tensor on the host"] = functools.partial(
+        thin, _make, lambda _: torch.tensor(0.1), host_scalars=True
+    )
+
+
 # --- the pure functions, on a grid -----------------------------------------------------------------
 
 
@@ -321,6 +365,22 @@ def _():
         assert db.shape == kb.shape == (6, 3)
         inverse = bordered_inverse(tikhonov_inverse(covariance, damping), mean)
         assert tikhonov_solve(inverse, torch.randn(6, 5, 2, device=device), damping).device == device
+
+
+@case("update functions on a grid, thin")
+def _():
+    with accelerator() as device:
+        h, g = torch.randn(6, 8, 40, device=device), torch.randn(6, 8, 30, device=device)
+        grad_w, grad_b = g.mT @ h / 8, g.mean(-2)
+        mean, rows = input_rows(h)
+        damping = torch.rand(6, device=device)
+        dw, db = acp_update(grad_w, grad_b, mean, acp_inverse(mean, second_moment(rows), damping), lr=0.1)
+        a, b = input_rows(homogeneous(h), centered=False)[1], output_rows([g])
+        inverses = kfac_inverses(second_moment(a), second_moment(b), damping)
+        assert all(isinstance(inverse, ThinInverse) for inverse in inverses)
+        kw, kb = kfac_update(grad_w, grad_b, *inverses, lr=0.1)
+        assert dw.shape == kw.shape == (6, 30, 40)
+        assert db.shape == kb.shape == (6, 30)
 
 
 # --- the detector ----------------------------------------------------------------------------------
@@ -449,12 +509,16 @@ def test_sampled_targets_depend_on_their_seed_alone():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("name", EVERY)
-def test_a_gpu_never_makes_the_host_wait(name):
+@pytest.mark.parametrize(
+    ("make", "sizes"),
+    [(make, (4, 5, 3)) for make in EVERY.values()] + [(make, WIDE) for make in THIN.values()],
+    ids=[*EVERY, *(f"thin: {name}" for name in THIN)],
+)
+def test_a_gpu_never_makes_the_host_wait(make, sizes):
     """What the fake one cannot see: kernels that wait inside. torch raises where the host would."""
-    model = MLP([4, 5, 3], device="cuda")
-    optimizer = EVERY[name](model)
-    x, y = torch.randn(8, 4, device="cuda"), torch.randn(8, 3, device="cuda")
+    model = MLP(sizes, device="cuda")
+    optimizer = make(model)
+    x, y = torch.randn(8, sizes[0], device="cuda"), torch.randn(8, sizes[-1], device="cuda")
     for step in range(4):
         torch.cuda.set_sync_debug_mode("error" if step else "default")  # libraries wait when first loaded
         try:

@@ -10,8 +10,12 @@ from references import relative_error
 
 from sogrid.linalg import (
     FactorizationError,
+    Gram,
+    ThinInverse,
+    add_outer,
     conjugate_gradient,
     inverse_square_root,
+    mean_eigenvalue,
     shift_diagonal,
     tikhonov_inverse,
     tikhonov_solve,
@@ -132,6 +136,101 @@ def test_float32_where_float32_is_enough(semidefinite):
     matrix = semidefinite(6).float()
     # float32 rounding times a condition number of about 30
     assert relative_error(tikhonov_inverse(matrix, 0.1).double(), numpy_inverse(matrix, 0.1)) < 1e-5
+
+
+# --- thin ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damping", [1e-2, 1.0, 1e4])
+@pytest.mark.parametrize("shape", [(1, 6), (3, 20), (2, 3, 4, 9)], ids=str)
+def test_a_thin_inverse_multiplies_as_the_matrix_does(draw, shape, damping):
+    """From the left and from the right; its arguments are left alone."""
+    gram, x = Gram(draw(*shape)), draw(*shape[:-2], shape[-1], 5)
+    expected = numpy_inverse(gram.dense(), damping)
+    rows, before = gram.rows.clone(), x.clone()
+    thin = tikhonov_inverse(gram, damping)
+    assert isinstance(thin, ThinInverse)
+    assert relative_error(thin.dense(), expected) < RTOL
+    assert relative_error(thin @ x, expected @ x) < RTOL
+    assert relative_error(x.mT @ thin, x.mT @ expected) < RTOL
+    assert torch.equal(gram.rows, rows)
+    assert torch.equal(x, before)
+
+
+def test_thin_inverses_broadcast_over_leading_dimensions(draw):
+    """One matrix with three dampings, three with one each, and products with more or fewer dimensions."""
+    damping = torch.tensor([0.1, 1.0, 10.0], dtype=torch.float64)
+    for rows in (draw(2, 7), draw(3, 2, 7), draw(4, 1, 2, 7)):
+        thin = tikhonov_inverse(Gram(rows), damping)
+        dense = tikhonov_inverse(Gram(rows).dense(), damping)
+        assert relative_error(thin.dense(), dense) < RTOL
+        for x in (draw(5, 7), draw(3, 5, 7), draw(2, 1, 1, 5, 7)):
+            assert relative_error(x @ thin, x @ dense) < RTOL
+            assert relative_error(thin @ x.mT, dense @ x.mT) < RTOL
+    thin, x = tikhonov_inverse(Gram(draw(2, 7)), 0.1), draw(3, 5, 7)
+    assert relative_error(x @ thin, x @ thin.dense()) < RTOL
+
+
+def test_a_thin_inverse_stays_in_the_dtype_of_its_rows(draw):
+    rows = draw(2, 7)
+    for dtype in (torch.float32, torch.float64):
+        expected = tikhonov_inverse(Gram(rows.to(dtype)), 0.25)
+        for other in (torch.float32, torch.float64):
+            thin = tikhonov_inverse(Gram(rows.to(dtype)), torch.tensor(0.25, dtype=other))
+            assert thin.factor.dtype == thin.shift.dtype == dtype
+            assert all(map(torch.equal, thin, expected))
+
+
+def test_rows_of_zeros_leave_the_damping():
+    thin = tikhonov_inverse(Gram(torch.zeros(2, 5)), 0.5)
+    assert torch.equal(thin.dense(), 2 * torch.eye(5))
+
+
+def test_a_damping_that_float32_cannot_see_takes_the_dense_route_in_float64():
+    rows = torch.ones(2, 5)  # RᵀR is 2 everywhere
+    inverse = tikhonov_inverse(Gram(rows), 1e-8)
+    assert torch.equal(inverse, tikhonov_inverse(2 * torch.ones(5, 5), 1e-8))
+    assert isinstance(tikhonov_inverse(Gram(rows.double()), 1e-8), ThinInverse)
+    assert isinstance(tikhonov_inverse(Gram(rows), 1e-5), ThinInverse)
+
+
+def test_gram_matrices_are_added_to_and_traced_as_the_matrices_they_stand_for(draw):
+    for leading in ((), (3,)):
+        gram, vector = Gram(draw(*leading, 2, 7)), draw(*leading, 7)
+        for weight in (0.3, torch.tensor(0.3, dtype=torch.float64)):
+            found = add_outer(gram, vector, weight).dense()
+            assert relative_error(found, add_outer(gram.dense(), vector, weight)) < RTOL
+        assert relative_error(mean_eigenvalue(gram), mean_eigenvalue(gram.dense())) < RTOL
+        values = torch.linalg.eigvalsh(gram.dense())
+        assert relative_error(mean_eigenvalue(gram), values.mean(-1)) < RTOL
+
+
+@pytest.mark.parametrize("damping", [0.0, torch.tensor(0.0), 1e-300, -0.5, torch.tensor(-0.5)], ids=str)
+@pytest.mark.parametrize("scale", [1e-9, 1.0, 1e9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_damping_lost_in_rounding_is_refused_and_the_one_named_works(draw, dtype, scale, damping):
+    """Also where RRᵀ is definite without any: RᵀR never is. What the dense route does, happens."""
+    for _ in range(10):
+        gram = Gram((scale * draw(3, 8)).to(dtype))
+        try:
+            dense = tikhonov_inverse(gram.dense(), damping)
+        except FactorizationError:
+            message = message_of(tikhonov_inverse, gram, damping)
+            assert message.startswith("layer 'fc7': ")
+            thin = tikhonov_inverse(gram, advised(message))
+            assert isinstance(thin, ThinInverse)
+            assert bool(torch.isfinite(thin.dense()).all())
+        else:  # rounding made it definite
+            assert torch.equal(tikhonov_inverse(gram, damping), dense)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_thin_rows_that_are_not_finite_are_called_that(bad):
+    for dtype in (torch.float32, torch.float64):
+        rows = torch.ones(3, 2, 7, dtype=dtype)
+        rows[1, 0, 3] = bad
+        assert "NaN or infinite" in message_of(tikhonov_inverse, Gram(rows), 1.0)
+    assert "damping, is NaN" in message_of(tikhonov_inverse, Gram(torch.ones(2, 7)), torch.tensor(torch.nan))
 
 
 # --- errors ----------------------------------------------------------------------------------------

@@ -6,12 +6,16 @@ import pytest
 import torch
 from references import relative_error
 
+from sogrid.linalg import Gram
 from sogrid.optimizers import ACP
 from sogrid.statistics import (
     Statistics,
     input_moments,
+    input_rows,
     output_factor,
+    output_rows,
     refresh_due,
+    second_moment,
     squared_gradient_bound,
 )
 
@@ -66,6 +70,42 @@ def test_two_passes_keep_float32_accurate_under_a_large_mean(draw):
     assert relative_error(covariance.double(), exact) < 1e-4
     one_pass = (h.mT @ h / len(h) - torch.outer(h.mean(0), h.mean(0))).double()
     assert relative_error(one_pass, exact) > 1e-1
+
+
+# --- rows ------------------------------------------------------------------------------------------
+
+
+@leading_dimensions
+def test_rows_are_kept_where_fewer_than_half_the_side(draw, leading):
+    """The crossover 2n = m; on both sides of it, the same matrix."""
+    for n, m, kept in [(3, 6, False), (3, 7, True), (4, 7, False), (1, 2, False), (1, 3, True)]:
+        rows = draw(*leading, n, m)
+        moment = second_moment(rows)
+        assert isinstance(moment, Gram) == kept
+        assert relative_error(moment.dense() if kept else moment, rows.mT @ rows) < RTOL
+
+
+@leading_dimensions
+@pytest.mark.parametrize("centered", [True, False])
+def test_rows_are_those_of_the_moments(draw, leading, centered):
+    h, passes = draw(*leading, 3, 9), [draw(*leading, 3, 9) for _ in range(2)]
+    mean, rows = input_rows(h, centered)
+    assert torch.equal(mean, input_moments(h, centered)[0])
+    assert relative_error(rows.mT @ rows, input_moments(h, centered)[1]) < RTOL
+    rows = output_rows(passes)
+    assert rows.shape == (*leading, 6, 9)
+    assert relative_error(rows.mT @ rows, output_factor(passes)) < RTOL
+
+
+def test_dense_statistics_hold_the_matrices_of_their_rows(draw):
+    mean, rows = input_rows(draw(3, 9))
+    for output in (None, torch.tensor(2.0), draw(4, 4), Gram(draw(2, 9))):
+        dense = Statistics(mean, second_moment(rows), output).dense()
+        assert torch.equal(dense.covariance, rows.mT @ rows)
+        if isinstance(output, Gram):
+            assert torch.equal(dense.output, output.dense())
+        else:
+            assert dense.output is output
 
 
 # --- the output side -------------------------------------------------------------------------------

@@ -22,23 +22,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sogrid.linalg import naming_the_damping, tikhonov_inverse
+from sogrid.linalg import Gram, ThinInverse, add_outer, naming_the_damping, tikhonov_inverse
 from sogrid.optimizers.base import check_hyperparameter
 from sogrid.optimizers.centered import bias_update, centered_gradient
 from sogrid.optimizers.layerwise import Layerwise, StatisticsBatch
-from sogrid.statistics import Statistics, input_moments, squared_gradient_bound
+from sogrid.statistics import Statistics, input_rows, second_moment, squared_gradient_bound
 
 __all__ = ["ACP", "acp_inverse", "acp_update"]
 
 
 def acp_inverse(
-    mean_h: Tensor, covariance: Tensor, shift: float | Tensor, tikhonov: str = "printed", name: str = "matrix"
-) -> Tensor:
+    mean_h: Tensor,
+    covariance: Tensor | Gram,
+    shift: float | Tensor,
+    tikhonov: str = "printed",
+    name: str = "matrix",
+) -> Tensor | ThinInverse:
     """P, ``[..., i, i]``: the inverse that multiplies the centred gradient.
 
     Args:
         mean_h: h̄ of the statistics minibatch, ``[..., i]`` (used by the exact form).
-        covariance: C, ``[..., i, i]``.
+        covariance: C, ``[..., i, i]``, or its rows.
         shift: d = ε/α.
         tikhonov: ``"printed"``: (C + dI)⁻¹; ``"exact"``: (M + dI − h̄h̄ᵀ/(1+d))⁻¹, M = C + h̄h̄ᵀ.
         name: Named in errors.
@@ -47,8 +51,7 @@ def acp_inverse(
         FactorizationError: If the damped matrix is not positive definite.
     """
     if tikhonov == "exact":
-        outer = mean_h.unsqueeze(-1) * mean_h.unsqueeze(-2)
-        covariance = covariance + outer * (shift / (1 + shift))
+        covariance = add_outer(covariance, mean_h, shift / (1 + shift))
     return tikhonov_inverse(covariance, shift, name)
 
 
@@ -56,7 +59,7 @@ def acp_update(
     grad_w: Tensor,
     grad_b: Tensor | None,
     mean_h: Tensor,
-    inverse: Tensor,
+    inverse: Tensor | ThinInverse,
     *,
     lr: float | Tensor,
     output_curvature: float | Tensor = 1.0,
@@ -161,9 +164,10 @@ class ACP(Layerwise):
         alpha = None
         if isinstance(group["output_curvature"], str):
             alpha = squared_gradient_bound(batch.g).clamp(min=group["curvature_floor"])
-        return Statistics(*input_moments(batch.h, batch.has_bias), alpha)
+        mean, rows = input_rows(batch.h, batch.has_bias)
+        return Statistics(mean, second_moment(rows), alpha)
 
-    def invert(self, statistics, group, has_bias, name):  # noqa: D102
+    def invert(self, statistics, group, name):  # noqa: D102
         mean, covariance, alpha = statistics
         scale = group["output_curvature"] if alpha is None else alpha
         shift = group["damping"] / scale

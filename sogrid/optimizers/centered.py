@@ -8,6 +8,7 @@ direction (without it, not always: THESIS row 23).
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from sogrid.optimizers.layerwise import Layerwise
@@ -25,7 +26,7 @@ def centered_gradient(grad_w: Tensor, grad_b: Tensor | None, mean_h: Tensor) -> 
     """
     if grad_b is None:
         return grad_w
-    return grad_w - grad_b.unsqueeze(-1) * mean_h.unsqueeze(-2)
+    return torch.addcmul(grad_w, grad_b.unsqueeze(-1), mean_h.unsqueeze(-2), value=-1)
 
 
 def centered_update(
@@ -46,7 +47,6 @@ def centered_update(
         bias_correction: Add −ΔW h̄ to Δb, as in eq. (6.2.5).
 
     Example:
-        >>> import torch
         >>> dw, db = centered_update(torch.eye(2), torch.ones(2), torch.tensor([0.0, 1.0]), lr=0.5)
         >>> dw.tolist(), db.tolist()
         ([[-0.5, 0.5], [-0.0, -0.0]], [-0.5, -0.5])

@@ -28,12 +28,12 @@ import torch
 from torch import Tensor, nn
 
 from sogrid.capture import CaptureError
-from sogrid.kronecker import bordered, kronecker_solve
-from sogrid.linalg import naming_the_damping, tikhonov_inverse
+from sogrid.kronecker import homogeneous, kronecker_solve
+from sogrid.linalg import Gram, ThinInverse, mean_eigenvalue, naming_the_damping, tikhonov_inverse
 from sogrid.losses import CrossEntropyAtLogits, CrossEntropyAtProbabilities, Loss
 from sogrid.optimizers.base import check_count, check_hyperparameter
 from sogrid.optimizers.layerwise import Layerwise
-from sogrid.statistics import Statistics, input_moments, output_factor
+from sogrid.statistics import Statistics, input_rows, output_rows, second_moment
 
 __all__ = ["KFAC", "kfac_inverses", "kfac_update", "output_vectors"]
 
@@ -67,13 +67,17 @@ def output_vectors(f: Tensor, *, loss: Loss, samples: int | None, seed: int) -> 
 
 
 def kfac_inverses(
-    a: Tensor, b: Tensor, damping: float | Tensor, pi_correction: bool = True, name: str = "matrix"
-) -> tuple[Tensor, Tensor]:
+    a: Tensor | Gram,
+    b: Tensor | Gram,
+    damping: float | Tensor,
+    pi_correction: bool = True,
+    name: str = "matrix",
+) -> tuple[Tensor | ThinInverse, Tensor | ThinInverse]:
     """(A + π√ε I)⁻¹ ``[..., i, i]`` and (B + (√ε/π) I)⁻¹ ``[..., o, o]``.
 
     Args:
-        a: A, ``[..., i, i]`` (i counts the homogeneous coordinate).
-        b: B, ``[..., o, o]``.
+        a: A, ``[..., i, i]`` (i counts the homogeneous coordinate), or its rows.
+        b: B, ``[..., o, o]``, or its rows.
         damping: ε.
         pi_correction: Balance the split by the factors' mean eigenvalues.
         name: Named in errors.
@@ -83,8 +87,8 @@ def kfac_inverses(
     """
     root = damping**0.5
     if pi_correction:
-        mean_a, mean_b = (m.diagonal(dim1=-2, dim2=-1).mean(-1) for m in (a, b))
-        tiny = torch.finfo(a.dtype).tiny
+        mean_a, mean_b = mean_eigenvalue(a), mean_eigenvalue(b)
+        tiny = torch.finfo(mean_a.dtype).tiny
         pi = (mean_a.clamp(min=tiny) / mean_b.clamp(min=tiny)).sqrt().clamp(1e-6, 1e6)
     else:
         pi = 1.0
@@ -96,7 +100,12 @@ def kfac_inverses(
 
 
 def kfac_update(
-    grad_w: Tensor, grad_b: Tensor | None, a_inverse: Tensor, b_inverse: Tensor, *, lr: float | Tensor
+    grad_w: Tensor,
+    grad_b: Tensor | None,
+    a_inverse: Tensor | ThinInverse,
+    b_inverse: Tensor | ThinInverse,
+    *,
+    lr: float | Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """(ΔW, Δb) = −λ B⁻¹ [∇W, ∇b] A⁻¹.
 
@@ -197,20 +206,19 @@ class KFAC(Layerwise):
 
     def measure(self, batch, group):  # noqa: D102
         if not self.curvature.startswith("fisher"):
-            rows = [batch.g]
+            passes = [batch.g]
         elif batch.rows:
-            rows = batch.rows
+            passes = batch.rows
         else:
             raise CaptureError(
                 "KFAC saw the layers but not the model's output, where the Fisher's targets are drawn: call "
                 "the model itself, not its parts, and let its forward return the output tensor"
             )
-        mean, second = input_moments(batch.h, batch.has_bias)
-        return Statistics(mean, second, output_factor(rows))
+        mean, rows = input_rows(homogeneous(batch.h) if batch.has_bias else batch.h, centered=False)
+        return Statistics(mean, second_moment(rows), second_moment(output_rows(passes)))
 
-    def invert(self, statistics, group, has_bias, name):  # noqa: D102
-        mean, covariance, b = statistics
-        a = bordered(covariance, mean) if has_bias else covariance
+    def invert(self, statistics, group, name):  # noqa: D102
+        _, a, b = statistics
         inverses = kfac_inverses(a, b, group["damping"], group["pi_correction"], name)
         return dict(zip(("a_inverse", "b_inverse"), inverses, strict=True))
 

@@ -2,7 +2,8 @@
 
 A method fills in three verbs, each on plain tensors: *measure* a statistics minibatch, *invert* what
 was measured, and *update* one layer from its gradient. Everything a ``torch.optim.Optimizer`` owes its
-user is here, once.
+user is here, once. Where a statistics minibatch has few rows its matrices are never formed
+(:func:`sogrid.statistics.second_moment`); ``repr`` tells where.
 
 The step starts from ``.grad``, so gradient clipping, accumulation and loss penalties mean what they
 mean in torch. Per-example quantities come from :mod:`sogrid.capture`; those made of gradients are of
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from sogrid.capture import Capture, CaptureError, LayerRecord
+from sogrid.linalg import ThinInverse
 from sogrid.losses import check_reduction
 from sogrid.optimizers.base import CapturingOptimizer, check_count, check_hyperparameter
 from sogrid.statistics import Statistics, refresh_due
@@ -40,6 +42,24 @@ class StatisticsBatch(NamedTuple):
     g: Tensor
     rows: list[Tensor]
     has_bias: bool
+
+
+SHIFT = "_shift"
+
+
+def _flat(state: dict[str, Tensor | ThinInverse]) -> dict[str, Tensor]:
+    """A thin inverse as two tensors, Q and δ: torch loads and moves nothing else."""
+    flat = {}
+    for key, value in state.items():
+        thin = isinstance(value, ThinInverse)
+        flat |= {key: value.factor, key + SHIFT: value.shift} if thin else {key: value}
+    return flat
+
+
+def _packed(state: dict[str, Tensor]) -> dict[str, Tensor | ThinInverse]:
+    """The tensors of :func:`_flat` put together again."""
+    shifts = {key.removesuffix(SHIFT): value for key, value in state.items() if key.endswith(SHIFT)}
+    return state | {key: ThinInverse(state[key], shift) for key, shift in shifts.items()}
 
 
 class Layerwise(CapturingOptimizer):
@@ -103,6 +123,16 @@ class Layerwise(CapturingOptimizer):
         defaults = {"lr": lr, **hyperparameters, "preconditioned": True, "updates": 0, "refreshed": -1}
         super().__init__(params, defaults)
         self._bind()
+
+    def __repr__(self) -> str:
+        """As in torch, and after a refresh the route of each layer's inverses."""
+        routes = []
+        for name, layer, _ in self._walk():
+            state = self.state.get(layer.weight, {})
+            kinds = ["thin" if key + SHIFT in state else "dense" for key in state if key.endswith("inverse")]
+            routes += [f"{name} {'/'.join(kinds)}"] if kinds else []
+        line = f"inverses: {', '.join(routes)}\n" if routes else ""
+        return super().__repr__()[:-1] + line + ")"
 
     # -- which parameters belong to which layer ------------------------------------------------------
 
@@ -207,8 +237,8 @@ class Layerwise(CapturingOptimizer):
         """Statistics of one layer on a statistics minibatch."""
         raise NotImplementedError
 
-    def invert(self, statistics: Statistics, group: dict, has_bias: bool, name: str) -> dict[str, Tensor]:
-        """What the update needs of the statistics: tensors kept in the layer's state."""
+    def invert(self, statistics: Statistics, group: dict, name: str) -> dict[str, Tensor | ThinInverse]:
+        """What the update needs of the statistics, kept in the layer's state."""
         raise NotImplementedError
 
     def update(
@@ -289,13 +319,14 @@ class Layerwise(CapturingOptimizer):
             statistics = self.measure(batch, group)
             old, state = self.state.get(layer.weight, {}), {"biased": has_bias}
             if self.averaging > 0:
+                statistics = statistics.dense()
                 keys = [key for key in Statistics._fields if "statistics_" + key in old]
                 if keys and self._fits(layer):
                     previous = Statistics(**{key: old["statistics_" + key].to(batch.h) for key in keys})
                     statistics = previous.blend(statistics, self.averaging)
                 kept = statistics._asdict().items()
                 state |= {"statistics_" + key: value for key, value in kept if value is not None}
-            states[layer.weight] = state | self.invert(statistics, group, has_bias, f"layer {name!r}")
+            states[layer.weight] = state | _flat(self.invert(statistics, group, f"layer {name!r}"))
         return states
 
     def _adopt(self, states: dict[Tensor, dict[str, Tensor]]) -> None:
@@ -368,11 +399,14 @@ class Layerwise(CapturingOptimizer):
     ) -> Iterator[tuple[nn.Linear, tuple[Tensor, Tensor | None]]]:
         """Each layer's (ΔW, Δb), one layer at a time."""
         for _, layer, group, record in ready:
-            scale = 1 if self.reduction == "mean" else 1 / record.count
-            bias, state = self._bias(layer), self.state.get(layer.weight, {})
-            grad_b = None if bias is None else bias.grad * scale
-            mean = record.input_sum / record.count
-            yield layer, self.update(layer.weight.grad * scale, grad_b, mean, state, group)
+            parameters = layer.weight, self._bias(layer)
+            grad_w, grad_b = (None if p is None else self._mean(p.grad, record.count) for p in parameters)
+            state = _packed(self.state.get(layer.weight, {}))
+            yield layer, self.update(grad_w, grad_b, record.input_sum / record.count, state, group)
+
+    def _mean(self, grad: Tensor, count: int) -> Tensor:
+        """The gradient of the mean loss, not to be written to: it may be ``.grad`` itself."""
+        return grad if self.reduction == "mean" else grad / count
 
     def _check_state(self, name: str, layer: nn.Linear) -> None:
         if self.uses_statistics and not self._fits(layer):

@@ -23,7 +23,7 @@ from sogrid.linalg import inverse_square_root, naming_the_damping, tikhonov_inve
 from sogrid.optimizers.acp import acp_update
 from sogrid.optimizers.base import check_hyperparameter
 from sogrid.optimizers.layerwise import Layerwise
-from sogrid.statistics import Statistics, input_moments
+from sogrid.statistics import Statistics, input_moments, input_rows, second_moment
 
 __all__ = ["NaturalNN", "WhitenedLinear"]
 
@@ -124,9 +124,10 @@ class NaturalNN(Layerwise):
         check_hyperparameter("damping (ε)", group["damping"])
 
     def measure(self, batch, group):  # noqa: D102
-        return Statistics(*input_moments(batch.h, batch.has_bias))
+        mean, rows = input_rows(batch.h, batch.has_bias)
+        return Statistics(mean, second_moment(rows))
 
-    def invert(self, statistics, group, has_bias, name):  # noqa: D102
+    def invert(self, statistics, group, name):  # noqa: D102
         with naming_the_damping(float):
             inverse = tikhonov_inverse(statistics.covariance, group["damping"], name)
         return {"inverse": inverse, "mean": statistics.mean}
