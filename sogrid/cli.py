@@ -1,4 +1,4 @@
-"""The command line: ``python -m sogrid reproduce`` and ``python -m sogrid records``.
+"""The command line: ``python -m sogrid`` with ``reproduce``, ``search``, ``clock`` and ``records``.
 
 Torch is imported only by what needs it, so that ``--help`` is quick.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ ENDING = """\
 examples:
   python -m sogrid reproduce fig6_2                     a few seconds: does everything run?
   python -m sogrid reproduce fig6_2 --profile laptop    the figure, on full MNIST
+  python -m sogrid search mnist_autoencoder             the hyperparameters behind it
   python -m sogrid records verify                       are the book's records intact?
 
 Stop a run with Ctrl-C; the same command goes on where it stopped, also after a crash.
@@ -30,17 +31,34 @@ exit status: 0 done, 1 failed (one line says why), 2 wrong usage, 130 stopped by
 """
 
 REPRODUCE = """\
-Run the methods of one figure, or those that are missing from its record. The record is
-OUT/FIG.PROFILE.json, written after each method. A method under way saves its state every half minute
-and at Ctrl-C, in OUT/.checkpoints; the same command goes on from there to the same curve.
-Runs of other seeds may go on in other processes at the same time, into the same record.
+Run what is missing of a figure's record, OUT/FIG.PROFILE.json, which is written after each run. A run
+under way saves its state every half minute and at Ctrl-C, in OUT/.checkpoints; the same command goes on
+from there to the same curve. Other seeds and methods may go on in other processes at the same time,
+into the same record. Learning curves use the hyperparameters that `search` has left in OUT, and
+otherwise those of the book. In a notebook: papermill book/experiments/FIG.ipynb, see there.
+"""
+
+SEARCH = """\
+Search the hyperparameters of every method of a benchmark by biased random search: the same number of
+trials over the same domain, the criterion being the training risk after a fixed number of updates. The
+record is OUT/search_BENCHMARK.PROFILE.json; `reproduce` with the same OUT uses it. Stopped, the same
+command goes on. The studies are Optuna's, in OUT/search_BENCHMARK.PROFILE.sqlite3: look at them with
+`optuna-dashboard sqlite:///OUT/search_BENCHMARK.PROFILE.sqlite3`. With --storage, several machines
+work on the same studies: start the same command on each.
+"""
+
+CLOCK = """\
+Measure what an update of each method of a figure costs, interleaved in one process, and put the result
+into the figure's record, where it makes the time axis. Do it on an otherwise idle machine.
 """
 
 PROFILES = """\
 profiles:
   smoke     a dozen updates on 400 digits that come with the project; needs nothing
-  laptop    2,000 updates on the full data set; point SOGRID_DATA at it (see README, Data)
-  thesis    the thesis's 300,000 updates; for a GPU or a patient machine
+  laptop    5,000 updates of the autoencoder, 20,000 of the CIFAR-10 network, on the full data sets;
+            point SOGRID_DATA at them (see README, Data)
+  long      100,000 and 50,000 updates
+  thesis    the thesis's 300,000 and 50,000 updates; for a GPU or a patient machine
 """
 
 
@@ -75,8 +93,9 @@ def _ours(error: ValueError) -> bool:
     from sogrid.experiments.checkpoints import CheckpointError
     from sogrid.experiments.data import DataError
     from sogrid.experiments.records import RecordError
+    from sogrid.experiments.tuning import SearchError
 
-    return isinstance(error, CheckpointError | DataError | RecordError)
+    return isinstance(error, CheckpointError | DataError | RecordError | SearchError)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -84,16 +103,29 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m sogrid", description=DESCRIPTION, epilog=ENDING, **layout)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    reproduce = commands.add_parser(
-        "reproduce", help="run, or go on with, a figure", description=REPRODUCE, epilog=PROFILES, **layout
-    )
-    reproduce.add_argument("figure", metavar="FIG", help="its name, or the beginning of it, such as fig6_2")
-    reproduce.add_argument("--profile", default="smoke", help="how much of it, see below (default: smoke)")
-    reproduce.add_argument("--seed", type=int, default=0, help="of weights and data order (default: 0)")
-    reproduce.add_argument("--device", default="cpu", help="where to train, e.g. cuda (default: cpu)")
-    reproduce.add_argument("--out", default="out", help="folder of the record (default: out)")
-    reproduce.add_argument("--quiet", action="store_true", help="no progress bars, only the result")
-    reproduce.set_defaults(action=_reproduce, parser=reproduce)
+    figure, benchmark = ("figure", "FIG"), ("benchmark", "BENCHMARK")
+    for name, (dest, metavar), text, description, action in (
+        ("reproduce", figure, "run, or go on with, a figure", REPRODUCE, _reproduce),
+        ("search", benchmark, "search the hyperparameters of a benchmark's methods", SEARCH, _search),
+        ("clock", figure, "measure the time axis of a figure", CLOCK, _clock),
+    ):
+        command = commands.add_parser(name, help=text, description=description, epilog=PROFILES, **layout)
+        command.add_argument(dest, metavar=metavar, help="its name, or the beginning of it")
+        command.add_argument("--profile", default="smoke", help="how much of it, see below (default: smoke)")
+        if name == "reproduce":
+            command.add_argument("--seed", type=int, default=0, help="of weights and data order (default: 0)")
+        if name != "clock":
+            text = "only these methods (default: all)"
+            command.add_argument("--methods", nargs="+", default=(), metavar="METHOD", help=text)
+        if name == "search":
+            text = (
+                "database of the studies, e.g. postgresql+psycopg://user@host/name (default: SQLite in OUT)"
+            )
+            command.add_argument("--storage", metavar="URL", help=text)
+        command.add_argument("--device", default="cpu", help="where to train, e.g. cuda (default: cpu)")
+        command.add_argument("--out", default="out", help="folder of the record (default: out)")
+        command.add_argument("--quiet", action="store_true", help="no progress bars, only the result")
+        command.set_defaults(action=action, parser=command)
 
     records = commands.add_parser("records", help="list, show or verify records", description="Records.")
     verbs = records.add_subparsers(required=True, metavar="VERB")
@@ -114,23 +146,64 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from sogrid.experiments.reproduce import EXPERIMENTS, PROFILES, record_path, reproduce
+    from sogrid.experiments.reproduce import EXPERIMENTS, Curves, record_path, reproduce
 
-    fail = options.parser.error
-    exact = [name for name in EXPERIMENTS if name == options.figure]
-    found = exact or [name for name in EXPERIMENTS if name.startswith(options.figure)]
+    name = _checked(options, "figure", EXPERIMENTS)
+    plan = EXPERIMENTS[name]
+    _check_methods(options, plan.methods if isinstance(plan, Curves) else plan.samplers)
+    wanted = {key: getattr(options, key) for key in ("profile", "seed", "device", "out", "methods")}
+    content = reproduce(name, **wanted, progress=not options.quiet)
+    runs = [run for run in content["runs"] if run["seed"] == options.seed or not isinstance(plan, Curves)]
+    print(_runs({**content, "runs": runs}))
+    print(f"\nrecord: {record_path(options.out, name, options.profile)}")
+    return OK
+
+
+def _search(options: argparse.Namespace) -> int:
+    from sogrid.experiments.reproduce import search_path, tune, tuned_methods
+
+    name = _checked(options, "benchmark", tuned_methods())
+    _check_methods(options, tuned_methods()[name])
+    wanted = {key: getattr(options, key) for key in ("profile", "device", "out", "methods", "storage")}
+    content = tune(name, **wanted, progress=not options.quiet)
+    print(_runs(content))
+    print(f"\nrecord: {search_path(options.out, name, options.profile)}")
+    return OK
+
+
+def _clock(options: argparse.Namespace) -> int:
+    from sogrid.experiments.reproduce import EXPERIMENTS, Curves, record_path
+    from sogrid.experiments.timing import clock
+
+    name = _checked(options, "figure", {k: v for k, v in EXPERIMENTS.items() if isinstance(v, Curves)})
+    path = record_path(options.out, name, options.profile)
+    rows = clock(path, device=options.device, progress=not options.quiet)
+    print(_table([("  method", "ms per update", "quartiles", "ratio to SGD", "ms per refresh"), *rows]))
+    print(f"\nrecord: {path}")
+    return OK
+
+
+def _checked(options: argparse.Namespace, kind: str, known: Mapping[str, Any]) -> str:
+    """The full name of the figure or benchmark; profile and device are checked too."""
+    from sogrid.experiments.reproduce import PROFILES
+
+    fail, given = options.parser.error, getattr(options, kind)
+    exact = [name for name in known if name == given]
+    found = exact or [name for name in known if name.startswith(given)]
     if len(found) != 1:
         verdict = "could be any of" if found else "is unknown; there are"
-        fail(f"FIG {options.figure!r} {verdict}: {', '.join(found or EXPERIMENTS)}")
+        fail(f"{kind} {given!r} {verdict}: {', '.join(found or known)}")
     if options.profile not in PROFILES:
         fail(f"--profile must be one of {', '.join(PROFILES)}, got {options.profile!r}")
     if problem := _device_problem(options.device):
         fail(f"--device {options.device!r} cannot be used here: {problem}")
-    wanted = {key: getattr(options, key) for key in ("profile", "seed", "device", "out")}
-    content = reproduce(found[0], **wanted, progress=not options.quiet)
-    print(_runs({**content, "runs": [run for run in content["runs"] if run["seed"] == options.seed]}))
-    print(f"\nrecord: {record_path(options.out, found[0], options.profile)}")
-    return OK
+    return found[0]
+
+
+def _check_methods(options: argparse.Namespace, known: Sequence[str]) -> None:
+    for method in options.methods:
+        if method not in known:
+            options.parser.error(f"--methods: there are {', '.join(known)}, got {method!r}")
 
 
 def _device_problem(device: str) -> str:
@@ -200,16 +273,39 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _runs(content: dict[str, Any]) -> str:
-    """A table of a record's runs: what was run, and where the curves ended."""
+    """A table of a record's runs: learning curves and where they ended, or searches and what they found."""
+    runs = list(enumerate(content["runs"], start=1))
+    curves = [pair for pair in runs if "trials" not in pair[1]]
+    searches = [pair for pair in runs if "trials" in pair[1]]
+    return "\n".join(
+        _table([tuple(f"  {cell}" if i == 0 else cell for i, cell in enumerate(row)) for row in rows])
+        for rows in (_curve_rows(curves), _search_rows(searches))
+        if len(rows) > 1
+    )
+
+
+def _curve_rows(runs: list[tuple[int, dict[str, Any]]]) -> list[tuple]:
     rows = [("", "method", "seed", "updates", "seconds", "train", "test", "status", "settings")]
-    for number, run in enumerate(content["runs"], start=1):
+    for number, run in runs:
         ends = [(run.get(key) or [None])[-1] for key in ("update", "second", "train", "test")]
         formats = ("{:,}", "{:.1f}", "{:.4g}", "{:.4g}")
         ends = ["" if end is None else form.format(end) for form, end in zip(formats, ends, strict=True)]
-        what = run.get("method", run.get("network", ""))
         status = run.get("status", "") + (f" ({run['reason']})" if run.get("reason") else "")
-        rows.append((number, what, run.get("seed", ""), *ends, status, _plain(run.get("settings", {}))))
-    return _table([tuple(f"  {cell}" if i == 0 else cell for i, cell in enumerate(row)) for row in rows])
+        settings = _plain(run.get("settings", {}))
+        rows.append((number, run.get("method", ""), run.get("seed", ""), *ends, status, settings))
+    return rows
+
+
+def _search_rows(runs: list[tuple[int, dict[str, Any]]]) -> list[tuple]:
+    rows = [("", "method", "sampler", "seed", "trials", "diverged", "best", "settings")]
+    for number, run in runs:
+        losses = run["trials"]["loss"]
+        finite = [loss for loss in losses if loss is not None]
+        best = losses.index(min(finite)) if finite else None
+        chosen = "" if best is None else _plain({name: run["trials"][name][best] for name in run["domain"]})
+        what = (number, run["method"], run["sampler"], run["seed"], len(losses), len(losses) - len(finite))
+        rows.append((*what, f"{min(finite):.4g}" if finite else "", chosen))
+    return rows
 
 
 def _files(given: Sequence[Path]) -> list[Path]:

@@ -46,6 +46,8 @@ METHODS = {
     "momentum": ("SGD with momentum", "grey", "dash"),
     "adam": ("Adam", "grey", "dot"),
     "jaco_update": ("updated backpropagation", "pink", "solid"),
+    "jaco_update_hessian": ("the same with the true Hessian", "pink", "dash"),
+    "jaco_update_without": ("the same without second term", "pink", "dot"),
     "centered_gradient_descent": ("centred gradient descent", "purple", "solid"),
     "bn": ("batch norm", "brown", "solid"),
     "mean_only_bn": ("mean-only batch norm", "brown", "dash"),

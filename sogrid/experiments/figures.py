@@ -1,114 +1,175 @@
-"""The few figures that pages share, drawn from records (plotly; see :mod:`sogrid.plotting`)."""
+"""The figures and tables that pages and templates share, drawn from records (see :mod:`sogrid.plotting`)."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from statistics import fmean, stdev
 from typing import Any
 
 import plotly.graph_objects as go
 
-from sogrid.experiments.reference import thesis_values
+from sogrid.experiments.reference import thesis_facts, thesis_values
+from sogrid.experiments.tuning import best_so_far, chosen
 from sogrid.plotting import METHODS, color, figure, style
 
-__all__ = ["caption", "comparison_table", "cost_table", "learning_curves", "loss_at", "thesis_loss_at"]
+__all__ = [
+    "SAMPLERS",
+    "best_losses",
+    "caption",
+    "comparison_table",
+    "cost_table",
+    "landscape",
+    "learning_curves",
+    "loss_at",
+    "milliseconds",
+    "runs_by_method",
+    "search_caption",
+    "search_scatter",
+    "search_table",
+    "settings_table",
+    "thesis_loss_at",
+    "values_at",
+]
 
-WORDS = {"lr": "λ", "damping": "ε", "output_curvature": "α", "scale": "s"}
+WORDS = {"lr": "λ", "damping": "ε", "scale": "s"}
 AXES = {"update": "update", "second": "second of training"}
-CURVES = {
-    ("fig6_2", "train", "update"): "train_mse_by_update",
-    ("fig6_2", "train", "second"): "train_mse_by_second",
-    ("fig6_2", "test", "second"): "test_mse_by_second",
-}
+QUANTITIES = {"train": ("train_mse", "train_cross_entropy"), "test": ("test_mse",)}
+SAMPLERS = {"grid": "grid search", "random": "random search", "biased": "biased random search"}
+TICKS = {"type": "log", "dtick": "D2", "minor": {"dtick": "D1"}}
+
+
+# Learning curves
 
 
 def learning_curves(
-    record: dict[str, Any], *, x: str, y: str, figure_key: str | None = None, ylabel: str = "loss"
+    record: dict[str, Any],
+    *,
+    x: str,
+    y: str,
+    figure_key: str | None = None,
+    ylabel: str = "loss",
+    longer: dict[str, Any] | None = None,
 ) -> go.Figure:
     """Learning curves of every method of a record, both axes logarithmic, from update (second) one.
 
-    Lines are ours, the mean over seeds with a band of one standard deviation where there are several;
-    open markers are the thesis's values up to the end of our axis.
+    Lines are ours, the mean over seeds with a band of one standard deviation where there are several, up
+    to the first seed's end if one diverged (a cross); open markers are the thesis's values up to the end
+    of our axis. Seconds are updates times what an update costs, if the record has that (``clock``).
 
     Args:
         record: Content of a record.
         x: ``"update"`` or ``"second"``.
-        y: ``"train"`` or ``"test"``.
+        y: ``"train"``, ``"test"``, ``"train_error"`` or ``"test_error"``.
         figure_key: The thesis's figure to set beside ours, e.g. ``"fig6_2"``.
         ylabel: Title of the vertical axis.
+        longer: A record of the same methods, or some, with more updates: thin lines from where ours end.
     """
-    traces, last = [], 1.0
-    for method, runs in _by_method(record).items():
-        at = [v + 1 for v in runs[0][x]]
-        values = [list(column) for column in zip(*(run[y] for run in runs), strict=False)]
-        mean = [fmean(column) for column in values]
-        at = at[: len(mean)]
+    traces, last, ends = [], 1.0, []
+    for method, runs in runs_by_method(record).items():
+        at, columns = _columns(record, method, runs, x, y)
+        mean = [fmean(column) for column in columns]
         if len(runs) > 1:
-            spread = [stdev(column) for column in values]
-            upper = [m + s for m, s in zip(mean, spread, strict=True)]
-            lower = [max(m - s, 1e-12) for m, s in zip(mean, spread, strict=True)]
-            band = {
-                "fill": "toself",
-                "fillcolor": color(method, 0.2),
-                "line": {"width": 0},
-                "hoverinfo": "skip",
-            }
-            traces.append(
-                go.Scatter(
-                    x=at + at[::-1], y=upper + lower[::-1], legendgroup=method, showlegend=False, **band
-                )
-            )
+            traces.append(_band(method, at, columns, mean))
         traces.append(go.Scatter(x=at, y=mean, mode="lines", **style(method)))
+        if any(run["status"] != "finished" for run in runs):
+            traces.append(_marker(method, at[-1:], mean[-1:], "x", f"{METHODS[method][0]}, a seed diverged"))
+        ends.append(f"{METHODS[method][0]} {mean[-1]:.3g}")
+        last = max(last, at[-1])
+    for method, runs in runs_by_method(longer or {"runs": []}).items():
+        at, columns = _columns(longer, method, runs, x, y)
+        values = [column[0] for column in columns]
+        beyond = [i for i, run_update in enumerate(runs[0]["update"]) if run_update >= _updates(record)]
+        line = {**style(method)["line"], "width": 1}
+        kept = {"x": [at[i] for i in beyond], "y": [values[i] for i in beyond], "line": line}
+        look = {"name": f"{METHODS[method][0]}, one seed", "legendgroup": method, "showlegend": False}
+        traces.append(go.Scatter(**kept, **look, mode="lines"))
         last = max(last, at[-1])
     if figure_key is not None:
-        traces += _thesis_markers(figure_key, x, y, _by_method(record), last)
-    ours = ", ".join(f"{METHODS[m][0]} {runs[0][y][-1]:.3g}" for m, runs in _by_method(record).items())
+        traces += _thesis_markers(figure_key, x, y, runs_by_method(record), last)
     return figure(
         traces,
-        alt=f"Learning curves: {ylabel} by {AXES[x]}, both axes logarithmic. At the end: {ours}.",
-        xaxis={"title": AXES[x], "type": "log", "dtick": "D2"},
-        yaxis={"title": ylabel, "type": "log", "dtick": "D2"},
+        alt=f"Learning curves: {ylabel} by {AXES[x]}, both axes logarithmic. At the end: {', '.join(ends)}.",
+        xaxis={"title": AXES[x], **TICKS},
+        yaxis={"title": ylabel, **TICKS},
         height=460,
     )
 
 
-def _by_method(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+def runs_by_method(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The runs of a record, by method."""
     found: dict[str, list[dict[str, Any]]] = {}
     for run in record["runs"]:
         found.setdefault(run["method"], []).append(run)
     return found
 
 
+def milliseconds(record: dict[str, Any]) -> dict[str, float]:
+    """What an update of each method costs, from the record's clock; empty if it has none."""
+    return {row["method"]: row["update_ms"] for row in record.get("clock", {}).get("rows", ())}
+
+
+def _updates(record: dict[str, Any]) -> int:
+    return record["settings"]["updates"]
+
+
+def _columns(
+    record: dict[str, Any], method: str, runs: list[dict[str, Any]], x: str, y: str
+) -> tuple[list[float], list[list[float]]]:
+    """Abscissae, from one on, and at each the values of all seeds."""
+    columns = [list(column) for column in zip(*(run[y] for run in runs), strict=False)]
+    cost = milliseconds(record).get(method)
+    if x == "second" and cost is not None:
+        at = [update * cost / 1000 for update in runs[0]["update"]]
+    else:
+        at = [fmean(values) for values in zip(*(run[x] for run in runs), strict=False)]
+    return [v + 1 for v in at[: len(columns)]], columns
+
+
+def _band(method: str, at: list[float], columns: list[list[float]], mean: list[float]) -> go.Scatter:
+    upper = [m + stdev(column) for m, column in zip(mean, columns, strict=True)]
+    lower = [max(m - stdev(column), m / 10) for m, column in zip(mean, columns, strict=True)]
+    look = {"fill": "toself", "fillcolor": color(method, 0.2), "line": {"width": 0}, "hoverinfo": "skip"}
+    return go.Scatter(
+        x=at + at[::-1], y=upper + lower[::-1], legendgroup=method, showlegend=False, mode="lines", **look
+    )
+
+
+def _marker(method: str, x: list[float], y: list[float], symbol: str, name: str) -> go.Scatter:
+    marker = {"symbol": symbol, "size": 9, "color": color(method), "line": {"width": 2}}
+    look = {"mode": "markers", "legendgroup": method, "showlegend": False, "name": name}
+    return go.Scatter(x=x, y=y, marker=marker, **look)
+
+
 def _thesis_markers(key: str, x: str, y: str, methods: Iterable[str], last: float) -> list[go.Scatter]:
-    curve = thesis_values(key)["curves"][CURVES[key, y, x]]
+    values = thesis_values(key)
+    names = [f"{quantity}_by_{x}" for quantity in QUANTITIES.get(y, (y,))]
+    curve = next((values["curves"][name] for name in names if name in values["curves"]), None)
     traces = []
-    for method in methods:
+    for method in [m for m in methods if curve is not None and m in values["methods"]]:
         pairs = [
             (at, value)
             for at, value in zip(curve["x"], curve["y"][method], strict=True)
-            if value is not None and at <= 1.05 * last
+            if value and at <= 1.05 * last  # a zero has no place on a logarithmic axis
         ]
-        if not pairs:
-            continue
-        at, values = zip(*pairs, strict=True)
-        symbol = "circle-open" if METHODS[method][2] == "solid" else "diamond-open"
-        marker = {"symbol": symbol, "size": 9, "color": color(method), "line": {"width": 2}}
-        traces.append(
-            go.Scatter(
-                x=at,
-                y=values,
-                mode="markers",
-                marker=marker,
-                name=f"{METHODS[method][0]} (thesis 2017)",
-                legendgroup=method,
-                showlegend=False,
-            )
-        )
+        if pairs:
+            at, found = map(list, zip(*pairs, strict=True))
+            symbol = "circle-open" if METHODS[method][2] == "solid" else "diamond-open"
+            traces.append(_marker(method, at, found, symbol, f"{METHODS[method][0]} (thesis 2017)"))
     return traces
 
 
 def loss_at(record: dict[str, Any], method: str, update: int, curve: str = "train") -> float:
     """A method's value at one of its evaluation points, the mean over seeds.
+
+    Raises:
+        ValueError: If there is no such method or point in the record.
+    """
+    return fmean(values_at(record, method, update, curve))
+
+
+def values_at(record: dict[str, Any], method: str, update: int, curve: str = "train") -> list[float]:
+    """The same of every seed that got there.
 
     Raises:
         ValueError: If there is no such method or point in the record.
@@ -120,48 +181,214 @@ def loss_at(record: dict[str, Any], method: str, update: int, curve: str = "trai
     ]
     if not values:
         raise ValueError(f"the record has no {method!r} evaluated at update {update}")
-    return fmean(values)
-
-
-def caption(record: dict[str, Any]) -> str:
-    """One sentence on what a record holds: data, scale, seeds, machine, date."""
-    settings, runs = record["settings"], record["runs"]
-    seeds = sorted({run["seed"] for run in runs})
-    origin = runs[-1]["provenance"]
-    machine = origin["machine"]
-    return (
-        f"{settings['data']['variant']} (sha256 {settings['data']['checksum'][:8]}), "
-        f"{settings['updates']:,} updates of {settings['batch']} examples, seed{'s' * (len(seeds) > 1)} "
-        f"{', '.join(map(str, seeds))}, hyperparameters chosen {settings['hyperparameters']}; "
-        f"{machine['processor']}, {machine['threads']} threads, {machine['device']}, {origin['date']}"
-    )
+    return values
 
 
 def thesis_loss_at(figure_key: str, update: int) -> dict[str, float]:
-    """The thesis's training losses at one update (its axis says update + 1), by method."""
-    curve = thesis_values(figure_key)["curves"]["train_mse_by_update"]
-    column = curve["x"].index(update + 1)
+    """The thesis's training losses at one update, by method (the axes of Figs. 6.1, 6.2 say update + 1)."""
+    curves = thesis_values(figure_key)["curves"]
+    names = (f"{quantity}_by_update" for quantity in QUANTITIES["train"])
+    curve = next(curves[name] for name in names if name in curves)
+    column = curve["x"].index(update + 1 if update + 1 in curve["x"] else update)
     return {method: values[column] for method, values in curve["y"].items()}
 
 
-def cost_table(record: dict[str, Any], network: str, figure_key: str) -> str:
-    """Markdown table of what an update costs on a network, as a ratio to SGD: our latest, the thesis's."""
-    run = [run for run in record["runs"] if run["network"] == network][-1]
-    headline = thesis_values(figure_key)["headline"]
-    lines = ["| method | ms per update | ratio to SGD | thesis 2017 |", "|---|---|---|---|"]
-    for row in run["rows"]:
-        method = row["optimizer"]
-        theirs = f"{headline[method]['ratio_to_sgd']:.2f}" if method in headline else ""
-        lines.append(f"| {METHODS[method][0]} | {row['update_ms']:.1f} | {row['ratio']:.2f} | {theirs} |")
-    return "\n".join(lines)
+def caption(record: dict[str, Any]) -> str:
+    """One sentence on what a record holds: data, scale, seeds, time axis, machine, date."""
+    settings, runs = record["settings"], record["runs"]
+    seeds = sorted({run["seed"] for run in runs})
+    several = f"mean and standard deviation over seeds {', '.join(map(str, seeds))}"
+    text = (
+        f"{settings['data']['variant']} (sha256 {settings['data']['checksum'][:8]}), "
+        f"{settings['updates']:,} updates of {settings['batch']} examples, "
+        f"{several if len(seeds) > 1 else f'seed {seeds[0]}'}, "
+        f"hyperparameters chosen {settings['hyperparameters']}; {_origin(runs[-1]['provenance'])}"
+    )
+    if "clock" in record:
+        text += (
+            ". Seconds are updates times the cost of one, measured on its own, interleaved: "
+            f"{_origin(record['clock']['provenance'])}"
+        )
+    return text
+
+
+def _origin(provenance: dict[str, Any]) -> str:
+    machine = provenance["machine"]
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+    return f"{machine['processor']}, {threads}, {machine['device']}, {provenance['date']}"
 
 
 def comparison_table(record: dict[str, Any], update: int, figure_key: str) -> str:
-    """Markdown table of the training loss at one update: ours, the thesis's (at update + 1), settings."""
+    """Markdown table of the training loss at one update: ours over seeds, the thesis's, settings."""
     thesis = thesis_loss_at(figure_key, update)
     lines = [f"| method | at update {update:,} | thesis 2017 | settings |", "|---|---|---|---|"]
-    for method, runs in _by_method(record).items():
-        settings = ", ".join(f"{WORDS[key]} {value:g}" for key, value in runs[0]["settings"].items())
-        ours = loss_at(record, method, update)
-        lines.append(f"| {METHODS[method][0]} | {ours:.3g} | {thesis[method]:.3g} | {settings} |")
+    for method, runs in runs_by_method(record).items():
+        values = values_at(record, method, update)
+        spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
+        theirs = f"{thesis[method]:.3g}" if thesis.get(method) is not None else ""
+        ours = f"{fmean(values):.3g}{spread}"
+        lines.append(f"| {METHODS[method][0]} | {ours} | {theirs} | {_settings(runs[0]['settings'])} |")
+    return "\n".join(lines)
+
+
+def _settings(settings: dict[str, float]) -> str:
+    return ", ".join(f"{WORDS[key]} {value:.3g}" for key, value in settings.items())
+
+
+def cost_table(record: dict[str, Any], figure_key: str) -> str:
+    """Markdown table of what an update costs, and its ratio to SGD: the record's clock, the thesis's."""
+    headline = thesis_values(figure_key)["headline"]
+    lines = [
+        "| method | ms per update | of it refresh | ratio to SGD | thesis 2017 |",
+        "|---|---|---|---|---|",
+    ]
+    every = record["settings"]["refresh_every"]
+    sgd = milliseconds(record)["standard_sgd"]
+    for row in record["clock"]["rows"]:
+        ratio = headline.get(row["method"], {}).get("ratio_to_sgd")
+        lines.append(
+            f"| {METHODS[row['method']][0]} | {row['update_ms']:.1f} | {row['refresh_ms'] / every:.2f} "
+            f"| {row['update_ms'] / sgd:.2f} | {'' if ratio is None else f'{ratio:.2f}'} |"
+        )
+    return "\n".join(lines)
+
+
+# Searches
+
+
+def landscape(record: dict[str, Any]) -> go.Figure:
+    """Fig. 2.2: every trial of a record's searches in the plane of learning rate and init scale.
+
+    The colour is the common logarithm of the loss; trials that diverged are crosses. The ring is our
+    best; the dotted line is the thesis's: where its best 20 runs lie.
+    """
+    trials = _trials(record["runs"])
+    facts = thesis_facts("fig2_2")
+    low, high = record["runs"][0]["domain"]["lr"]
+    ends = [max(low, facts["lr"][0]), min(high, facts["lr"][1])]
+    ridge = [10 ** facts["ridge"]["intercept"] * lr ** facts["ridge"]["slope"] for lr in ends]
+    line = {"color": color("grey"), "dash": "dot"}
+    best = min(trials, key=lambda trial: math.inf if trial[2] is None else trial[2])
+    ring = {"symbol": "circle-open", "size": 18, "color": color("orange"), "line": {"width": 2}}
+    return figure(
+        [
+            *_scatter(trials, colorbar={"title": {"text": "log₁₀ loss"}}),
+            go.Scatter(x=ends, y=ridge, mode="lines", line=line, name="the thesis's best runs"),
+            go.Scatter(x=[best[0]], y=[best[1]], mode="markers", marker=ring, name="our best"),
+        ],
+        alt=f"{len(trials)} runs of SGD by learning rate and init scale, coloured by loss. The best has "
+        f"learning rate {best[0]:.3g}, init scale {best[1]:.3g} and loss {best[2]:.3g}.",
+        xaxis={"title": "learning rate", "type": "log"},
+        yaxis={"title": "init scale s", "type": "log"},
+        height=480,
+    )
+
+
+def search_scatter(record: dict[str, Any], seed: int = 0) -> go.Figure:
+    """Fig. 4.1: the trials of one search by each sampler, on one landscape and one colour scale."""
+    runs = {run["sampler"]: run for run in record["runs"] if run["seed"] == seed}
+    everything = [trial[2] for run in runs.values() for trial in _trials([run]) if trial[2] is not None]
+    limits = [math.log10(f(everything)) for f in (min, max)]
+    traces, layout, gap = [], {}, 0.04
+    width = (1 - gap * (len(runs) - 1)) / len(runs)
+    for i, (sampler, run) in enumerate(runs.items()):
+        number, left = "" if i == 0 else str(i + 1), i * (width + gap)
+        for trace in _scatter(_trials([run]), colorbar={"title": {"text": "log₁₀ loss"}}, limits=limits):
+            shared = {"xaxis": f"x{number}", "yaxis": "y", "showlegend": False}
+            traces.append(trace.update(marker_showscale=i == 0 and "color" in trace.marker, **shared))
+        ends = [math.log10(v) for v in run["domain"]["lr"]]
+        title = {"title": f"learning rate<br>{SAMPLERS[sampler]}", "type": "log", "dtick": 1}
+        layout[f"xaxis{number}"] = {**title, "domain": [left, left + width], "range": ends, "anchor": "y"}
+    best = ", ".join(f"{SAMPLERS[s]} {min(best_so_far(run)):.3g}" for s, run in runs.items())
+    return figure(
+        traces,
+        alt=f"Trials of one search by each of {len(runs)} samplers, by learning rate and init scale, "
+        f"coloured by loss. The best losses: {best}.",
+        yaxis={"title": "init scale s", "type": "log"},
+        height=420,
+        **layout,
+    )
+
+
+def _trials(runs: list[dict[str, Any]]) -> list[tuple[float, float, float | None]]:
+    """(learning rate, init scale, loss or ``None``) of every trial."""
+    return [
+        trial
+        for run in runs
+        for trial in zip(*(run["trials"][key] for key in ("lr", "scale", "loss")), strict=True)
+    ]
+
+
+def _scatter(
+    trials: list[tuple[float, float, float | None]], colorbar: dict, limits: list[float] | None = None
+) -> list[go.Scatter]:
+    good = [trial for trial in trials if trial[2] is not None]
+    bad = [trial for trial in trials if trial[2] is None]
+    logs = [math.log10(trial[2]) for trial in good]
+    low, high = limits or (min(logs), max(logs))
+    shown = {"cmin": low, "cmax": high, "colorscale": "Cividis", "reversescale": True, "size": 9}
+    marker = {"color": logs, "showscale": True, "colorbar": colorbar, "line": {"width": 0.5}, **shown}
+    hover = "λ %{x:.3g}, s %{y:.3g}: loss %{text}<extra></extra>"
+    traces = [
+        go.Scatter(
+            x=[trial[0] for trial in good],
+            y=[trial[1] for trial in good],
+            text=[f"{trial[2]:.3g}" for trial in good],
+            hovertemplate=hover,
+            mode="markers",
+            marker=marker,
+            name="run",
+            showlegend=False,
+        )
+    ]
+    if bad:
+        cross = {"symbol": "x-thin", "size": 7, "line": {"width": 1.5, "color": color("grey")}}
+        x, y = ([trial[i] for trial in bad] for i in (0, 1))
+        traces.append(go.Scatter(x=x, y=y, mode="markers", marker=cross, name="diverged"))
+    return traces
+
+
+def search_caption(record: dict[str, Any]) -> str:
+    """One sentence on what a record of searches holds."""
+    settings = record["settings"]
+    count = sum(len(run["trials"]["loss"]) for run in record["runs"])
+    return (
+        f"{settings['data']['variant']} (sha256 {settings['data']['checksum'][:8]}), "
+        f"{settings['benchmark'].replace('_', ' ')}, {count:,} runs of {settings['updates']:,} updates; "
+        f"{_origin(record['runs'][-1]['provenance'])}"
+    )
+
+
+def search_table(record: dict[str, Any]) -> str:
+    """Table 4.I: mean and standard deviation over searches of the best loss, by sampler; the thesis's."""
+    theirs = thesis_facts("table4_1")
+    lines = ["| sampler | searches | best loss | thesis 2017 |", "|---|---|---|---|"]
+    for sampler, values in best_losses(record).items():
+        mean, deviation = theirs[sampler]
+        spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
+        lines.append(
+            f"| {SAMPLERS[sampler]} | {len(values)} | {fmean(values):.2f}{spread} "
+            f"| {mean:.2f} ± {deviation:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def best_losses(record: dict[str, Any]) -> dict[str, list[float]]:
+    """The best loss of each search, by sampler."""
+    found: dict[str, list[float]] = {}
+    for run in record["runs"]:
+        found.setdefault(run["sampler"], []).append(best_so_far(run)[-1])
+    return found
+
+
+def settings_table(record: dict[str, Any]) -> str:
+    """Markdown table of the searches behind learning curves: what each method's search chose."""
+    lines = ["| method | trials | diverged | best loss | chosen |", "|---|---|---|---|---|"]
+    for run in record["runs"]:
+        losses = run["trials"]["loss"]
+        diverged = sum(loss is None for loss in losses)
+        lines.append(
+            f"| {METHODS[run['method']][0]} | {len(losses)} | {diverged} | {best_so_far(run)[-1]:.3g} "
+            f"| {_settings(chosen(run))} |"
+        )
     return "\n".join(lines)

@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -142,13 +143,13 @@ class Record:
             "settings": settings,
             "runs": [],
         }
-        self._in_file = self._read_own()
-        self.content["runs"] = list(self._in_file)
+        found = self._read_own()
+        self.content, self._in_file = found, found["runs"]
 
-    def _read_own(self) -> list[dict[str, Any]]:
-        """The runs in the file, which must be of this experiment."""
+    def _read_own(self) -> dict[str, Any]:
+        """The content of the file, which which must be of this experiment; without one, no runs."""
         if not self.path.exists():
-            return []
+            return {**self.content, "runs": []}
         found = self.read(self.path)
         for key in ("experiment", "settings"):
             if found[key] != self.content[key]:
@@ -156,7 +157,7 @@ class Record:
                     f"{self.path} holds another {key}: {found[key]} instead of {self.content[key]}; "
                     "move it away or write to another place"
                 )
-        return found["runs"]
+        return found
 
     @staticmethod
     def read(path: str | Path) -> dict[str, Any]:
@@ -183,27 +184,43 @@ class Record:
 
     def find(self, **key: Any) -> dict[str, Any] | None:
         """The run whose entries equal ``key``, if there is one."""
-        key = json.loads(json.dumps(key))
-        return next(
-            (run for run in self.content["runs"] if all(run.get(k) == v for k, v in key.items())), None
-        )
+        return _find(self.content["runs"], json.loads(json.dumps(key)))
 
-    def add(self, run: dict[str, Any]) -> None:
+    def add(self, run: dict[str, Any], once: dict[str, Any] | None = None) -> None:
         """Append a run, after those that other processes have added meanwhile, and write the file.
+
+        Args:
+            run: JSON values.
+            once: Only if there is no run yet whose entries equal these.
 
         Raises:
             RecordError: If the file cannot be written, or is no longer this record; it is left as it is.
             ValueError: If the run is not made of JSON values.
         """
-        run = json.loads(json.dumps(run))
+        run, once = json.loads(json.dumps([run, once]))
+
+        def change(content: dict[str, Any]) -> dict[str, Any]:
+            there = once is not None and _find(content["runs"], once) is not None
+            return {**content, "runs": content["runs"] if there else [*content["runs"], run]}
+
+        self._write(change)
+
+    def set_clock(self, clock: dict[str, Any]) -> None:
+        """Note what an update of each method costs (see :mod:`sogrid.experiments.timing`); as :meth:`add`."""
+        clock = json.loads(json.dumps(clock))
+        self._write(lambda content: {**content, "clock": clock})
+
+    def _write(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+        """Write the file anew, as it is now but changed."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with _alone(self.path.parent) as alone:
                 for leftover in self.path.parent.glob(f".{self.path.name}.*") if alone else ():
                     leftover.unlink()  # of a process killed while writing
-                others = [other for other in self._read_own() if other not in self._in_file]
-                content = {**self.content, "runs": [*self.content["runs"], *others, run]}
-                text = json.dumps({**content, "checksum": _checksum(content)}, indent=1, allow_nan=False)
+                found = self._read_own()
+                others = [other for other in found["runs"] if other not in self._in_file]
+                content = change({**found, "runs": [*self.content["runs"], *others]})
+                text = _dump({**content, "checksum": _checksum(content)})
                 write_atomically(self.path, text.encode())
         except OSError as error:
             raise RecordError(
@@ -211,6 +228,17 @@ class Record:
                 "folder writable, with room for it, and run the same again"
             ) from error
         self.content, self._in_file = content, content["runs"]
+
+
+def _find(runs: list[dict[str, Any]], key: dict[str, Any]) -> dict[str, Any] | None:
+    return next((run for run in runs if all(run.get(k) == v for k, v in key.items())), None)
+
+
+def _dump(content: dict[str, Any]) -> str:
+    """JSON with a line for each entry, so that a list of numbers does not fill pages."""
+    text = json.dumps(content, indent=1, allow_nan=False)
+    # Only line breaks go: there are none within strings, where they are escaped.
+    return re.sub(r"\[[^][{}]*\]", lambda found: re.sub(r"\n *", " ", found[0]), text)
 
 
 def _checksum(content: dict[str, Any]) -> str:

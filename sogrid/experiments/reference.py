@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-__all__ = ["thesis_values"]
+__all__ = ["thesis_facts", "thesis_values"]
 
 FIGURES = Path(__file__).parent / "thesis" / "figures.json"
 
@@ -52,3 +52,25 @@ def thesis_values(figure: str) -> dict:
 
     curves = {name: {"x": curve["x"], "y": rows(curve["y"])} for name, curve in table["curves"].items()}
     return {"methods": methods, "curves": curves, "headline": rows(table["headline"])}
+
+
+def thesis_facts(key: str) -> dict:
+    """What was read off the thesis's two search figures and its one table.
+
+    Args:
+        key: ``"fig2_2"``: number of ``runs``, ranges of learning rate and init scale, those of the 20 best
+            runs, and the ``ridge`` on which these lie: log₁₀ scale = slope · log₁₀ lr + intercept.
+            ``"fig4_1"``: share of each sampler's runs in the best tenth of the colour range.
+            ``"table4_1"``: (mean, standard deviation) over 100 searches of the best of 100 experiments.
+
+    Raises:
+        ValueError: For another key.
+
+    Example:
+        >>> thesis_facts("table4_1")["biased"]
+        [26.61, 0.13]
+    """
+    facts = json.loads(FIGURES.read_text(encoding="utf-8"))["facts"]
+    if key not in facts:
+        raise ValueError(f"key must be one of {tuple(facts)}, got {key!r}")
+    return facts[key]

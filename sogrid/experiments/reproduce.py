@@ -8,13 +8,14 @@ book redraws the figure from. Learning curves (Figs. 5.1, 6.1 to 6.3) use the hy
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from optuna.storages import BaseStorage
 
 from sogrid.experiments import data
 from sogrid.experiments.benchmarks import BATCH, BENCHMARKS, METHODS, REFRESH_EVERY, Task
@@ -74,6 +75,8 @@ PROFILES = {
     ),
 }  # fmt: skip
 SMOKE_EXAMPLES = 400
+VARIANTS = 5
+"""Variants of a method are trained for a fifth of its updates."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ class Curves:
     Attributes:
         figure: Key of :func:`~sogrid.experiments.reference.thesis_values`.
         benchmark: Key of :data:`~sogrid.experiments.benchmarks.BENCHMARKS`.
-        methods: Keys of :data:`~sogrid.experiments.benchmarks.METHODS`.
+        methods: Keys of :data:`~sogrid.experiments.benchmarks.METHODS`; a variant, which takes its
+            hyperparameters from another, is trained for a fifth of the updates.
     """
 
     figure: str
@@ -149,7 +153,8 @@ class _Job:
 
     key: dict[str, Any]
     place: str
-    make: Callable[[str | None, Checkpoint], dict[str, Any]]
+    make: Callable[[str | None, Checkpoint | None], dict[str, Any]]
+    shared: bool = False  # several processes may be at it
 
 
 def reproduce(
@@ -318,11 +323,12 @@ def _curves(
 ) -> tuple[dict[str, Any], list[_Job]]:
     scale, found = PROFILES[profile], _tuned(plan.benchmark, profile, out)
     updates = scale.updates[plan.benchmark]
-    options = {"updates": updates, "points": _points(plan.benchmark, updates)}
-    options |= {"evaluate_on": scale.evaluate_on, "seed": seed}
-    jobs = []
+    points, jobs = _points(plan.benchmark, updates), []
     for method in methods:
         tuned_as = METHODS[method].tuned_as or method
+        last = updates if tuned_as == method else updates // VARIANTS
+        options = {"updates": last, "points": [point for point in points if point <= last]}
+        options |= {"evaluate_on": scale.evaluate_on, "seed": seed}
         best = next((chosen(run) for run in found["runs"] if run["method"] == tuned_as), None)
         if best is None:
             raise SearchError(
@@ -350,7 +356,7 @@ def _points(benchmark: str, updates: int) -> list[int]:
             axes = [curve["x"] for name, curve in curves if name.endswith("by_update")]
             # The axes of Figs. 6.1 and 6.2 begin at update 1.
             theirs |= {int(u) - (u % 10 == 1) for axis in axes for u in axis}
-    return evaluation_points(updates, also=theirs)
+    return evaluation_points(updates, also={*theirs, updates // VARIANTS})
 
 
 def _tuned(benchmark: str, profile: str, out: Path) -> dict[str, Any]:
@@ -379,18 +385,22 @@ def _searches(
 
 
 def _search_jobs(plans: list[Search], task: Task, path: Path, url: str | None) -> list[_Job]:
-    """Searches that share a storage, by default an SQLite file beside the record."""
+    """Searches in one storage, by default an SQLite file beside the record; in another, workers may join."""
 
-    def make(plan: Search, name: str, title: str | None, checkpoint: Checkpoint) -> dict[str, Any]:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        storage = open_storage(url or f"sqlite:///{path.with_suffix('.sqlite3')}")
-        return search(task, plan, storage=storage, name=name, progress=title)
+    @cache
+    def storage() -> BaseStorage:
+        if url is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        return open_storage(url or f"sqlite:///{path.with_suffix('.sqlite3')}")
+
+    def make(plan: Search, name: str, title: str | None, checkpoint: Checkpoint | None) -> dict[str, Any]:
+        return search(task, plan, storage=storage(), name=name, alone=url is None, progress=title)
 
     jobs = []
     for plan in plans:
         place = f"{plan.method}.{plan.sampler}{plan.seed}"
         key = {"method": plan.method, "sampler": plan.sampler, "seed": plan.seed}
-        jobs.append(_Job(key, place, partial(make, plan, f"{path.stem}.{place}")))
+        jobs.append(_Job(key, place, partial(make, plan, f"{path.stem}.{place}"), shared=url is not None))
     return jobs
 
 
@@ -402,11 +412,12 @@ def _complete(
     for number, job in enumerate(jobs, start=1):
         if record.find(**job.key) is not None:
             continue
-        with Checkpoint(path.parent / FOLDER / f"{path.stem}.{job.place}.pt") as checkpoint:
+        place = Checkpoint(path.parent / FOLDER / f"{path.stem}.{job.place}.pt")
+        with nullcontext() if job.shared else place as checkpoint:
             record = Record(path, experiment, settings)  # as it is now that no one else is at this run
             if record.find(**job.key) is None:
                 title = f"{job.place} ({number} of {len(jobs)})" if progress else None
-                record.add(_elsewhere(path, settings, job.key) or job.make(title, checkpoint))
+                record.add(_elsewhere(path, settings, job.key) or job.make(title, checkpoint), once=job.key)
     return record.content
 
 

@@ -1,4 +1,4 @@
-"""What an update costs, as a ratio to SGD: ``python -m sogrid.experiments.timing [OUT]``.
+"""What an update costs: the time axis of the figures, and the ratio to SGD.
 
 All methods run in one process, one after the other in each round, so that a busy or throttled machine
 slows them alike; medians over rounds are compared. An update is everything a step does: clearing the
@@ -8,78 +8,113 @@ its own). Data are random: values do not matter for time.
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from sogrid.experiments.benchmarks import BATCH, REFRESH_EVERY
-from sogrid.experiments.records import Record, provenance
-from sogrid.losses import CrossEntropyAtLogits, Loss, Quadratic
-from sogrid.networks import cifar10_classifier, mnist_autoencoder
-from sogrid.optimizers import ACP, KFAC, CenteredGradientDescent, NaturalNN, UpdatedBackprop
+from sogrid.experiments.benchmarks import BATCH, BENCHMARKS, METHODS, REFRESH_EVERY, Task
+from sogrid.experiments.records import Record, RecordError, provenance
+from sogrid.losses import Loss, Quadratic
 
-__all__ = ["time_optimizers"]
+__all__ = ["clock", "step_times"]
 
 ROUNDS, WARM_UP = 30, 3
-
-OPTIMIZERS: dict[str, Callable[[nn.Module, Loss], torch.optim.Optimizer]] = {
-    "standard_sgd": lambda model, loss: torch.optim.SGD(model.parameters(), 1e-4),
-    "adam": lambda model, loss: torch.optim.Adam(model.parameters(), 1e-6),
-    "centered_gradient_descent": lambda model, loss: CenteredGradientDescent(model, 1e-4),
-    "acp_fixedalpha": lambda model, loss: ACP(model, 1e-4, refresh_every=None),
-    "acp": lambda model, loss: ACP(model, 1e-8, output_curvature="heuristic", refresh_every=None),
-    "nnn2": lambda model, loss: NaturalNN(model, 1e-4, refresh_every=None),
-    "kfac": lambda model, loss: KFAC(model, 1e-6, loss=loss, refresh_every=None),
-    "jaco_update": lambda model, loss: UpdatedBackprop(model, 1e-4, loss=loss),
-}
-NETWORKS: dict[str, tuple[Callable[..., nn.Module], Loss]] = {
-    "mnist_autoencoder": (mnist_autoencoder, Quadratic()),
-    "cifar10_classifier": (cifar10_classifier, CrossEntropyAtLogits()),
-}
+SETTINGS = {"lr": 1e-8, "damping": 1.0, "scale": 2.0}
 
 
-def time_optimizers(network: str, rounds: int = ROUNDS, device: str = "cpu") -> list[dict[str, Any]]:
-    """Milliseconds per update of every optimizer on a benchmark's network, batch 200.
+def step_times(
+    benchmark: str,
+    methods: Sequence[str],
+    *,
+    rounds: int = ROUNDS,
+    device: str = "cpu",
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Milliseconds per update of several methods on a benchmark's network.
 
     Args:
-        network: ``"mnist_autoencoder"`` or ``"cifar10_classifier"``.
-        rounds: Each times one update, and one refresh, of every optimizer.
+        benchmark: Key of :data:`~sogrid.experiments.benchmarks.BENCHMARKS`.
+        methods: Keys of :data:`~sogrid.experiments.benchmarks.METHODS`.
+        rounds: Each times one update, and one refresh, of every method.
         device: Where.
+        progress: Show a bar.
 
     Returns:
-        For each optimizer: ``update_ms`` (median, refresh share included), ``quartiles_ms`` of the step,
-        ``refresh_ms`` (median of one refresh) and ``ratio`` to SGD's ``update_ms``.
+        For each method: ``update_ms`` (median, refresh share included), ``quartiles_ms`` of the step and
+        ``refresh_ms`` (median of one refresh).
     """
-    build, loss = NETWORKS[network]
+    plan = BENCHMARKS[benchmark]
+    task = Task(benchmark, None, None, None, plan.network, plan.loss)
     contestants = {}
-    for name, make in OPTIMIZERS.items():
-        model = build(generator=torch.Generator().manual_seed(0)).to(device)
-        contestants[name] = model, make(model, loss)
+    for method in methods:
+        settings = {key: SETTINGS[key] for key in (*METHODS[method].settings, "scale")}
+        generator = torch.Generator().manual_seed(0)
+        contestants[method] = METHODS[method].build(task, settings, generator, device)
     generator = torch.Generator().manual_seed(1)
-    x = torch.rand(BATCH, model[0].in_features, generator=generator).to(device)
+    x = torch.rand(BATCH, contestants[methods[0]][0][0].in_features, generator=generator).to(device)
     y = torch.randint(0, 10, (BATCH,), generator=generator).to(device)
-    y = x if network == "mnist_autoencoder" else y
-    steps, refreshes = ({name: [] for name in contestants} for _ in range(2))
-    for i in range(WARM_UP + rounds):
-        for name, (model, optimizer) in contestants.items():
+    y = x if isinstance(plan.loss, Quadratic) else y
+    steps, refreshes = ({method: [] for method in methods} for _ in range(2))
+    for i in tqdm(range(WARM_UP + rounds), desc="rounds", disable=not progress, leave=False):
+        for method, (model, optimizer) in contestants.items():
             if getattr(optimizer, "uses_statistics", False):
-                cost = _clock(lambda m=model, o=optimizer: o.refresh(lambda: loss(m(x), y)), x)
-                refreshes[name].append(cost) if i >= WARM_UP else None
-            cost = _clock(lambda m=model, o=optimizer: _update(m, o, loss, x, y), x)
-            steps[name].append(cost) if i >= WARM_UP else None
+                cost = _clock(lambda m=model, o=optimizer: o.refresh(lambda: plan.loss(m(x), y)), x)
+                refreshes[method].append(cost) if i >= WARM_UP else None
+            cost = _clock(lambda m=model, o=optimizer: _update(m, o, plan.loss, x, y), x)
+            steps[method].append(cost) if i >= WARM_UP else None
     rows = []
-    for name in contestants:
-        refresh = median(refreshes[name]) if refreshes[name] else 0.0
-        low, _, high = quantiles(steps[name], n=4)
-        update = median(steps[name]) + refresh / REFRESH_EVERY
-        row = {"optimizer": name, "update_ms": update, "quartiles_ms": [low, high], "refresh_ms": refresh}
-        rows.append({**row, "ratio": update / (rows[0]["update_ms"] if rows else update)})
+    for method in methods:
+        refresh = median(refreshes[method]) if refreshes[method] else 0.0
+        low, middle, high = quantiles(steps[method], n=4)
+        update = middle + refresh / REFRESH_EVERY
+        row = {"update_ms": update, "quartiles_ms": [low, high], "refresh_ms": refresh}
+        rows.append({"method": method, **row})
     return rows
+
+
+def clock(
+    path: str | Path, *, device: str = "cpu", rounds: int = ROUNDS, progress: bool = False
+) -> list[tuple]:
+    """Measure the step times of a record's methods and put them into the record.
+
+    Args:
+        path: Of a record of learning curves.
+        device: Where.
+        rounds: As in :func:`step_times`.
+        progress: Show a bar.
+
+    Returns:
+        Rows of a table: method, ms per update, quartiles of the step, ratio to SGD, ms per refresh.
+
+    Raises:
+        RecordError: If the record is missing, damaged, holds no learning curves or cannot be written.
+    """
+    content = Record.read(path)
+    methods = list(dict.fromkeys(run["method"] for run in content["runs"] if "update" in run))
+    if not methods:
+        raise RecordError(f"{path} holds no learning curves to measure the time axis of")
+    rows = step_times(
+        content["settings"]["benchmark"], methods, rounds=rounds, device=device, progress=progress
+    )
+    record = Record(path, content["experiment"], content["settings"])
+    record.set_clock({"rounds": rounds, "rows": rows, "provenance": provenance(device)})
+    sgd = next((row["update_ms"] for row in rows if row["method"] == "standard_sgd"), None)
+    return [
+        (
+            f"  {row['method']}",
+            f"{row['update_ms']:.2f}",
+            "{:.2f} to {:.2f}".format(*row["quartiles_ms"]),
+            "" if sgd is None else f"{row['update_ms'] / sgd:.2f}",
+            f"{row['refresh_ms']:.1f}",
+        )
+        for row in rows
+    ]
 
 
 def _update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss, x: Tensor, y: Tensor) -> None:
@@ -97,18 +132,3 @@ def _clock(work: Callable[[], None], x: Tensor) -> float:
     if x.device.type != "cpu":
         torch.accelerator.synchronize()
     return 1e3 * (perf_counter() - start)
-
-
-def main(out: str = "out") -> None:
-    """Time both networks, print the table, and add it to ``<out>/step_times.json``."""
-    record = Record(f"{out}/step_times.json", "step_times", {"batch": BATCH, "refresh_every": REFRESH_EVERY})
-    for network in NETWORKS:
-        rows = time_optimizers(network)
-        print(f"\n{network}: ms per update, ratio to SGD, ms per refresh")
-        for row in rows:
-            print("  {optimizer:26} {update_ms:8.2f} {ratio:6.2f} {refresh_ms:8.1f}".format_map(row))
-        record.add({"network": network, "rounds": ROUNDS, "rows": rows, "provenance": provenance()})
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

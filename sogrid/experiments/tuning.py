@@ -10,14 +10,25 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 from typing import Any
 
 import optuna
-from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.exceptions import ExperimentalWarning, OptunaError
+from optuna.storages import (
+    BaseStorage,
+    RDBStorage,
+    RetryHeartbeatStaleTrialCallback,
+    fail_stale_trials,
+)
 from optuna.trial import FrozenTrial, Trial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 from tqdm.auto import tqdm
 
 from sogrid.experiments.benchmarks import Task
@@ -28,6 +39,8 @@ from sogrid.experiments.training import run
 __all__ = ["SAMPLERS", "Search", "SearchError", "best_so_far", "chosen", "open_storage", "search"]
 
 HEARTBEAT = 60
+POLL = 1.0
+ATTEMPTS = 10
 
 
 class SearchError(ValueError):
@@ -82,15 +95,44 @@ def open_storage(url: str) -> BaseStorage:
     Raises:
         SearchError: If the database cannot be reached.
     """
-    retry = RetryHeartbeatStaleTrialCallback(max_retry=1)
     heartbeat = {"heartbeat_interval": HEARTBEAT, "grace_period": 3 * HEARTBEAT}
-    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    patience = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
+    for attempt in range(ATTEMPTS):
+        try:
+            with _quiet():
+                heartbeat["heartbeat_stale_trial_callback"] = RetryHeartbeatStaleTrialCallback(max_retry=1)
+                return RDBStorage(url, engine_kwargs=patience, **heartbeat)
+        except Exception as error:  # of SQLAlchemy, of the driver, of Optuna's own checks
+            if attempt < ATTEMPTS - 1 and re.search("already exists|unique constraint", str(error), re.I):
+                time.sleep(0.2 * (attempt + 1))  # others are making the tables of a new database
+                continue
+            raise SearchError(f"the storage {_shown(url)} cannot be used: {_first_line(error)}") from error
+    raise AssertionError("unreachable")
+
+
+def _shown(url: str) -> str:
+    """A database URL without its password."""
+    return re.sub(r"//([^:/@]*):[^/]*@", r"//\1:***@", url)
+
+
+def _first_line(error: BaseException) -> str:
+    """What a database says; SQLAlchemy's statements and links come after it."""
+    while isinstance(error, OptunaError) and error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Optuna's notes on each trial and on what it calls experimental."""
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return RDBStorage(url, engine_kwargs=options, **heartbeat, heartbeat_stale_trial_callback=retry)
-    except Exception as error:  # of SQLAlchemy, of the driver, of Optuna's own checks
-        raise SearchError(f"the storage {url} cannot be used: {error}") from error
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(verbosity)
 
 
 def search(
@@ -99,6 +141,7 @@ def search(
     *,
     storage: BaseStorage,
     name: str,
+    alone: bool = False,
     progress: str | None = None,
 ) -> dict[str, Any]:
     """Make, continue or join a search, and return it as a record keeps it.
@@ -108,6 +151,7 @@ def search(
         plan: What to do.
         storage: Of :func:`open_storage`.
         name: Of the study in the storage.
+        alone: Nobody else is at this study, so that trials which never ended are tried again at once.
         progress: Title of a progress bar over the trials, or ``None``.
 
     Returns:
@@ -116,21 +160,24 @@ def search(
         they began; and ``"provenance"``.
 
     Raises:
-        SearchError: If the study is of another plan.
+        SearchError: If the study is of another plan, or its storage fails.
     """
     identity = {**asdict(plan), "task": task.name, "data": getattr(task.data, "checksum", None)}
-    verbosity = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        with _quiet():
             study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
             _claim(study, identity)
+            if alone:
+                _try_again(study)
             _optimize(study, task, plan, progress)
-    finally:
-        optuna.logging.set_verbosity(verbosity)
+            columns = _columns(study, plan)
+    except (SQLAlchemyError, OptunaError) as error:
+        raise SearchError(
+            f"the storage of the study {name!r} failed: {_first_line(error)}. The trials it holds are kept: "
+            "run the same again when it works"
+        ) from error
     outcome = {k: v for k, v in asdict(plan).items() if k != "trials"}
-    return {**outcome, "trials": _columns(study, plan), "provenance": provenance(task.train[0].device)}
+    return {**outcome, "trials": columns, "provenance": provenance(task.train[0].device)}
 
 
 def _claim(study: optuna.Study, identity: dict[str, Any]) -> None:
@@ -152,8 +199,28 @@ def _finished(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
 
 
+def _try_again(study: optuna.Study) -> None:
+    """Queue the trials that were cut off, with the hyperparameters that they had.
+
+    Without this, a grid would lack them, and other searches be short of what takes long.
+    """
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+    trials = study.get_trials()
+    repeated = {number for trial in trials for number in trial.system_attrs.get("retry_history", ())}
+    for trial in trials:
+        if trial.state == TrialState.FAIL and trial.number not in repeated:
+            RetryHeartbeatStaleTrialCallback()(study, trial)
+
+
 def _optimize(study: optuna.Study, task: Task, plan: Search, progress: str | None) -> None:
+    begun = []
+
     def objective(trial: Trial) -> float:
+        if not begun:
+            # Each process draws from a stream of its own: a sampler begins anew wherever it is made.
+            study.sampler = SAMPLERS[plan.sampler](plan, 100_003 * plan.seed + trial.number)
+        begun.append(trial.number)
         settings = {k: trial.suggest_float(k, *ends, log=True) for k, ends in plan.domain.items()}
         seed = 1000 * (plan.seed + 1) + trial.number
         options = {"updates": plan.updates, "points": [plan.updates], "evaluate_on": plan.evaluate_on}
@@ -162,14 +229,31 @@ def _optimize(study: optuna.Study, task: Task, plan: Search, progress: str | Non
         trial.set_user_attr("seed", seed)
         return curve["train"][-1] if curve["status"] == "finished" else math.inf
 
+    study.sampler = SAMPLERS[plan.sampler](plan, 0)
     title = {"desc": progress, "disable": progress is None, "leave": False}
-    with tqdm(total=plan.trials, initial=len(_finished(study)), **title) as bar:
-        # A sampler begins its random stream anew each time it is made: taken up, another stream.
-        study.sampler = SAMPLERS[plan.sampler](plan, 100_003 * plan.seed + len(study.trials))
-        while (done := len(_finished(study))) < plan.trials:
-            study.optimize(objective, n_trials=1)
-            bar.update(len(_finished(study)) - done)
-            bar.set_postfix(best=f"{study.best_value:.3g}")
+    with tqdm(total=plan.trials, initial=min(len(_finished(study)), plan.trials), **title) as bar:
+        while (wanted := _missing(study, plan.trials)) is not None:
+            if wanted:
+                study.optimize(objective, n_trials=1)
+                bar.set_postfix(best=f"{study.best_value:.3g}")
+            else:
+                bar.set_postfix_str("other workers are at the last trials")
+                time.sleep(POLL)
+                fail_stale_trials(study)
+            bar.update(min(len(_finished(study)), plan.trials) - bar.n)
+
+
+def _missing(study: optuna.Study, count: int) -> bool | None:
+    """Whether a trial is to be made; False if only others' are awaited, None if all is done.
+
+    The first trials count, however long they take, so that all who share a study see the same ones.
+    """
+    trials = study.get_trials(deepcopy=False)
+    done = [trial.number for trial in trials if trial.state == TrialState.COMPLETE]
+    if len(done) < count:
+        return True
+    open_ = {trial.state for trial in trials[: done[count - 1]] if not trial.state.is_finished()}
+    return TrialState.WAITING in open_ if open_ else None
 
 
 def _columns(study: optuna.Study, plan: Search) -> dict[str, list]:

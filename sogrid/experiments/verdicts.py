@@ -1,0 +1,523 @@
+"""The thesis's conclusions, each judged from a record (THESIS §6: what its text says of its own figures).
+
+A verdict is one of four: *holds*, *holds with a caveat*, *does not hold*, *not testable at this scale*. Two
+means over seeds count as different if they are more than two standard errors apart; with one seed
+nothing is separated, and a claim that the means agree with holds with that caveat.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean, stdev, variance
+from typing import Any
+
+import numpy as np
+
+from sogrid.experiments.figures import SAMPLERS, best_losses, milliseconds, runs_by_method, values_at
+from sogrid.experiments.reference import thesis_facts, thesis_values
+from sogrid.plotting import METHODS
+
+__all__ = ["Verdict", "verdict_table", "verdicts"]
+
+HOLDS, CAVEAT, FAILS, UNTESTED = (
+    "holds",
+    "holds with a caveat",
+    "does not hold",
+    "not testable at this scale",
+)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a claim.
+
+    Attributes:
+        claim: In our words.
+        where: In the thesis.
+        verdict: One of the four.
+        numbers: What decided it.
+    """
+
+    claim: str
+    where: str
+    verdict: str
+    numbers: str
+
+
+Record = dict[str, Any]
+Judge = Callable[[Record, Record | None], tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class _Claim:
+    text: str
+    where: str
+    judge: Judge
+    methods: tuple[str, ...] = ()  # that the record must hold
+    clock: bool = False  # whether it must hold step times
+
+
+def verdicts(record: Record, longer: Record | None = None) -> list[Verdict]:
+    """The claims that a record speaks to.
+
+    Args:
+        record: Content of one of the six figures' records.
+        longer: Of a record of the same figure with one seed and more updates.
+
+    Raises:
+        ValueError: If the record is of none of the figures.
+    """
+    found = next((claims for key, claims in CLAIMS.items() if record["experiment"].startswith(key)), None)
+    if found is None:
+        raise ValueError(f"there are no claims about {record['experiment']!r}, only about {list(CLAIMS)}")
+    return [Verdict(claim.text, claim.where, *_judged(claim, record, longer)) for claim in found]
+
+
+def verdict_table(record: Record, longer: Record | None = None) -> str:
+    """The same as a Markdown table."""
+    lines = ["| the thesis says | where | verdict | measured |", "|---|---|---|---|"]
+    for v in verdicts(record, longer):
+        lines.append(f"| {v.claim} | {v.where} | **{v.verdict}** | {v.numbers} |")
+    return "\n".join(lines)
+
+
+def _judged(claim: _Claim, record: Record, longer: Record | None) -> tuple[str, str]:
+    missing = [m for m in claim.methods if m not in {run["method"] for run in record["runs"]}]
+    if missing:
+        return UNTESTED, f"the record lacks {', '.join(map(_name, missing))}"
+    if claim.clock and not milliseconds(record):
+        return UNTESTED, "the record has no step times yet (`python -m sogrid clock`)"
+    verdict, numbers = claim.judge(record, longer)
+    return UNTESTED if record["settings"]["profile"] == "smoke" else verdict, numbers
+
+
+# Comparing
+
+
+def _judge(a: list[float], b: list[float]) -> str:
+    """The verdict on "a is lower than b", of the values of several seeds; infinite where one diverged."""
+    if math.inf in a or math.inf in b:
+        return FAILS if math.inf in a else HOLDS
+    gap, error = fmean(b) - fmean(a), _error(a, b)
+    if error is None or abs(gap) <= 2 * error:
+        return CAVEAT if gap > 0 else FAILS
+    return HOLDS if gap > 0 else FAILS
+
+
+def _error(a: list[float], b: list[float]) -> float | None:
+    """Standard error of the difference of two means; ``None`` if there are too few values."""
+    if min(len(a), len(b)) < 2:
+        return None
+    return math.sqrt(variance(a) / len(a) + variance(b) / len(b))
+
+
+def _value(values: list[float]) -> str:
+    lost = values.count(math.inf)
+    if lost:
+        return f"diverged in {lost} of {len(values)} runs"
+    return f"{fmean(values):.3g}" + (f" ± {stdev(values):.1g}" if len(values) > 1 else "")
+
+
+def _last(record: Record) -> int:
+    return record["settings"]["updates"]
+
+
+def _ends(record: Record) -> dict[str, list[float]]:
+    """Method → the training losses of its seeds at the last update, infinite where one diverged."""
+    return {
+        method: [run["train"][-1] if run["status"] == "finished" else math.inf for run in runs]
+        for method, runs in runs_by_method(record).items()
+    }
+
+
+def _best(ends: dict[str, list[float]], among: Iterable[str]) -> str:
+    return min(among, key=lambda method: fmean(ends[method]))
+
+
+def _name(method: str) -> str:
+    return METHODS[method][0]
+
+
+def _mean_curve(record: Record, method: str, curve: str = "train") -> tuple[np.ndarray, np.ndarray]:
+    """Updates, and the mean over seeds as far as all of them got."""
+    runs = runs_by_method(record)[method]
+    columns = list(zip(*(run[curve] for run in runs), strict=False))
+    return np.array(runs[0]["update"][: len(columns)], float), np.array([fmean(c) for c in columns])
+
+
+def _updates_to(record: Record, method: str, level: float, curve: str = "train") -> float | None:
+    """Updates until the mean curve's best so far is at ``level``, between evaluations on log scales."""
+    updates, values = _mean_curve(record, method, curve)
+    best = np.maximum(np.minimum.accumulate(values), 1e-9)
+    if best[-1] > level:
+        return None
+    at = int(np.argmax(best <= level))
+    if at == 0 or updates[at - 1] == 0:
+        return float(updates[at])
+    pair = slice(at - 1, at + 1)
+    return float(np.exp(np.interp(-math.log(level), -np.log(best[pair]), np.log(updates[pair]))))
+
+
+def _at_second(record: Record, method: str, second: float) -> float:
+    """The mean training loss at a second of the clock, between evaluations on log scales."""
+    updates, values = _mean_curve(record, method)
+    seconds = updates[1:] * milliseconds(record)[method] / 1000
+    return float(np.exp(np.interp(math.log(second), np.log(seconds), np.log(values[1:]))))
+
+
+# Fig. 2.2
+
+
+def _interaction(record: Record, longer: Record | None) -> tuple[str, str]:
+    trials = record["runs"][0]["trials"]
+    rows = zip(trials["loss"], trials["lr"], trials["scale"], strict=True)
+    best = sorted(row for row in rows if row[0] is not None)[:20]
+    if len(best) < 20:
+        return UNTESTED, f"only {len(best)} runs finished"
+    lr, scale = (np.log10([row[i] for row in best]) for i in (1, 2))
+    correlation = float(np.corrcoef(lr, scale)[0, 1])
+    direction = np.linalg.eigh(np.cov(lr, scale))[1][:, 1]  # principal axis: neither is the other's cause
+    return (
+        HOLDS if correlation > 0.5 else CAVEAT if correlation > 0.2 else FAILS,
+        f"of the 20 best of {len(trials['loss'])} runs, the logarithms correlate at {correlation:.2f}, with "
+        f"slope {direction[1] / direction[0]:.2g} (thesis: {thesis_facts('fig2_2')['ridge']['slope']}); they "
+        f"have λ {10 ** lr.min():.2g} to {10 ** lr.max():.2g}, s {10 ** scale.min():.2g} to "
+        f"{10 ** scale.max():.2g}",
+    )
+
+
+# Fig. 4.1 and Table 4.I
+
+
+def _sampler_beats(better: str, worse: str) -> Judge:
+    def judge(record: Record, longer: Record | None) -> tuple[str, str]:
+        best, theirs = best_losses(record), thesis_facts("table4_1")
+        a, b = best[better], best[worse]
+        error, (m_a, s_a), (m_b, s_b) = _error(a, b), theirs[better], theirs[worse]
+        z_thesis = (m_b - m_a) / math.sqrt((s_a**2 + s_b**2) / 100)
+        z = "" if error is None else f", z = {(fmean(b) - fmean(a)) / error:.1f}"
+        return _judge(a, b), (
+            f"{_value(a)} against {_value(b)}{z} over {len(a)} searches of "
+            f"{record['settings']['trials']} runs (thesis: z = {z_thesis:.1f}, 100 searches of 100)"
+        )
+
+    return judge
+
+
+def _steadier(record: Record, longer: Record | None) -> tuple[str, str]:
+    deviations = {s: stdev(v) for s, v in best_losses(record).items() if len(v) > 1}
+    numbers = ", ".join(f"{SAMPLERS[s]} s.d. {d:.2g}" for s, d in deviations.items())
+    if record["settings"]["searches"] < 10:
+        return UNTESTED, numbers or "one search each"
+    return HOLDS if min(deviations, key=deviations.__getitem__) == "biased" else FAILS, numbers
+
+
+def _concentrates(record: Record, longer: Record | None) -> tuple[str, str]:
+    losses = {s: [] for s in SAMPLERS}
+    for run in record["runs"]:
+        losses[run["sampler"]] += [math.inf if v is None else math.log(v) for v in run["trials"]["loss"]]
+    finite = [v for values in losses.values() for v in values if math.isfinite(v)]
+    fence = min(finite) + (max(finite) - min(finite)) / 10
+    shares = {s: fmean(v <= fence for v in values) for s, values in losses.items() if values}
+    theirs = thesis_facts("fig4_1")["share_in_best_decile"]
+    return HOLDS if shares["biased"] > 0.5 else CAVEAT if shares["biased"] > 2 * shares[
+        "random"
+    ] else FAILS, (
+        "share of runs in the best tenth of the range of log loss: "
+        + ", ".join(f"{SAMPLERS[s]} {share:.0%} (thesis {theirs[s]:.0%})" for s, share in shares.items())
+    )
+
+
+# Fig. 5.1
+
+
+def _ubp_in_updates(record: Record, longer: Record | None) -> tuple[str, str]:
+    ends = _ends(record)
+    a, b = ends["jaco_update"], ends["standard_sgd"]
+    needed = _updates_to(record, "jaco_update", fmean(b))
+    numbers = f"{_value(a)} against {_value(b)} after {_last(record):,} updates"
+    if needed is not None:
+        numbers += f"; it is where SGD ends after {needed:,.0f}, {_last(record) / needed:.1f} times sooner"
+    return _judge(a, b), numbers
+
+
+def _ubp_in_time(record: Record, longer: Record | None) -> tuple[str, str]:
+    costs, sgd = milliseconds(record), _ends(record)["standard_sgd"]
+    ratio = costs["jaco_update"] / costs["standard_sgd"]
+    ubp = _at_second(record, "jaco_update", _last(record) * costs["standard_sgd"] / 1000)
+    pays = ubp < fmean(sgd)
+    return FAILS if pays else HOLDS if ratio > 7 else CAVEAT, (
+        f"without Jacobians an update costs {ratio:.1f} of SGD's, not ten; in the time of SGD's "
+        f"{_last(record):,} updates it gets to {ubp:.3g}, SGD to {_value(sgd)}"
+    )
+
+
+def _gauss_newton_suffices(record: Record, longer: Record | None) -> tuple[str, str]:
+    runs = runs_by_method(record)
+    last = max(run["update"][-1] for run in runs["jaco_update_hessian"])
+    gn, hessian, without = (
+        [
+            dict(zip(run["update"], run["train"], strict=True)).get(last, math.inf)
+            for run in runs[f"jaco_update{variant}"]
+        ]
+        for variant in ("", "_hessian", "_without")
+    )
+    worse = _judge(hessian, gn) == HOLDS
+    return FAILS if worse else CAVEAT if math.inf in gn or len(gn) < 2 else HOLDS, (
+        f"same settings, after {last:,} updates: Gauss-Newton {_value(gn)}, Hessian {_value(hessian)}, no "
+        f"second term {_value(without)}"
+    )
+
+
+# Fig. 6.1
+
+
+def _acp_beats_centering(record: Record, longer: Record | None) -> tuple[str, str]:
+    ends = _ends(record)
+    acp, rival = ends["acp_fixedalpha"], _best(ends, ("mean_only_bn", "centered_gradient_descent"))
+    verdict, ratio = _judge(acp, ends[rival]), fmean(acp) / fmean(ends[rival])
+    return CAVEAT if verdict == HOLDS and ratio > 0.8 else verdict, (
+        f"{_value(acp)} against {_value(ends[rival])} of {_name(rival)} after {_last(record):,} updates: "
+        f"{ratio:.2f} times (thesis, after 300,000: 0.68)"
+    )
+
+
+def _centering_helps_early(record: Record, longer: Record | None) -> tuple[str, str]:
+    early = [u for u in runs_by_method(record)["standard_sgd"][0]["update"] if u <= 1000][-1]
+    centered, sgd = (values_at(record, m, early) for m in ("centered_gradient_descent", "standard_sgd"))
+    verdict, ratio = _judge(centered, sgd), fmean(sgd) / fmean(centered)
+    return CAVEAT if verdict == HOLDS and ratio < 1.25 else verdict, (
+        f"centred {_value(centered)}, SGD {_value(sgd)} after {early:,} updates"
+    )
+
+
+def _centering_does_not_help(record: Record, longer: Record | None) -> tuple[str, str]:
+    ends, curve = _ends(record), thesis_values("fig6_1")["curves"]["train_mse_by_update"]
+    centered, sgd = ends["centered_gradient_descent"], ends["standard_sgd"]
+    theirs = zip(curve["y"]["centered_gradient_descent"], curve["y"]["standard_sgd"], strict=True)
+    crossing = max(x - 1 for x, (c, s) in zip(curve["x"], theirs, strict=True) if c < s)
+    return UNTESTED if _last(record) <= crossing else _judge(sgd, centered), (
+        f"centred {_value(centered)}, SGD {_value(sgd)} after {_last(record):,} updates; in the thesis's "
+        f"own figure centring is ahead at {crossing:,} and behind at the end"
+    )
+
+
+# Figs. 6.2 and 6.3
+
+
+def _best_per_update(method: str) -> Judge:
+    def judge(record: Record, longer: Record | None) -> tuple[str, str]:
+        ends = _ends(record)
+        rival = _best(ends, set(ends) - {method})
+        curves = {m: dict(zip(*_mean_curve(record, m), strict=True)) for m in ends}
+        points = [u for u in curves[rival] if u >= _last(record) / 50]
+        leads = [u for u in points if min(curves, key=lambda m: curves[m].get(u, math.inf)) == method]
+        verdict = _judge(ends[method], ends[rival])
+        return CAVEAT if verdict == HOLDS and len(leads) < len(points) else verdict, (
+            f"{_value(ends[method])} against {_value(ends[rival])} of {_name(rival)} after {_last(record):,} "
+            f"updates; it leads at {len(leads)} of {len(points)} evaluations from update {points[0]:,.0f} on"
+        )
+
+    return judge
+
+
+def _acp_keeps_up_in_time(record: Record, longer: Record | None) -> tuple[str, str]:
+    costs, ends = milliseconds(record), _ends(record)
+    acp = _best(ends, ("acp", "acp_fixedalpha"))
+    second = _last(record) * min(costs[acp], costs["kfac"]) / 1000
+    a, b = (_at_second(record, m, second) for m in (acp, "kfac"))
+    return HOLDS if a <= 1.1 * b else CAVEAT if a <= 1.25 * b else FAILS, (
+        f"after {second:.0f} s {_name(acp)} is at {a:.3g}, KFAC at {b:.3g} (an update costs {costs[acp]:.0f} "
+        f"and {costs['kfac']:.0f} ms, SGD's {costs['standard_sgd']:.0f})"
+    )
+
+
+def _best_test_error(record: Record, longer: Record | None) -> tuple[str, str]:
+    source, best = longer or record, {}
+    for method in runs_by_method(source):
+        updates, values = _mean_curve(source, method, "test")
+        at = int(values.argmin())
+        best[method] = float(values[at]), float(updates[at]), at == len(values) - 1
+    numbers = "; ".join(f"{_name(m)} {v:.3g} at update {u:,.0f}" for m, (v, u, _) in best.items())
+    falling = [_name(m) for m, (*_, last) in best.items() if last]
+    if falling:
+        return UNTESTED, f"{numbers}; still falling at the end: {', '.join(falling)}"
+    winner = min(best, key=lambda m: best[m][0])
+    soonest = min(best, key=lambda m: best[m][1] * milliseconds(record)[m])
+    return FAILS if not winner.startswith("acp") else HOLDS if soonest == winner else CAVEAT, numbers
+
+
+def _fisher_beats_gauss_newton(record: Record, longer: Record | None) -> tuple[str, str]:
+    ends = _ends(record)
+    nat, gn = (_updates_to(record, m, 0.01, "train_error") for m in ("kfac_nat", "kfac"))
+    if nat and gn:
+        verdict = HOLDS if nat < 0.9 * gn else CAVEAT if nat < gn else FAILS
+        reached = f"1 % training error after {nat:,.0f} updates against {gn:,.0f}"
+    else:
+        verdict = _judge(ends["kfac_nat"], ends["kfac"])
+        reached = ", ".join(
+            f"{_name(m)} {f'gets to 1 % training error at {u:,.0f}' if u else 'never gets to 1 %'}"
+            for m, u in (("kfac_nat", nat), ("kfac", gn))
+        )
+    return verdict, (
+        f"{reached} (thesis: 8,800 against 34,000); cross-entropy {_value(ends['kfac_nat'])} against "
+        f"{_value(ends['kfac'])} after {_last(record):,} updates"
+    )
+
+
+def _fisher_refresh_is_dear(record: Record, longer: Record | None) -> tuple[str, str]:
+    rows = {row["method"]: row for row in record["clock"]["rows"]}
+    nat, gn = rows["kfac_nat"], rows["kfac"]
+    refresh, update = nat["refresh_ms"] / gn["refresh_ms"], nat["update_ms"] / gn["update_ms"]
+    return (HOLDS if update > 1.1 else CAVEAT) if refresh > 1.2 else FAILS, (
+        f"a refresh takes {nat['refresh_ms']:.0f} ms against {gn['refresh_ms']:.0f}, an update with its "
+        f"hundredth of a refresh {update:.2f} times as long (thesis: 1.16)"
+    )
+
+
+def _heuristic_is_unstable(record: Record, longer: Record | None) -> tuple[str, str]:
+    def rise(method: str) -> float:
+        ratios = [1.0]
+        for run in runs_by_method(record)[method]:
+            late = [v for u, v in zip(run["update"], run["train"], strict=True) if u >= _last(record) / 20]
+            ratios += [after / before for before, after in pairwise(late)]
+        return max(ratios)
+
+    lost = _ends(record)["acp"].count(math.inf)
+    heuristic, fixed = rise("acp"), rise("acp_fixedalpha")
+    return HOLDS if lost or heuristic > 1.5 * fixed else FAILS, (
+        f"the largest rise of the training loss from one evaluation to the next is {heuristic:.2g}-fold, "
+        f"with a fixed α {fixed:.2g}-fold; runs that diverged: {lost}"
+    )
+
+
+def _nnn_is_dear(record: Record, longer: Record | None) -> tuple[str, str]:
+    ratio = milliseconds(record)["nnn2"] / milliseconds(record)["standard_sgd"]
+    return HOLDS if ratio > 10 else FAILS, (
+        f"{ratio:.1f} updates of SGD: with statistics of 200 examples no 3072-wide matrix is needed"
+    )
+
+
+CLAIMS = {
+    "fig2_2": (
+        _Claim(
+            "learning rate and init scale must be chosen together: the best runs lie along a line",
+            "§2.4.2, Fig. 2.2",
+            _interaction,
+        ),
+    ),
+    "fig4_1": (
+        _Claim(
+            "random search finds better settings than a grid",
+            "§4.2, Table 4.I",
+            _sampler_beats("random", "grid"),
+        ),
+        _Claim(
+            "biased random search finds better ones than random search",
+            "§4.2, Table 4.I",
+            _sampler_beats("biased", "random"),
+        ),
+        _Claim(
+            "most runs of biased random search are near the best settings", "§4.2, Fig. 4.1", _concentrates
+        ),
+        _Claim("biased random search varies least from search to search", "§4.2, Table 4.I", _steadier),
+    ),
+    "fig5_1": (
+        _Claim(
+            "updated backpropagation needs fewer updates than SGD",
+            "§5.4, Fig. 5.1",
+            _ubp_in_updates,
+            ("jaco_update", "standard_sgd"),
+        ),
+        _Claim(
+            "at ten times the cost of SGD's its updates do not pay in time",
+            "§5.4, Fig. 5.1",
+            _ubp_in_time,
+            ("jaco_update", "standard_sgd"),
+            clock=True,
+        ),
+        _Claim(
+            "the Gauss-Newton matrix serves as well as the Hessian",
+            "§5.2",
+            _gauss_newton_suffices,
+            ("jaco_update", "jaco_update_hessian", "jaco_update_without"),
+        ),
+    ),
+    "fig6_1": (
+        _Claim(
+            "ACP with a fixed α beats every centring method by a large margin",
+            "§6.5.3.2, Fig. 6.1",
+            _acp_beats_centering,
+            ("acp_fixedalpha", "mean_only_bn", "centered_gradient_descent"),
+        ),
+        _Claim(
+            "early in training, centring makes much better progress than SGD",
+            "§6.5.3.2",
+            _centering_helps_early,
+            ("centered_gradient_descent", "standard_sgd"),
+        ),
+        _Claim(
+            "centred gradient descent does not even improve on SGD",
+            "§6.5.3.2, Fig. 6.1",
+            _centering_does_not_help,
+            ("centered_gradient_descent", "standard_sgd"),
+        ),
+    ),
+    "fig6_2": (
+        _Claim(
+            "KFAC is the best per update", "§6.5.3.1, Fig. 6.2", _best_per_update("kfac"), ("kfac", "acp")
+        ),
+        _Claim(
+            "in time ACP keeps up with KFAC",
+            "§6.5.3.1, Fig. 6.2",
+            _acp_keeps_up_in_time,
+            ("kfac", "acp", "acp_fixedalpha", "standard_sgd"),
+            clock=True,
+        ),
+        _Claim(
+            "the best test error is ACP's, and the soonest",
+            "§6.5.3.1, Fig. 6.2",
+            _best_test_error,
+            ("acp", "acp_fixedalpha"),
+            clock=True,
+        ),
+    ),
+    "fig6_3": (
+        _Claim(
+            "KFAC with the Fisher matrix is the best per update",
+            "§6.5.3.1, Fig. 6.3",
+            _best_per_update("kfac_nat"),
+            ("kfac_nat", "acp"),
+        ),
+        _Claim(
+            "KFAC is better with the Fisher than with the Gauss-Newton matrix",
+            "§6.5.3.4, Fig. 6.3",
+            _fisher_beats_gauss_newton,
+            ("kfac_nat", "kfac"),
+        ),
+        _Claim(
+            "the Fisher's statistics take much longer to recompute",
+            "§6.5.3.4",
+            _fisher_refresh_is_dear,
+            ("kfac_nat", "kfac"),
+            clock=True,
+        ),
+        _Claim(
+            "the heuristic α makes ACP unstable when gradients become small",
+            "§6.5.3.3, Fig. 6.3",
+            _heuristic_is_unstable,
+            ("acp", "acp_fixedalpha"),
+        ),
+        _Claim(
+            "natural neural networks cost many times SGD on wide inputs (59 times)",
+            "§6.5.3.1, Fig. 6.3",
+            _nnn_is_dear,
+            ("nnn2", "standard_sgd"),
+            clock=True,
+        ),
+    ),
+}
+"""What each figure decides."""
