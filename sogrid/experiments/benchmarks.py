@@ -89,14 +89,14 @@ BENCHMARKS = {
             "mnist",
             mnist_autoencoder,
             Quadratic(),
-            {"lr": (1e-3, 10.0), "damping": (1e-3, 10.0), "scale": (2.0, 128.0)},
+            {"lr": (0.01, 1.0), "damping": (0.01, 1.0), "scale": (8.0, 128.0)},
         ),
         Benchmark(
             "cifar10_classifier",
             "cifar10",
             cifar10_classifier,
             CrossEntropyAtLogits(),
-            {"lr": (1e-3, 10.0), "damping": (1e-3, 10.0), "scale": (0.5, 16.0)},
+            {"lr": (1e-3, 1.0), "damping": (1e-3, 1.0), "scale": (0.5, 8.0)},
         ),
         Benchmark(
             "mnist_small_autoencoder",

@@ -272,14 +272,14 @@ def landscape(record: dict[str, Any]) -> go.Figure:
     ring = {"symbol": "circle-open", "size": 18, "color": color("orange"), "line": {"width": 2}}
     return figure(
         [
-            *_scatter(trials, colorbar={"title": {"text": "log₁₀ loss"}}),
+            *_scatter(trials),
             go.Scatter(x=ends, y=ridge, mode="lines", line=line, name="the thesis's best runs"),
             go.Scatter(x=[best[0]], y=[best[1]], mode="markers", marker=ring, name="our best"),
         ],
         alt=f"{len(trials)} runs of SGD by learning rate and init scale, coloured by loss. The best has "
         f"learning rate {best[0]:.3g}, init scale {best[1]:.3g} and loss {best[2]:.3g}.",
-        xaxis={"title": "learning rate", "type": "log"},
-        yaxis={"title": "init scale s", "type": "log"},
+        xaxis={"title": "learning rate", "type": "log", "dtick": 1},
+        yaxis={"title": "init scale s", "type": "log", "dtick": 1},
         height=480,
     )
 
@@ -293,18 +293,19 @@ def search_scatter(record: dict[str, Any], seed: int = 0) -> go.Figure:
     width = (1 - gap * (len(runs) - 1)) / len(runs)
     for i, (sampler, run) in enumerate(runs.items()):
         number, left = "" if i == 0 else str(i + 1), i * (width + gap)
-        for trace in _scatter(_trials([run]), colorbar={"title": {"text": "log₁₀ loss"}}, limits=limits):
-            shared = {"xaxis": f"x{number}", "yaxis": "y", "showlegend": False}
-            traces.append(trace.update(marker_showscale=i == 0 and "color" in trace.marker, **shared))
-        ends = [math.log10(v) for v in run["domain"]["lr"]]
-        title = {"title": f"learning rate<br>{SAMPLERS[sampler]}", "type": "log", "dtick": 1}
-        layout[f"xaxis{number}"] = {**title, "domain": [left, left + width], "range": ends, "anchor": "y"}
+        for trace in _scatter(_trials([run]), limits, bar=i == 0):
+            traces.append(trace.update(xaxis=f"x{number}", yaxis="y", showlegend=False))
+        low, high = (math.log10(v) for v in run["domain"]["lr"])
+        margin = 0.04 * (high - low)
+        axis = {"title": f"learning rate<br>{SAMPLERS[sampler]}", "type": "log", "dtick": 2, "tick0": low}
+        span = {"domain": [left, left + width], "range": [low - margin, high + margin]}
+        layout[f"xaxis{number}"] = {**axis, **span, "anchor": "y", "tickangle": 0}
     best = ", ".join(f"{SAMPLERS[s]} {min(best_so_far(run)):.3g}" for s, run in runs.items())
     return figure(
         traces,
         alt=f"Trials of one search by each of {len(runs)} samplers, by learning rate and init scale, "
         f"coloured by loss. The best losses: {best}.",
-        yaxis={"title": "init scale s", "type": "log"},
+        yaxis={"title": "init scale s", "type": "log", "dtick": 1},
         height=420,
         **layout,
     )
@@ -320,14 +321,17 @@ def _trials(runs: list[dict[str, Any]]) -> list[tuple[float, float, float | None
 
 
 def _scatter(
-    trials: list[tuple[float, float, float | None]], colorbar: dict, limits: list[float] | None = None
+    trials: list[tuple[float, float, float | None]], limits: list[float] | None = None, bar: bool = True
 ) -> list[go.Scatter]:
+    """Finished runs, the better the brighter, and diverged ones."""
     good = [trial for trial in trials if trial[2] is not None]
     bad = [trial for trial in trials if trial[2] is None]
     logs = [math.log10(trial[2]) for trial in good]
     low, high = limits or (min(logs), max(logs))
-    shown = {"cmin": low, "cmax": high, "colorscale": "Cividis", "reversescale": True, "size": 9}
-    marker = {"color": logs, "showscale": True, "colorbar": colorbar, "line": {"width": 0.5}, **shown}
+    scale = {"cmin": low, "cmax": high, "colorscale": "Cividis", "reversescale": True, "showscale": bar}
+    if bar:
+        scale["colorbar"] = {"title": {"text": "log₁₀ loss"}}
+    marker = {"color": logs, "size": 9, "line": {"width": 0.5, "color": color("grey")}, **scale}
     hover = "λ %{x:.3g}, s %{y:.3g}: loss %{text}<extra></extra>"
     traces = [
         go.Scatter(

@@ -62,7 +62,7 @@ class Profile:
 
 
 AE, CIFAR, SMALL = "mnist_autoencoder", "cifar10_classifier", "mnist_small_autoencoder"
-LAPTOP = Profile({AE: 5_000, CIFAR: 20_000}, 24, {AE: 500, CIFAR: 1_000}, (200, 400), (20, 64, 300))
+LAPTOP = Profile({AE: 5_000, CIFAR: 20_000}, 40, {AE: 400, CIFAR: 1_000}, (200, 400), (20, 64, 300))
 PROFILES = {
     "smoke": Profile(
         {AE: 12, CIFAR: 12}, 2, {AE: 4, CIFAR: 4}, (4, 4), (2, 4, 4), full=False, evaluate_on=400
