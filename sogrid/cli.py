@@ -73,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.action(options)
     except KeyboardInterrupt as stop:
-        print(f"\nsogrid: {stop or 'stopped'}", file=sys.stderr)
+        print(f"\nsogrid: {str(stop) or 'stopped'}", file=sys.stderr)
         return 128 + getattr(stop, "number", 2)
     except BrokenPipeError:  # as in `sogrid records list | head`
         sys.stderr.close()

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from searched import leave_searches
 
 from sogrid import cli
 from sogrid.experiments import reproduce as module
+from sogrid.experiments import tuning
 from sogrid.experiments.checkpoints import FOLDER
 from sogrid.experiments.records import RESULTS, Record
-from sogrid.experiments.reproduce import EXPERIMENTS, Experiment, Profile
+from sogrid.experiments.reproduce import AE, CIFAR, Curves, Profile, search_path
 
 FIG = "fig6_2_mnist_autoencoder"
 ROOT = Path(cli.__file__).parents[1]
@@ -30,15 +32,14 @@ def sogrid(*arguments, **options):
 
 
 @pytest.fixture
-def tiny(monkeypatch):
-    """The smoke profile with two updates of one method."""
-    monkeypatch.setitem(module.PROFILES, "smoke", Profile(2, full=False, evaluate_on=50))
+def tiny(monkeypatch, tmp_path):
+    """The smoke profile with two updates of one method, whose hyperparameters have been searched."""
+    updates = {AE: 2, CIFAR: 2}
+    profile = Profile(updates, 2, updates, (2, 1), (1, 4, 1), full=False, evaluate_on=50)
+    monkeypatch.setitem(module.PROFILES, "smoke", profile)
     monkeypatch.setattr(module, "SMOKE_EXAMPLES", 200)
-    plan = EXPERIMENTS[FIG]
-    few = {"standard_sgd": plan.settings["standard_sgd"]}
-    monkeypatch.setitem(
-        module.EXPERIMENTS, FIG, Experiment(plan.figure, plan.dataset, plan.task, few, plan.chosen)
-    )
+    monkeypatch.setitem(module.EXPERIMENTS, FIG, Curves("fig6_2", AE, ("standard_sgd",)))
+    leave_searches(tmp_path, AE)
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_reproduce_leaves_a_record_and_says_where(tiny, tmp_path, capsys):
     path = tmp_path / f"{FIG}.smoke.json"
     assert f"record: {path}" in out
     assert "standard_sgd" in out
-    assert "standard_sgd (1 of 1):" in err
+    assert "standard_sgd.seed3 (1 of 1):" in err
     assert "0/2 [" in err, "a bar"
     assert [run["seed"] for run in Record.read(path)["runs"]] == [3]
     assert cli.main(["reproduce", FIG, "--seed", "3", "--out", str(tmp_path), "--quiet"]) == 0
@@ -72,8 +73,11 @@ def test_reproduce_leaves_a_record_and_says_where(tiny, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (["fig9"], "FIG 'fig9' is unknown; there are: fig"),
-        (["fig6_2", "--profile", "huge"], "--profile must be one of smoke, laptop, thesis"),
+        (["fig9"], "figure 'fig9' is unknown; there are: fig"),
+        (["fig6_2", "--profile", "huge"], "--profile must be one of smoke, laptop, long, thesis"),
+        (["fig6_2", "--methods"], "expected at least one argument"),
+        (["fig6_2", "--methods", "bn", "adam"], "--methods: there are acp_fixedalpha, acp,"),
+        (["fig4_1", "--methods", "bn"], "--methods: there are grid, random, biased, got 'bn'"),
         (["fig6_2", "--seed", "three"], "invalid int value: 'three'"),
         (["fig6_2", "--device", "banana"], "--device 'banana' cannot be used here"),
         (["fig6_2", "--device", "meta"], "--device 'meta' cannot be used here"),
@@ -88,11 +92,35 @@ def test_wrong_usage_is_2_and_named(wrong, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["search", "fig6_2"], "benchmark 'fig6_2' is unknown; there are: mnist_autoencoder, cifar10_class"),
+        (["search", "cifar10", "--methods", "mean_only_bn"], "got 'mean_only_bn'"),
+        (["search", "mnist", "--methods", "jaco_update_hessian"], "got 'jaco_update_hessian'"),
+        (["search", "cifar10", "--seed", "1"], "unrecognized arguments: --seed"),
+        (["search", "cifar10", "--profile", "huge"], "--profile must be one of"),
+        (["search", "cifar10", "--device", "banana"], "--device 'banana' cannot be used here"),
+        (["search"], "required: BENCHMARK"),
+        (["clock", "fig4_1"], "figure 'fig4_1' is unknown; there are: fig5_1"),
+        (["clock", "fig6_2", "--methods", "bn"], "unrecognized arguments: --methods"),
+        (["clock", "fig6"], "could be any of: fig6_1"),
+        (["clock"], "required: FIG"),
+    ],
+)
+def test_wrong_usage_of_the_other_commands_is_2_and_named(wrong, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(wrong)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_an_ambiguous_beginning_is_wrong_usage(monkeypatch, capsys):
     monkeypatch.setitem(module.EXPERIMENTS, "fig6_9", None)
     with pytest.raises(SystemExit):
         cli.main(["reproduce", "fig6"])
-    assert f"could be any of: {FIG}, fig6_9" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"could be any of: fig6_1_centering, {FIG}, fig6_3_cifar10, fig6_9" in err
 
 
 def one_line(capsys):
@@ -129,10 +157,141 @@ def test_other_errors_keep_their_traceback(tiny, tmp_path, monkeypatch):
         cli.main(["reproduce", "fig6_2", "--out", str(tmp_path), "--quiet"])
 
 
+def test_methods_are_those_that_are_asked_for(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(module.EXPERIMENTS, FIG, Curves("fig6_2", AE, ("standard_sgd", "bn", "acp")))
+    assert cli.main(["reproduce", FIG, "--methods", "acp", "bn", "--out", str(tmp_path), "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert "standard_sgd" not in out
+    assert [run["method"] for run in Record.read(tmp_path / f"{FIG}.smoke.json")["runs"]] == ["bn", "acp"]
+
+
+def test_a_figure_of_searches_is_a_table_of_what_they_found(tiny, tmp_path, capsys):
+    assert cli.main(["reproduce", "fig4_1", "--seed", "2", "--out", str(tmp_path), "--quiet"]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.split() == ["method", "sampler", "seed", "trials", "diverged", "best", "settings"]
+    assert [row.split()[2:5] for row in rows[:3]] == [[s, "2", "4"] for s in ("grid", "random", "biased")]
+    (record,) = tmp_path.glob("fig4_1*.json")
+    assert rows[-1] == f"record: {record}"
+    assert cli.main(["records", "list", str(record)]) == 0
+    assert cli.main(["records", "show", str(record)]) == 0
+    assert rows[0] in capsys.readouterr().out
+
+
+# search
+
+
+def test_search_leaves_a_record_that_reproduce_then_uses(tiny, tmp_path, capsys):
+    path = search_path(tmp_path, AE, "smoke")
+    path.unlink()
+    arguments = ["--methods", "standard_sgd", "mean_only_bn", "--out", str(tmp_path)]
+    assert cli.main(["search", "mnist_auto", *arguments]) == 0
+    out, err = capsys.readouterr()
+    assert "standard_sgd.biased0 (1 of 2)" in err
+    assert "mean_only_bn.biased0 (2 of 2)" in err
+    assert "2/2" in err
+    assert "Warning" not in err
+    assert out.endswith(f"record: {path}\n")
+    runs = Record.read(path)["runs"]
+    assert [run["method"] for run in runs] == ["standard_sgd", "mean_only_bn"]
+    assert path.with_suffix(".sqlite3").exists()
+    assert cli.main(["search", "mnist_auto", *arguments, "--quiet"]) == 0
+    assert capsys.readouterr() == (out, "")
+    assert cli.main(["reproduce", FIG, "--out", str(tmp_path), "--quiet"]) == 0
+    trials = runs[0]["trials"]
+    best = min((loss, lr) for loss, lr in zip(trials["loss"], trials["lr"], strict=True) if loss is not None)
+    (run,) = Record.read(tmp_path / f"{FIG}.smoke.json")["runs"]
+    assert run["settings"]["lr"] == best[1]
+
+
+def test_a_storage_that_fails_is_one_line_and_1(tiny, tmp_path, capsys):
+    arguments = ["search", "cifar10", "--methods", "bn", "--quiet", "--out", str(tmp_path)]
+    assert cli.main([*arguments, "--storage", "banana"]) == 1
+    assert "the storage banana cannot be used" in one_line(capsys)
+    assert cli.main([*arguments, "--storage", f"sqlite:///{tmp_path}/none/s.sqlite3"]) == 1
+    assert "unable to open database file" in one_line(capsys)
+    file = search_path(tmp_path, CIFAR, "smoke").with_suffix(".sqlite3")
+    file.write_bytes(b"SQLite format 3\0 truncated")
+    assert cli.main(arguments) == 1
+    assert f"{file} cannot be used" in one_line(capsys)
+    assert file.read_bytes() == b"SQLite format 3\0 truncated"
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    assert cli.main([*arguments[:-1], str(blocked)]) == 1
+    assert f"{blocked}" in one_line(capsys)
+    assert cli.main([*arguments[:-1], str(blocked), "--storage", f"sqlite:///{tmp_path}/s.sqlite3"]) == 1
+    assert f"{blocked}" in one_line(capsys)
+
+
+def test_ctrl_c_during_a_search_is_one_line_and_130(tiny, tmp_path, capfd, monkeypatch):
+    inner, count = tuning.run, [0]
+
+    def stopping(*args, **options):
+        count[0] += 1
+        if count[0] == 4:
+            signal.raise_signal(signal.SIGINT)
+        return inner(*args, **options)
+
+    monkeypatch.setattr(tuning, "run", stopping)
+    arguments = ["search", "cifar10", "--methods", "bn", "standard_sgd", "--quiet", "--out", str(tmp_path)]
+    assert cli.main(arguments) == 130
+    out, err = capfd.readouterr()
+    assert (out, err) == ("", "\nsogrid: stopped\n")
+    assert not (tmp_path / FOLDER).exists()
+    path = search_path(tmp_path, CIFAR, "smoke")
+    assert [run["method"] for run in Record.read(path)["runs"]] == ["bn"]
+    assert cli.main(arguments) == 0
+    assert count[0] == 5, "one trial again, and nothing else"
+    assert [len(run["trials"]["loss"]) for run in Record.read(path)["runs"]] == [2, 2]
+
+
+@pytest.mark.slow
+def test_two_searches_of_different_methods_at_once_fill_one_record(tmp_path):
+    parts = [("bn", "standard_sgd"), ("acp", "acp_fixedalpha")]
+    children = [
+        sogrid("search", "mnist_auto", "--out", tmp_path, "--quiet", "--methods", *part) for part in parts
+    ]
+    ends = [child.communicate(timeout=240) for child in children]
+    assert [child.returncode for child in children] == [0, 0], ends
+    assert [err for _, err in ends] == ["", ""]
+    content = Record.read(search_path(tmp_path, AE, "smoke"))
+    assert sorted(run["method"] for run in content["runs"]) == sorted(parts[0] + parts[1])
+    assert all(len(run["trials"]["loss"]) == 2 for run in content["runs"])
+
+
+# clock
+
+
+def test_clock_puts_step_times_into_the_record(tiny, tmp_path, capsys, monkeypatch):
+    rows = [{"method": "standard_sgd", "update_ms": 2.0, "quartiles_ms": [1.5, 2.5], "refresh_ms": 0.0}]
+    monkeypatch.setattr("sogrid.experiments.timing.step_times", lambda *args, **options: rows)
+    arguments = ["fig6_2", "--out", str(tmp_path), "--quiet"]
+    assert cli.main(["reproduce", *arguments]) == 0
+    capsys.readouterr()
+    assert cli.main(["clock", *arguments]) == 0
+    head, row, _, last = capsys.readouterr().out.splitlines()
+    assert head.split("  ")[1] == "method"
+    assert row.split() == ["standard_sgd", "2.00", "1.50", "to", "2.50", "1.00", "0.0"]
+    path = tmp_path / f"{FIG}.smoke.json"
+    assert last == f"record: {path}"
+    assert Record.read(path)["clock"]["rows"] == rows
+    assert cli.main(["records", "verify", str(path)]) == 0
+    assert cli.main(["reproduce", *arguments]) == 0
+    assert Record.read(path)["clock"]["rows"] == rows
+
+
+def test_clock_without_a_record_is_one_line_and_1(tmp_path, capsys):
+    assert cli.main(["clock", "fig6_2", "--out", str(tmp_path), "--quiet"]) == 1
+    assert f"{tmp_path / FIG}.smoke.json cannot be read as a record" in one_line(capsys)
+
+
+# Ctrl-C in the course of a figure
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """The runs of an uninterrupted ``reproduce fig6_2``."""
     out = tmp_path_factory.mktemp("straight")
+    leave_searches(out, AE)
     with sogrid("reproduce", "fig6_2", "--out", out, "--quiet") as child:
         assert child.communicate(timeout=120)[1] == ""
     return Record.read(out / f"{FIG}.smoke.json")["runs"]
@@ -141,9 +300,10 @@ def straight(tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_a_state_that_the_same_command_takes_up(number, straight, tmp_path):
+    searches = leave_searches(tmp_path, AE)
     with sogrid("reproduce", "fig6_2", "--out", tmp_path) as child:
         seen = ""
-        while "kfac (4 of 6)" not in seen:
+        while "kfac.seed0 (4 of 6)" not in seen:
             seen += child.stderr.read(1)
             assert child.poll() is None
         child.send_signal(number)
@@ -161,7 +321,7 @@ def test_ctrl_c_leaves_a_state_that_the_same_command_takes_up(number, straight, 
     runs = Record.read(tmp_path / f"{FIG}.smoke.json")["runs"]
     assert [(run["train"], run["test"]) for run in runs] == [(run["train"], run["test"]) for run in straight]
     assert [("resumed" in run) for run in runs] == [False, False, False, True, False, False]
-    assert os.listdir(tmp_path) == [f"{FIG}.smoke.json"]
+    assert sorted(os.listdir(tmp_path)) == [f"{FIG}.smoke.json", searches.name]
 
 
 # records
@@ -200,8 +360,6 @@ def test_show_holds_settings_ends_and_provenance(record, capsys):
     expected = ("fig", "1,200", "2.5", "diverged (update 1201: too much)", "lr 0.1", "abc", "threads 1")
     for text in (*expected, "run 1 was resumed; up to update 1,000: 2026-01-01, commit abd, Z80"):
         assert text in out
-    assert cli.main(["records", "show", str(RESULTS / "step_times.json")]) == 0
-    assert "mnist_autoencoder" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("verb", ["list", "verify", "show"])
@@ -218,8 +376,11 @@ def test_what_is_not_there_is_named(verb, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "texts"),
     [
-        ([], ["reproduce", "records", "examples:", "exit status"]),
-        (["reproduce"], ["FIG", "--profile", "--seed", "--device", "--out", "smoke", "laptop", "thesis"]),
+        ([], ["reproduce", "search", "clock", "records", "examples:", "exit status"]),
+        (["reproduce"], ["FIG", "--profile", "--seed", "--methods", "--device", "--out", "--quiet"]),
+        (["reproduce"], ["smoke", "laptop", "long", "thesis"]),
+        (["search"], ["BENCHMARK", "--profile", "--methods", "--storage", "postgresql", "optuna-dashboard"]),
+        (["clock"], ["FIG", "--profile", "--device", "--out", "idle machine"]),
         (["records"], ["list", "show", "verify"]),
         (["records", "verify"], ["FILE", "default: those of the book"]),
     ],

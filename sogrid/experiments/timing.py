@@ -71,7 +71,7 @@ def step_times(
     rows = []
     for method in methods:
         refresh = median(refreshes[method]) if refreshes[method] else 0.0
-        low, middle, high = quantiles(steps[method], n=4)
+        low, middle, high = quantiles(steps[method], n=4, method="inclusive")
         update = middle + refresh / REFRESH_EVERY
         row = {"update_ms": update, "quartiles_ms": [low, high], "refresh_ms": refresh}
         rows.append({"method": method, **row})

@@ -235,12 +235,13 @@ def _optimize(study: optuna.Study, task: Task, plan: Search, progress: str | Non
         while (wanted := _missing(study, plan.trials)) is not None:
             if wanted:
                 study.optimize(objective, n_trials=1)
-                bar.set_postfix(best=f"{study.best_value:.3g}")
+                state = f"best={study.best_value:.3g}"
             else:
-                bar.set_postfix_str("other workers are at the last trials")
                 time.sleep(POLL)
                 fail_stale_trials(study)
+                state = "other workers are at the last trials"
             bar.update(min(len(_finished(study)), plan.trials) - bar.n)
+            bar.set_postfix_str(state)
 
 
 def _missing(study: optuna.Study, count: int) -> bool | None:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import papermill
 import pytest
+from searched import leave_searches
 
+from sogrid.experiments.benchmarks import METHODS
 from sogrid.experiments.records import Record
-from sogrid.experiments.reproduce import EXPERIMENTS
+from sogrid.experiments.reproduce import EXPERIMENTS, PROFILES, VARIANTS, Curves
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = sorted((ROOT / "book" / "experiments").glob("*.ipynb"))
@@ -22,17 +24,29 @@ def test_every_experiment_has_its_template():
 @pytest.mark.slow
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t.stem)
 def test_template_runs_and_leaves_a_record(template, tmp_path):
-    """As a user does it, from the command line; no SOGRID_DATA, no network."""
-    environment = {k: v for k, v in os.environ.items() if k != "SOGRID_DATA"}
+    """As a user does it, from the command line; no SOGRID_DATA, no network, hyperparameters of one's own."""
+    plan = EXPERIMENTS[template.stem]
+    environment = {k: v for k, v in os.environ.items() if k != "SOGRID_DATA"} | {"OMP_NUM_THREADS": "1"}
+    if isinstance(plan, Curves):
+        leave_searches(tmp_path, plan.benchmark)
     command = [sys.executable, "-m", "papermill", str(template), str(tmp_path / "out.ipynb")]
     command += ["-p", "profile", "smoke", "-p", "out", str(tmp_path), "--no-progress-bar"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     content = Record.read(tmp_path / f"{template.stem}.smoke.json")
-    assert {run["method"] for run in content["runs"]} == set(EXPERIMENTS[template.stem].settings)
-    for run in content["runs"]:
-        assert run["status"] == "finished"
-        assert run["update"][-1] == content["settings"]["updates"]
+    if isinstance(plan, Curves):
+        assert [run["method"] for run in content["runs"]] == list(plan.methods)
+        for run in content["runs"]:
+            assert run["status"] == "finished"
+            updates = content["settings"]["updates"]
+            variant = METHODS[run["method"]].tuned_as is not None
+            assert run["update"][-1] == (updates // VARIANTS if variant else updates)
+    else:
+        searches, trials, updates = plan.plan(PROFILES["smoke"])
+        assert len(content["runs"]) == searches * len(plan.samplers)
+        for run in content["runs"]:
+            assert run["updates"] == updates
+            assert len(run["trials"]["loss"]) == trials
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t.stem)

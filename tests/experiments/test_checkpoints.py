@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from searched import leave_searches
 from torch import nn
 
 from sogrid.experiments import checkpoints, training
@@ -18,14 +19,14 @@ from sogrid.experiments import reproduce as module
 from sogrid.experiments.benchmarks import METHODS, Task
 from sogrid.experiments.checkpoints import FOLDER, Checkpoint, CheckpointError, Interrupted, StopSignals
 from sogrid.experiments.records import Record
-from sogrid.experiments.reproduce import EXPERIMENTS, Experiment, Profile, reproduce
+from sogrid.experiments.reproduce import AE, EXPERIMENTS, Curves, Profile, reproduce
 from sogrid.experiments.training import Minibatches, run, train
-from sogrid.losses import Quadratic
+from sogrid.losses import CrossEntropyAtLogits, Quadratic
 from sogrid.networks import MLP
 from sogrid.optimizers import ACP
 
 FIG = "fig6_2_mnist_autoencoder"
-VALUES = {"lr": 0.01, "damping": 0.5, "output_curvature": 1.0, "scale": 4.0}
+VALUES = {"lr": 0.01, "damping": 0.5, "scale": 4.0}
 OPTIONS = dict(seed=1, updates=23, points=range(0, 24, 2), batch=20)
 
 
@@ -47,7 +48,8 @@ def settings(method):
 
 
 def losses(run):
-    return {key: run[key] for key in ("update", "train", "test", "status", "reason")}
+    keys = ("update", "train", "test", "train_error", "test_error", "status", "reason")
+    return {key: run[key] for key in keys}
 
 
 class Stop(Exception):
@@ -113,6 +115,16 @@ def test_a_model_that_draws_from_the_global_stream_resumes_too(task, tmp_path, m
     interrupt(task, tmp_path / "run.pt", monkeypatch)
     torch.manual_seed(6)
     assert losses(resume(task, tmp_path / "run.pt")) == losses(straight)
+
+
+def test_the_error_rates_of_a_classifier_go_on(task, tmp_path, monkeypatch):
+    x, y = task.train[0], torch.arange(70) % 3
+    build = lambda **options: MLP([6, 5, 3], **options)  # noqa: E731
+    task = Task("labels", None, (x, y), (x[:10], y[:10]), build, CrossEntropyAtLogits())
+    straight = run(task, "standard_sgd", settings("standard_sgd"), **OPTIONS)
+    interrupt(task, tmp_path / "run.pt", monkeypatch)
+    assert losses(resume(task, tmp_path / "run.pt")) == losses(straight)
+    assert len(straight["test_error"]) == len(straight["update"])
 
 
 def test_seconds_go_on(task, tmp_path, monkeypatch):
@@ -399,14 +411,16 @@ SMALL = ("standard_sgd", "acp", "kfac")
 def small_experiment(patch):
     """Three methods on a small autoencoder of the embedded digits, two refreshes apart from the first."""
 
-    def small(digits):
+    def small(benchmark, profile, device):
+        digits = module.data.load("mnist", source="embedded", subset=module.SMOKE_EXAMPLES)
         x, test = digits.train[0][:, 300:340], digits.test[0][:50, 300:340]
         build = lambda **options: MLP([40, 20, 5, 20, 40], "sigmoid", "sigmoid", **options)  # noqa: E731
-        return Task("small", digits, (x, x), (test, test), build, Quadratic())
+        return Task(benchmark, digits, (x, x), (test, test), build, Quadratic())
 
-    chosen = {method: {**settings(method), "lr": 0.05} for method in SMALL}
-    patch(module.PROFILES, "smoke", Profile(UPDATES, full=False, evaluate_on=50))
-    patch(module.EXPERIMENTS, FIG, Experiment("fig6_2", "mnist", small, chosen, "by hand"))
+    smoke = Profile({AE: UPDATES}, 2, {AE: 4}, (1, 1), (1, 1, 1), full=False, evaluate_on=50)
+    patch(module.PROFILES, "smoke", smoke)
+    patch(module.EXPERIMENTS, FIG, Curves("fig6_2", AE, SMALL))
+    patch(vars(module), "_task", small)
 
 
 CHILD = """
@@ -432,8 +446,9 @@ def test_a_run_killed_ten_times_gives_the_same_curves(tmp_path, monkeypatch):
     rng = random.Random(3)
     here, package = Path(__file__).parent, Path(checkpoints.__file__).parents[2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (here, package)))
-    out = tmp_path / "killed"
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (here, here.parent, package)))
+    out, straight_out = tmp_path / "killed", tmp_path / "straight"
+    searched = [leave_searches(folder, AE, methods=SMALL, lr=0.05).name for folder in (out, straight_out)]
     command = [sys.executable, "-c", CHILD, str(out)]
     survived = []
     for _ in range(KILLS):
@@ -444,17 +459,17 @@ def test_a_run_killed_ten_times_gives_the_same_curves(tmp_path, monkeypatch):
             os.kill(child.pid, signal.SIGKILL)
             child.wait()
             assert child.returncode == -signal.SIGKILL
-        for file in out.glob("*.json"):
+        for file in out.glob("fig*.json"):
             survived.append(len(Record.read(file)["runs"]))
     assert survived == sorted(survived)
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
     small_experiment(monkeypatch.setitem)
-    straight = reproduce(FIG, out=tmp_path / "straight", progress=False)
+    straight = reproduce(FIG, out=straight_out, progress=False)
     found = Record.read(out / f"{FIG}.smoke.json")
     assert [run["method"] for run in found["runs"]] == list(SMALL)
     assert list(map(losses, found["runs"])) == list(map(losses, straight["runs"]))
     assert sum(len(run.get("resumed", ())) for run in found["runs"]) >= KILLS // 2
-    assert sorted(p.name for p in out.iterdir()) == [f"{FIG}.smoke.json"]
+    assert sorted(p.name for p in out.iterdir()) == [f"{FIG}.smoke.json", searched[0]]
 
 
 def test_a_checkpoint_holds_no_path_of_the_machine(task, tmp_path, monkeypatch):
@@ -467,4 +482,4 @@ def test_a_checkpoint_holds_no_path_of_the_machine(task, tmp_path, monkeypatch):
 
 
 def test_the_experiments_own_settings_are_untouched():
-    assert set(EXPERIMENTS[FIG].settings) > set(SMALL)
+    assert set(EXPERIMENTS[FIG].methods) > set(SMALL)

@@ -112,6 +112,16 @@ for i in range(20):
 """
 
 
+def test_a_run_that_several_may_bring_is_added_once(tmp_path):
+    """Workers who share a search: the second to come finds it there."""
+    one, two = (Record(tmp_path / "r.json", "fig", SETTINGS) for _ in range(2))
+    one.add({"method": "a", "date": 1}, once={"method": "a"})
+    two.add({"method": "a", "date": 2}, once={"method": "a"})
+    two.add({"method": "b", "date": 2}, once={"method": "b"})
+    assert [run["date"] for run in Record.read(tmp_path / "r.json")["runs"]] == [1, 2]
+    assert two.content == Record.read(tmp_path / "r.json")
+
+
 def test_two_processes_at_once_lose_nothing_of_each_other(tmp_path):
     pytest.importorskip("fcntl")
     commands = ([sys.executable, "-c", ADD, str(tmp_path / "r.json"), who] for who in "ab")
@@ -123,13 +133,35 @@ def test_two_processes_at_once_lose_nothing_of_each_other(tmp_path):
 
 
 def test_adding_does_not_bring_back_runs_that_were_dropped(tmp_path):
-    """As the timing of steps does, which starts its record anew."""
+    """As one does who starts a record anew."""
     record = Record(tmp_path / "r.json", "fig", SETTINGS)
     record.add({"method": "old"})
     record = Record(tmp_path / "r.json", "fig", SETTINGS)
     record.content["runs"] = []
     record.add({"method": "new"})
     assert [run["method"] for run in Record.read(tmp_path / "r.json")["runs"]] == ["new"]
+
+
+def test_step_times_are_replaced_and_the_runs_kept(tmp_path):
+    one, two = (Record(tmp_path / "r.json", "fig", SETTINGS) for _ in range(2))
+    one.add({"method": "a"})
+    two.set_clock({"rows": [1]})
+    assert [run["method"] for run in two.content["runs"]] == ["a"]
+    one.add({"method": "b"})
+    content = Record.read(tmp_path / "r.json")
+    assert content["clock"] == {"rows": [1]}
+    assert [run["method"] for run in content["runs"]] == ["a", "b"]
+    Record(tmp_path / "r.json", "fig", SETTINGS).set_clock({"rows": [2]})
+    content = Record.read(tmp_path / "r.json")
+    assert content["clock"] == {"rows": [2]}
+    assert len(content["runs"]) == 2
+
+
+def test_a_list_of_numbers_takes_one_line(tmp_path):
+    text = "a [1,  2] \n   [ b"
+    Record(tmp_path / "r.json", "fig", SETTINGS).add({"train": [1.5, 2.0], "why": text, "none": []})
+    assert ' "train": [ 1.5, 2.0 ],\n' in (tmp_path / "r.json").read_text()
+    assert Record.read(tmp_path / "r.json")["runs"] == [{"train": [1.5, 2.0], "why": text, "none": []}]
 
 
 def test_what_a_killed_process_left_half_written_is_cleared_away(tmp_path):

@@ -1,39 +1,65 @@
 """Experiments as data: profiles, continuing, refusals."""
 
+import re
 import signal
 
 import pytest
+import torch
+from searched import leave_searches
 
 from sogrid.experiments import reproduce as module
-from sogrid.experiments.benchmarks import METHODS
+from sogrid.experiments.benchmarks import BENCHMARKS, METHODS
 from sogrid.experiments.checkpoints import FOLDER, Checkpoint, Interrupted
 from sogrid.experiments.data import DataError
 from sogrid.experiments.parameters import ParameterError, checked
 from sogrid.experiments.records import Record
 from sogrid.experiments.reference import thesis_values
-from sogrid.experiments.reproduce import EXPERIMENTS, Profile, reproduce
+from sogrid.experiments.reproduce import (
+    AE,
+    CIFAR,
+    EXPERIMENTS,
+    PROFILES,
+    Curves,
+    Profile,
+    Searches,
+    reproduce,
+    search_path,
+    tune,
+    tuned_methods,
+)
+from sogrid.experiments.tuning import SAMPLERS, SearchError, chosen
 from sogrid.optimizers import ACP
 
 FIG = "fig6_2_mnist_autoencoder"
+FEW = ("standard_sgd", "acp_fixedalpha")
+CURVES = [name for name, plan in EXPERIMENTS.items() if isinstance(plan, Curves)]
+SEARCHES = [name for name, plan in EXPERIMENTS.items() if isinstance(plan, Searches)]
 
 
 @pytest.fixture
-def tiny(monkeypatch):
-    """The smoke profile with two updates and two methods."""
-    monkeypatch.setitem(module.PROFILES, "smoke", Profile(2, full=False, evaluate_on=50))
+def small(monkeypatch):
+    """The smoke profile with two updates, on 200 digits."""
+    updates = {AE: 2, CIFAR: 2}
+    profile = Profile(updates, 2, updates, (2, 1), (2, 4, 1), full=False, evaluate_on=50)
+    monkeypatch.setitem(module.PROFILES, "smoke", profile)
     monkeypatch.setattr(module, "SMOKE_EXAMPLES", 200)
-    plan = EXPERIMENTS[FIG]
-    few = {key: plan.settings[key] for key in ("standard_sgd", "acp_fixedalpha")}
-    monkeypatch.setitem(
-        module.EXPERIMENTS, FIG, module.Experiment(plan.figure, plan.dataset, plan.task, few, plan.chosen)
-    )
+
+
+@pytest.fixture
+def tiny(small, monkeypatch, tmp_path):
+    """The same for a figure of two methods, whose hyperparameters have been searched."""
+    monkeypatch.setitem(module.EXPERIMENTS, FIG, Curves("fig6_2", AE, FEW))
+    for folder in ("", "straight", "other"):
+        leave_searches(tmp_path / folder, AE)
 
 
 def test_a_record_is_left_and_continued(tiny, tmp_path, monkeypatch):
     content = reproduce(FIG, out=tmp_path)
     path = tmp_path / f"{FIG}.smoke.json"
     assert Record.read(path) == content
-    assert [run["method"] for run in content["runs"]] == ["standard_sgd", "acp_fixedalpha"]
+    assert [run["method"] for run in content["runs"]] == list(FEW)
+    assert content["runs"][1]["settings"] == {"lr": 0.01, "damping": 0.5, "scale": 4.0}
+    assert content["settings"]["hyperparameters"].startswith("by biased random search (2 trials of 4 updates")
     assert content["settings"]["data"]["variant"] == "MNIST, embedded subset, first 200"
     monkeypatch.setattr(module, "run", None)  # nothing is run again
     assert reproduce(FIG, out=tmp_path)["runs"] == content["runs"]
@@ -51,6 +77,8 @@ def test_a_full_profile_refuses_the_embedded_digits(tmp_path, monkeypatch):
     monkeypatch.setattr(module.data, "load", lambda name, **o: load(name, **{**o, "source": "embedded"}))
     with pytest.raises(DataError, match="SOGRID_DATA"):
         reproduce(FIG, profile="laptop", out=tmp_path)
+    with pytest.raises(DataError, match="SOGRID_DATA"):
+        tune(AE, profile="laptop", out=tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -96,18 +124,251 @@ def test_bars_may_be_left_out(tiny, tmp_path, capsys):
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("wrong", [{"experiment": "fig9"}, {"experiment": FIG, "profile": "huge"}])
-def test_unknown_names_are_refused(wrong):
+def test_some_methods_first_and_the_others_later(tiny, tmp_path):
+    """As two processes do who share the work; the record is the same but for the order of its runs."""
+    reproduce(FIG, out=tmp_path, methods=FEW[1:])
+    content = reproduce(FIG, out=tmp_path)
+    assert [run["method"] for run in content["runs"]] == [*FEW[1:], FEW[0]]
+    other = reproduce(FIG, out=tmp_path / "other")
+    assert other["settings"] == content["settings"]
+    assert {run["method"]: run["train"] for run in other["runs"]} == {
+        run["method"]: run["train"] for run in content["runs"]
+    }
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"experiment": "fig9"},
+        {"experiment": FIG, "profile": "huge"},
+        {"experiment": FIG, "methods": ["standard_sgd", "adam"]},
+        {"experiment": "fig4_1_three_searches", "methods": ["standard_sgd"]},
+    ],
+)
+def test_unknown_names_are_refused(wrong, tmp_path):
     with pytest.raises(ValueError, match="must be one of"):
-        reproduce(**wrong)
+        reproduce(**wrong, out=tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_method_of_the_thesis_figure_has_settings_it_takes(name):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"benchmark": "mnist"},
+        {"benchmark": AE, "profile": "huge"},
+        {"benchmark": AE, "methods": ["jaco_update_hessian"]},
+    ],
+)
+def test_unknown_names_are_refused_by_a_search(wrong, tmp_path):
+    with pytest.raises(ValueError, match="must be one of"):
+        tune(**wrong, out=tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_a_figure_has_the_methods_of_the_thesis_figure(name):
+    """And, of ours, only what takes over the hyperparameters of one that is there."""
     plan = EXPERIMENTS[name]
-    assert set(plan.settings) == set(thesis_values(plan.figure)["methods"])
-    for method, settings in plan.settings.items():
-        assert set(settings) == {*METHODS[method].settings, "scale"}
+    theirs = set(thesis_values(plan.figure)["methods"])
+    ours = set(plan.methods) - theirs
+    assert theirs <= set(plan.methods)
+    assert {METHODS[method].tuned_as for method in ours} <= theirs
+    assert len(set(plan.methods)) == len(plan.methods)
+
+
+def test_every_figure_of_the_thesis_that_has_experiments_is_there():
+    figures = ["fig2_2", "fig4_1", "fig5_1", "fig6_1", "fig6_2", "fig6_3"]
+    assert [plan.figure for plan in EXPERIMENTS.values()] == figures
+    assert all(name.startswith(plan.figure) for name, plan in EXPERIMENTS.items())
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_profile_says_how_far_every_experiment_goes(profile):
+    scale = PROFILES[profile]
+    for plan in EXPERIMENTS.values():
+        if isinstance(plan, Curves):
+            assert scale.updates[plan.benchmark] > 0
+            assert scale.trial_updates[plan.benchmark] <= scale.updates[plan.benchmark]
+        else:
+            searches, trials, updates = plan.plan(scale)
+            assert min(searches, trials, updates) > 0
+            assert set(plan.samplers) <= set(SAMPLERS)
+            grid = round(trials ** (1 / len(plan.domain)))
+            assert grid ** len(plan.domain) == trials or "grid" not in plan.samplers
+
+
+@pytest.mark.parametrize("name", CURVES)
+def test_curves_are_evaluated_where_the_thesis_reads_are(name):
+    plan = EXPERIMENTS[name]
+    for axis in (
+        curve["x"] for key, curve in thesis_values(plan.figure)["curves"].items() if key.endswith("by_update")
+    ):
+        wanted = {max(int(x) - (int(x) % 10 == 1), 0) for x in axis}
+        assert wanted <= set(module._points(plan.benchmark, int(max(axis))))
+
+
+# Hyperparameters
+
+
+def test_without_a_search_one_is_told_which_command_makes_it(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "book")
+    with pytest.raises(SearchError, match=f"python -m sogrid search {AE}$"):
+        reproduce(FIG, out=tmp_path)
+    leave_searches(tmp_path, AE, methods=["standard_sgd"])
+    with pytest.raises(SearchError, match=rf"acp_fixedalpha on {AE}.*search {AE} --profile smoke first"):
+        reproduce(FIG, out=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == [search_path("", AE, "smoke").name], "nothing was begun"
+    reproduce(FIG, out=tmp_path, methods=["standard_sgd"])
+
+
+def test_ones_own_search_of_the_profile_comes_first_then_that_at_laptop_scale_then_the_books(
+    tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "book")
+    for k, place in enumerate([("", "smoke"), ("", "laptop"), ("book", "laptop")], start=1):
+        (search_path(tmp_path / place[0], AE, place[1])).unlink(missing_ok=True)
+        leave_searches(tmp_path / place[0], AE, profile=place[1], lr=k * 0.001)
+    options = dict(out=tmp_path, methods=FEW[:1])
+    for k, place in enumerate([("", "smoke"), ("", "laptop"), ("book", "laptop")], start=1):
+        (run,) = reproduce(FIG, **options)["runs"]
+        assert run["settings"]["lr"] == k * 0.001
+        (tmp_path / f"{FIG}.smoke.json").unlink()
+        search_path(tmp_path / place[0], AE, place[1]).unlink()
+
+
+def test_a_variant_takes_over_the_hyperparameters_of_its_method(small, tmp_path, monkeypatch):
+    leave_searches(tmp_path, AE)
+    methods = ("jaco_update", "jaco_update_without")
+    profile = Profile({AE: 10}, 2, {AE: 2}, (2, 1), (2, 4, 1), full=False, evaluate_on=50)
+    monkeypatch.setitem(module.PROFILES, "smoke", profile)
+    runs = reproduce("fig5_1_updated_backpropagation", out=tmp_path, methods=methods)["runs"]
+    assert [run["method"] for run in runs] == list(methods)
+    assert runs[0]["settings"] == runs[1]["settings"]
+    assert runs[0]["train"][0] == runs[1]["train"][0]
+    last = runs[0]["update"].index(10 // module.VARIANTS)
+    assert runs[0]["train"][last] != runs[1]["train"][last]
+    assert (runs[0]["update"][-1], runs[1]["update"]) == (10, runs[0]["update"][: last + 1]), "a fifth"
+
+
+def test_a_search_finds_hyperparameters_that_the_figure_then_uses(small, tmp_path):
+    found = tune(AE, out=tmp_path, methods=FEW, progress=False)
+    assert Record.read(search_path(tmp_path, AE, "smoke")) == found
+    assert {run["method"] for run in found["runs"]} == set(FEW)
+    assert all(len(run["trials"]["loss"]) == 2 for run in found["runs"])
+    runs = reproduce(FIG, out=tmp_path, methods=FEW, progress=False)["runs"]
+    best = {run["method"]: chosen(run) for run in found["runs"]}
+    assert {run["method"]: run["settings"] for run in runs} == best
+
+
+@pytest.mark.parametrize("benchmark", tuned_methods())
+def test_every_method_is_searched_alike(benchmark, monkeypatch, tmp_path):
+    """Same trials, updates, criterion, sampler and seed; the same ends for each hyperparameter it has."""
+    plans = []
+
+    def note(task, plan, **options):
+        plans.append(plan)
+        trials = {key: [1.0] for key in (*plan.domain, "loss", "second", "seed")}
+        return {"method": plan.method, "sampler": plan.sampler, "seed": plan.seed, "trials": trials}
+
+    monkeypatch.setattr(module, "search", note)
+    monkeypatch.setattr(module, "open_storage", lambda url: None)
+    task = BENCHMARKS[benchmark].task(module._as_cifar10(module.data.load("mnist", source="embedded")))
+    monkeypatch.setattr(module, "_task", lambda *_: task)
+    for profile in PROFILES:
+        plans.clear()
+        tune(benchmark, profile=profile, out=tmp_path, progress=False)
+        scale = PROFILES[profile]
+        assert sorted(plan.method for plan in plans) == sorted(tuned_methods()[benchmark])
+        for plan in plans:
+            assert (plan.trials, plan.updates) == (scale.trials, scale.trial_updates[benchmark])
+            assert (plan.evaluate_on, plan.sampler, plan.seed) == (scale.evaluate_on, "biased", 0)
+            assert set(plan.domain) == {*METHODS[plan.method].settings, "scale"}
+            assert all(plan.domain[key] == BENCHMARKS[benchmark].domain[key] for key in plan.domain)
+
+
+def test_every_curve_of_the_figures_has_been_searched_or_is_a_variant_of_one_that_has():
+    for name in CURVES:
+        plan = EXPERIMENTS[name]
+        known = tuned_methods()[plan.benchmark]
+        assert all((METHODS[method].tuned_as or method) in known for method in plan.methods)
+
+
+# Runs that two figures have in common
+
+
+def test_a_run_that_another_figure_has_is_taken_over(tiny, tmp_path, monkeypatch):
+    first = reproduce(FIG, out=tmp_path)
+    (sgd,) = [run for run in first["runs"] if run["method"] == "standard_sgd"]
+    content = reproduce("fig6_1_centering", out=tmp_path, methods=FEW)
+    assert sgd in content["runs"]
+    assert content["runs"][1:] == first["runs"][1:]
+    other = reproduce("fig6_1_centering", out=tmp_path, methods=FEW[:1], seed=1)
+    assert other["runs"][-1]["train"] != sgd["train"]
+
+
+def test_a_run_of_another_scale_or_of_other_hyperparameters_is_not_taken_over(tiny, tmp_path, monkeypatch):
+    first = reproduce(FIG, out=tmp_path, methods=FEW[:1])["runs"]
+    search_path(tmp_path, AE, "smoke").unlink()
+    leave_searches(tmp_path, AE, lr=0.02)
+    content = reproduce("fig6_1_centering", out=tmp_path, methods=FEW[:1])
+    assert content["runs"][0]["settings"]["lr"] == 0.02
+    longer = Profile({AE: 3}, 2, {AE: 2}, (2, 1), (2, 4, 1), full=False, evaluate_on=50)
+    monkeypatch.setitem(module.PROFILES, "smoke", longer)
+    (tmp_path / "fig6_1_centering.smoke.json").unlink()
+    (run,) = reproduce("fig6_1_centering", out=tmp_path, methods=FEW[:1])["runs"]
+    assert run["update"][-1] == 3
+    assert first[0]["update"][-1] == 2
+
+
+def test_another_figures_damaged_record_is_no_hindrance(tiny, tmp_path):
+    (tmp_path / "fig6_9.smoke.json").write_text("{")
+    assert len(reproduce(FIG, out=tmp_path)["runs"]) == 2
+
+
+# Figures that are searches
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_figure_of_searches(small, name, tmp_path):
+    content = reproduce(name, out=tmp_path, progress=False)
+    plan = EXPERIMENTS[name]
+    searches, trials, updates = plan.plan(module.PROFILES["smoke"])
+    keys = [(run["sampler"], run["seed"]) for run in content["runs"]]
+    assert keys == [(sampler, seed) for seed in range(searches) for sampler in plan.samplers]
+    for run in content["runs"]:
+        assert run["method"] == "standard_sgd"
+        assert run["updates"] == updates
+        assert run["domain"] == {key: list(ends) for key, ends in plan.domain.items()}
+        assert all(len(column) == trials for column in run["trials"].values())
+    assert reproduce(name, out=tmp_path, progress=False)["runs"] == content["runs"]
+    assert not (tmp_path / FOLDER).exists()
+
+
+def test_searches_of_a_figure_go_on_from_another_seed_and_for_one_sampler(small, tmp_path):
+    name = "fig4_1_three_searches"
+    content = reproduce(name, out=tmp_path, methods=["random"], seed=7, progress=False)
+    assert [(run["sampler"], run["seed"]) for run in content["runs"]] == [("random", 7), ("random", 8)]
+    one, two = (run["trials"] for run in content["runs"])
+    assert one["lr"] != two["lr"]
+    assert (one["seed"][0], two["seed"][0]) == (8000, 9000)
+
+
+# Data
+
+
+def test_the_stand_in_for_cifar10_has_its_format_and_says_what_it_is():
+    task = module._task(CIFAR, "smoke", "cpu")
+    x, y = task.train
+    assert x.shape == (module.SMOKE_EXAMPLES, 3072)
+    assert y.dtype == torch.int64
+    assert task.classifies
+    assert re.search(r"MNIST, embedded subset.*in the format of CIFAR-10", task.data.variant)
+    red, green, blue = x.unflatten(1, (3, 32, 32)).unbind(1)
+    assert torch.equal(red, green)
+    assert torch.equal(red, blue)
+    digit = module._task(AE, "smoke", "cpu").train[0]
+    assert torch.equal(red[:, 2:-2, 2:-2].flatten(1), digit)
+    assert red.sum() == pytest.approx(digit.sum().item())
 
 
 def test_parameters_are_checked_by_name_and_type():

@@ -23,6 +23,8 @@ from optuna.testing.pytest_samplers import (
 )
 from optuna.trial import TrialState, create_trial
 
+import sogrid
+from sogrid.experiments.records import Record
 from sogrid.experiments.search import Acceptance, BiasedRandomSampler, UnitCube, winsorise
 
 UNIT = FloatDistribution(0, 1)
@@ -595,6 +597,52 @@ def test_four_workers_share_a_search_and_one_is_killed(postgresql, tmp_path):
     (again,) = [t for t in trials if t.system_attrs.get("failed_trial") == killed.number]
     assert again.state == TrialState.COMPLETE
     assert again.params == killed.params
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outs", [("a", "b"), ("a", "a")], ids=["two folders", "one folder"])
+def test_two_programs_share_the_studies_of_a_search(outs, postgresql, tmp_path):
+    """``python -m sogrid search`` twice at once: as on two machines, and on one with the same folder."""
+    environment = {k: v for k, v in os.environ.items() if k != "SOGRID_DATA"} | {"OMP_NUM_THREADS": "1"}
+    methods = ["standard_sgd", "bn", "acp"]
+    command = [sys.executable, "-m", "sogrid", "search", "cifar10", "--storage", postgresql, "--quiet"]
+    workers = [
+        subprocess.Popen(
+            [*command, "--out", str(tmp_path / out), "--methods", *methods],
+            cwd=Path(sogrid.__file__).parents[1],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for out in outs
+    ]
+    try:
+        ends = [worker.communicate(timeout=240) for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait(10)
+    assert [worker.returncode for worker in workers] == [0, 0], ends
+    assert [err for _, err in ends] == ["", ""]
+    records = [Record.read(tmp_path / out / "search_cifar10_classifier.smoke.json") for out in outs]
+    trials = [{run["method"]: run["trials"] for run in record["runs"]} for record in records]
+    assert trials[0] == trials[1]
+    assert records[0]["settings"] == records[1]["settings"]
+    wanted = records[0]["settings"]["trials"]
+    for record in records:
+        assert sorted(run["method"] for run in record["runs"]) == sorted(methods), "each once"
+    for method in methods:
+        name = f"search_cifar10_classifier.smoke.{method}.biased0"
+        study = optuna.load_study(study_name=name, storage=postgresql)
+        assert {trial.state for trial in study.trials} == {TrialState.COMPLETE}
+        assert wanted <= len(study.trials) <= wanted + 1, "one of the two may have been at one more"
+        found = trials[0][method]
+        assert found["seed"] == [trial.user_attrs["seed"] for trial in study.trials[:wanted]]
+        assert found["lr"] == pytest.approx([trial.params["lr"] for trial in study.trials[:wanted]], rel=1e-5)
+        assert len(set(found["lr"])) == wanted
+    assert not list(tmp_path.rglob("*.sqlite3"))
+    assert not list(tmp_path.rglob(".checkpoints"))
 
 
 # Whether it helps

@@ -7,7 +7,7 @@ from torch import nn
 from sogrid.experiments import training
 from sogrid.experiments.benchmarks import METHODS, Task
 from sogrid.experiments.training import Minibatches, evaluation_points, run, train
-from sogrid.losses import Quadratic
+from sogrid.losses import CrossEntropyAtLogits, Quadratic
 from sogrid.networks import MLP
 from sogrid.optimizers import ACP
 
@@ -58,7 +58,7 @@ def test_a_run_is_plain_gradient_descent_on_its_data_order(task):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_repeats_itself(task, method):
-    values = {"lr": 0.01, "damping": 0.5, "output_curvature": 1.0, "scale": 4.0}
+    values = {"lr": 0.01, "damping": 0.5, "scale": 4.0}
     settings = {key: values[key] for key in (*METHODS[method].settings, "scale")}
     options = dict(seed=1, updates=6, points=[0, 3, 6], batch=20)
     one, two = (run(task, method, settings, **options) for _ in range(2))
@@ -111,8 +111,39 @@ def test_evaluation_stops_the_clock(task, monkeypatch):
             now[0] += 1
             super().step(closure)
 
-    curve = train(model, Second(model.parameters(), 0.1), task, updates=5, points=[1, 2, 5], seed=0, batch=20)
+    points = [0, 1, 2, 5]
+    curve = train(model, Second(model.parameters(), 0.1), task, updates=5, points=points, seed=0, batch=20)
     assert curve.second == [0, 1, 2, 5]
+    assert now[0] == 5 + 2 * 10 * len(points), "training set and test set, at each point"
+
+
+def test_the_curve_has_the_points_that_are_asked_for_and_no_other(task):
+    """Nothing is evaluated at update 0 unless 0 is a point."""
+    options = dict(updates=4, seed=0, batch=20)
+    for points in ([4], [0, 4], [2, 3], []):
+        model = task.network()
+        curve = train(model, torch.optim.SGD(model.parameters(), 0.1), task, points=points, **options)
+        assert curve.update == points
+        assert len(curve.second) == len(curve.train) == len(curve.test) == len(points)
+
+
+def test_a_classifier_has_error_rates_and_an_autoencoder_has_none(task):
+    """Against a loop over the examples, by hand."""
+    x = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
+    y = torch.randint(0, 3, (50,), generator=torch.Generator().manual_seed(2))
+    build = lambda **options: MLP([4, 5, 3], **options)  # noqa: E731
+    classify = Task("tiny", None, (x, y), (x[:7], y[:7]), build, CrossEntropyAtLogits())
+    model = build(generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    curve = train(model, optimizer, classify, updates=6, points=[0, 6], seed=0, batch=20, evaluate_on=30)
+    wrong = [
+        int(max(range(3), key=model(a).tolist().__getitem__)) != int(b) for a, b in zip(x, y, strict=True)
+    ]
+    assert curve.train_error[-1] == pytest.approx(sum(wrong[:30]) / 30)
+    assert curve.test_error[-1] == pytest.approx(sum(wrong[:7]) / 7)
+    assert len(curve.train_error) == len(curve.test_error) == 2
+    found = run(task, "standard_sgd", {"lr": 0.1, "scale": 4.0}, seed=0, updates=2, points=[2], batch=20)
+    assert found["train_error"] == found["test_error"] == []
 
 
 def test_evaluation_leaves_mode_and_statistics_alone(task):

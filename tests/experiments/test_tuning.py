@@ -1,0 +1,514 @@
+"""Searches of hyperparameters: what is proposed, what counts, and what an interruption leaves."""
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+import sqlalchemy
+import torch
+from optuna.trial import TrialState
+
+from sogrid.experiments import tuning
+from sogrid.experiments.benchmarks import Task
+from sogrid.experiments.search import BiasedRandomSampler
+from sogrid.experiments.training import run
+from sogrid.experiments.tuning import (
+    SAMPLERS,
+    Search,
+    SearchError,
+    best_so_far,
+    chosen,
+    open_storage,
+    search,
+)
+from sogrid.losses import Quadratic
+from sogrid.networks import MLP
+
+PLAN = Search("standard_sgd", {"lr": (1e-3, 10.0), "scale": (1.0, 1000.0)}, 4, 2, 50)
+
+
+def small_task():
+    x = torch.rand(200, 6, generator=torch.Generator().manual_seed(0))
+    build = lambda **options: MLP([6, 5, 6], "sigmoid", "sigmoid", **options)  # noqa: E731
+    return Task("tiny", None, (x, x), (x[:10], x[:10]), build, Quadratic())
+
+
+@pytest.fixture(autouse=True)
+def _quick():
+    """SQLite does not wait for the disk; Optuna's verbosity is as before, also after threads."""
+
+    def careless(connection, _):
+        if type(connection).__module__.startswith("sqlite3"):
+            connection.execute("PRAGMA synchronous = OFF")
+
+    before = optuna.logging.get_verbosity()
+    sqlalchemy.event.listen(sqlalchemy.engine.Engine, "connect", careless)
+    yield
+    sqlalchemy.event.remove(sqlalchemy.engine.Engine, "connect", careless)
+    optuna.logging.set_verbosity(before)
+
+
+@pytest.fixture
+def task():
+    return small_task()
+
+
+@pytest.fixture
+def storage(tmp_path):
+    return open_storage(f"sqlite:///{tmp_path / 's.sqlite3'}")
+
+
+@pytest.fixture
+def landscape(monkeypatch):
+    """Instead of training: a bowl that costs nothing."""
+
+    def bowl(task, method, settings, *, seed, **options):
+        loss = 1 + (math.log10(settings["lr"]) + 1) ** 2 + math.log10(settings["scale"]) ** 2
+        return {"status": "finished", "second": [0.5], "train": [loss]}
+
+    monkeypatch.setattr(tuning, "run", bowl)
+
+
+def stopped_in(monkeypatch, number, act=lambda: signal.raise_signal(signal.SIGINT)):
+    """Let ``act`` happen in the middle of the ``number``-th run from now."""
+    inner, count = tuning.run, [0]
+
+    def stopping(*args, **options):
+        count[0] += 1
+        if count[0] == number:
+            act()
+        return inner(*args, **options)
+
+    monkeypatch.setattr(tuning, "run", stopping)
+
+
+def proposals(found):
+    return list(zip(*(found["trials"][key] for key in found["domain"]), strict=True))
+
+
+def trials_of(storage, name="s"):
+    return optuna.load_study(study_name=name, storage=storage).trials
+
+
+# What is proposed
+
+
+@pytest.mark.parametrize(("domain", "trials"), [(1, 5), (2, 9), (2, 1), (3, 8), (3, 1000)])
+def test_a_grid_is_every_combination_of_log_spaced_values_with_both_ends(domain, trials):
+    ends = {"lr": (1e-3, 10.0), "damping": (0.5, 3.0), "scale": (2.0, 128.0)}
+    ends = dict(list(ends.items())[:domain])
+    grid = SAMPLERS["grid"](replace(PLAN, domain=ends, trials=trials), 0)
+    points = round(trials ** (1 / domain))
+    assert len(set(grid._all_grids)) == trials
+    for key, (low, high) in ends.items():
+        values = sorted({point[grid._param_names.index(key)] for point in grid._all_grids})
+        expected = np.geomspace(low, high, points) if points > 1 else [low]
+        np.testing.assert_allclose(values, expected, rtol=1e-12)
+        assert low == values[0] <= values[-1] <= high
+
+
+@pytest.mark.parametrize(("domain", "trials"), [(2, 10), (2, 2), (3, 9)])
+def test_a_grid_of_a_count_that_is_no_power_is_refused(task, storage, domain, trials):
+    ends = dict.fromkeys(["lr", "scale", "damping"][:domain], (1.0, 2.0))
+    plan = replace(PLAN, domain=ends, trials=trials, sampler="grid")
+    with pytest.raises(
+        SearchError, match=f"a grid over {domain} hyperparameters cannot have {trials} trials"
+    ):
+        search(task, plan, storage=storage, name="s")
+
+
+def test_a_grid_search_tries_each_point_once(landscape, task, storage):
+    found = search(task, replace(PLAN, sampler="grid", trials=16), storage=storage, name="s")
+    expected = {(lr, s) for lr in np.geomspace(1e-3, 10, 4) for s in np.geomspace(1, 1000, 4)}
+    np.testing.assert_allclose(sorted(proposals(found)), sorted(expected), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "optunas"), [("random", optuna.samplers.RandomSampler), ("biased", BiasedRandomSampler)]
+)
+@pytest.mark.parametrize("seed", [0, 3])
+def test_a_search_proposes_what_its_sampler_does_alone(landscape, task, storage, sampler, optunas, seed):
+    plan = replace(PLAN, sampler=sampler, trials=12, seed=seed)
+    found = search(task, plan, storage=storage, name="s")
+    study = optuna.create_study(sampler=optunas(100_003 * seed))
+
+    def objective(trial):
+        settings = {key: trial.suggest_float(key, *ends, log=True) for key, ends in PLAN.domain.items()}
+        return tuning.run(None, None, settings, seed=0)["train"][-1]
+
+    study.optimize(objective, 12)
+    expected = [tuple(trial.params[key] for key in PLAN.domain) for trial in study.trials]
+    np.testing.assert_allclose(proposals(found), expected, rtol=1e-5)
+    lows, highs = zip(*PLAN.domain.values(), strict=True)
+    assert (np.array(lows) <= proposals(found)).all()
+    assert (proposals(found) <= np.array(highs)).all()
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_search_repeats_itself(landscape, task, tmp_path, sampler):
+    def once(name, seed):
+        storage = open_storage(f"sqlite:///{tmp_path / name}")
+        return search(task, replace(PLAN, sampler=sampler, seed=seed, trials=9), storage=storage, name="s")
+
+    one, two, other = once("a", 1), once("b", 1), once("c", 2)
+    assert one["trials"] == two["trials"]
+    assert proposals(one) != proposals(other)
+
+
+# What counts
+
+
+def test_a_search_is_runs_of_the_training_loop(task, storage):
+    """Each trial with a seed of its own, the criterion being the training loss at the end."""
+    plan = replace(PLAN, domain={"lr": (0.01, 0.1), "scale": (1.0, 4.0)}, seed=2)
+    found = search(task, plan, storage=storage, name="s")
+    assert found["trials"]["seed"] == [3000, 3001, 3002, 3003]
+    for lr, scale, loss, seed in zip(
+        *(found["trials"][k] for k in ("lr", "scale", "loss", "seed")), strict=True
+    ):
+        settings, options = {"lr": lr, "scale": scale}, {"updates": 2, "points": [0, 1, 2], "evaluate_on": 50}
+        by_hand = run(task, "standard_sgd", settings, seed=seed, progress=None, **options)
+        assert loss == pytest.approx(by_hand["train"][-1], rel=1e-4)  # hyperparameters have six digits
+    assert all(second > 0 for second in found["trials"]["second"])
+    assert {key: found[key] for key in ("method", "sampler", "seed", "updates", "evaluate_on")} == {
+        "method": "standard_sgd", "sampler": "biased", "seed": 2, "updates": 2, "evaluate_on": 50,
+    }  # fmt: skip
+    assert set(found["provenance"]) == {"date", "commit", "versions", "machine"}
+
+
+def test_a_diverged_trial_is_infinite_in_the_study_none_in_the_record_and_never_chosen(
+    landscape, task, storage, monkeypatch
+):
+    bowl = tuning.run
+
+    def diverging(task, method, settings, **options):
+        if settings["lr"] > 0.1:
+            return {"status": "diverged", "second": [], "train": []}
+        return bowl(task, method, settings, **options)
+
+    monkeypatch.setattr(tuning, "run", diverging)
+    found = search(task, replace(PLAN, trials=15, sampler="random"), storage=storage, name="s")
+    losses = found["trials"]["loss"]
+    assert [loss is None for loss in losses] == [lr > 0.1 for lr in found["trials"]["lr"]]
+    assert 0 < losses.count(None) < 15
+    assert [trial.value == math.inf for trial in trials_of(storage)] == [loss is None for loss in losses]
+    assert all(
+        (loss is None) == (s is None) for loss, s in zip(losses, found["trials"]["second"], strict=True)
+    )
+    best = min(loss for loss in losses if loss is not None)
+    assert chosen(found)["lr"] == found["trials"]["lr"][losses.index(best)] <= 0.1
+
+
+def test_a_real_divergence_is_one(task, storage):
+    plan = replace(PLAN, domain={"lr": (1e30, 1e38), "scale": (1.0, 2.0)}, trials=3, updates=20)
+    task = replace(task, network=lambda **options: MLP([6, 5, 6], "relu", **options))
+    found = search(task, plan, storage=storage, name="s")
+    assert found["trials"]["loss"] == [None] * 3
+    with pytest.raises(SearchError, match="every trial of standard_sgd diverged: search another domain"):
+        chosen(found)
+    assert best_so_far(found) == [math.inf] * 3
+
+
+def test_the_best_trial_is_chosen_the_first_of_equals():
+    trials = {"lr": [0.1, 0.2, 0.3, 0.4], "scale": [1, 2, 3, 4], "loss": [None, 2.0, 1.0, 1.0]}
+    found = {"method": "m", "domain": {"lr": None, "scale": None}, "trials": trials}
+    assert chosen(found) == {"lr": 0.3, "scale": 3}
+    assert best_so_far(found) == [math.inf, 2.0, 1.0, 1.0]
+    trials["loss"] = [3.0, None, 4.0, 0.5]
+    assert best_so_far(found) == [3.0, 3.0, 3.0, 0.5]
+
+
+def test_a_search_is_open_to_optunas_plots(landscape, task, storage):
+    search(task, replace(PLAN, trials=8), storage=storage, name="s")
+    study = optuna.load_study(study_name="s", storage=storage)
+    assert optuna.visualization.plot_contour(study).to_json()
+    assert study.best_value < math.inf
+
+
+def test_optunas_dashboard_shows_a_search(landscape, task, storage):
+    """What its page asks for: the studies, and the trials of one."""
+    dashboard = pytest.importorskip("optuna_dashboard", reason="needs optuna-dashboard, which is optional")
+    from wsgiref.util import setup_testing_defaults
+
+    found = search(task, PLAN, storage=storage, name="s")
+
+    def get(path):
+        environment = {"PATH_INFO": path}
+        setup_testing_defaults(environment)
+        body = b"".join(dashboard.wsgi(storage)(environment, lambda *head: None))
+        return json.loads(body)
+
+    (summary,) = get("/api/studies")["study_summaries"]
+    assert summary["study_name"] == "s"
+    trials = get(f"/api/studies/{summary['study_id']}")["trials"]
+    values = [[float(p["param_external_value"]) for p in trial["params"]] for trial in trials]
+    np.testing.assert_allclose(values, proposals(found), rtol=1e-5)
+    np.testing.assert_allclose([t["values"][0] for t in trials], found["trials"]["loss"], rtol=1e-5)
+
+
+# Whose study it is
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"trials": 5}, "another trials: 4 instead of 5"),
+        ({"updates": 3}, "another updates: 2 instead of 3"),
+        ({"method": "bn"}, "another method: standard_sgd instead of bn"),
+        ({"seed": 1}, "another seed: 0 instead of 1"),
+        ({"sampler": "random"}, "another sampler: biased instead of random"),
+        ({"evaluate_on": 60}, "another evaluate_on: 50 instead of 60"),
+        ({"domain": {"lr": (0.1, 1.0), "scale": (1.0, 2.0)}}, r"another domain: .*1000\.0.* instead of"),
+    ],
+)
+def test_a_study_of_another_plan_is_refused_and_left(landscape, task, storage, changes, named):
+    search(task, PLAN, storage=storage, name="s")
+    before = trials_of(storage)
+    with pytest.raises(SearchError, match=f"the study 's' has {named}.*another storage, or delete"):
+        search(task, replace(PLAN, **changes), storage=storage, name="s")
+    assert trials_of(storage) == before
+    search(task, replace(PLAN, **changes), storage=storage, name="other name")
+
+
+def test_a_study_of_other_data_is_refused(landscape, task, storage):
+    search(task, PLAN, storage=storage, name="s")
+    data = type("Data", (), {"checksum": "abc"})()
+    with pytest.raises(SearchError, match="another data: None instead of abc"):
+        search(replace(task, data=data), PLAN, storage=storage, name="s")
+    with pytest.raises(SearchError, match="another task: tiny instead of large"):
+        search(replace(task, name="large"), PLAN, storage=storage, name="s")
+
+
+# Going on
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_finished_search_is_not_made_again(landscape, task, storage, sampler, alone, monkeypatch):
+    options = dict(storage=storage, name="s", alone=alone)
+    found = search(task, replace(PLAN, sampler=sampler), **options)
+    monkeypatch.setattr(tuning, "run", None)
+    assert search(task, replace(PLAN, sampler=sampler), **options) == found
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_search_stopped_by_ctrl_c_again_and_again_ends_with_the_trials_that_were_asked_for(
+    landscape, task, storage, sampler, monkeypatch, capfd
+):
+    """In the middle of a trial: none is lost, and no proposal comes twice."""
+    plan, options = replace(PLAN, sampler=sampler, trials=16), dict(storage=storage, name="s", alone=True)
+    for number in (3, 1, 1, 6, 2):
+        with monkeypatch.context() as patch:
+            stopped_in(patch, number)
+            with pytest.raises(KeyboardInterrupt):
+                search(task, plan, **options)
+    cut_off = [trial for trial in trials_of(storage) if trial.state == TrialState.FAIL]
+    assert len(cut_off) == 5
+    found = search(task, plan, **options)
+    assert [len(column) for column in found["trials"].values()] == [16] * 5
+    assert len(set(proposals(found))) == 16
+    assert len(set(found["trials"]["seed"])) == 16
+    tried = {tuple(float(f"{trial.params[k]:.6g}") for k in plan.domain) for trial in cut_off}
+    assert tried <= set(proposals(found)), "what was cut off has been tried again"
+    if sampler == "grid":
+        assert [len(set(found["trials"][key])) for key in plan.domain] == [4, 4]
+    assert "".join(capfd.readouterr()) == "", "no log lines of Optuna's"
+
+
+def test_only_one_who_is_alone_takes_running_trials_for_dead(landscape, task, storage, monkeypatch):
+    """Another worker's trial stays its own."""
+    search_once = dict(storage=storage, name="s")
+    with monkeypatch.context() as patch:
+        stopped_in(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            search(task, PLAN, **search_once)
+    study = optuna.load_study(study_name="s", storage=storage)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        running = study.ask()
+    running.suggest_float("lr", *PLAN.domain["lr"], log=True)
+    running.suggest_float("scale", *PLAN.domain["scale"], log=True)
+
+    def finish():
+        while sum(trial.state == TrialState.COMPLETE for trial in trials_of(storage)) < 4:
+            time.sleep(0.05)
+        time.sleep(0.3)
+        running.set_user_attr("second", 1.0)
+        running.set_user_attr("seed", 77)
+        study.tell(running, 5.0)
+
+    monkeypatch.setattr(tuning, "POLL", 0.05)
+    other = threading.Thread(target=finish)
+    other.start()
+    found = search(task, PLAN, **search_once)
+    other.join()
+    assert found["trials"]["seed"][0] == 77, "it was waited for: the first trials count, not the fastest"
+    assert len(found["trials"]["seed"]) == 4
+    assert sum(trial.state == TrialState.COMPLETE for trial in trials_of(storage)) == 5
+
+
+CHILD = """
+import sys, time
+from test_tuning import PLAN, small_task
+from sogrid.experiments import tuning
+from dataclasses import replace
+inner = tuning.run
+def slowly(*args, **options):
+    print(flush=True)
+    time.sleep(0.1)
+    return inner(*args, **options)
+tuning.run = slowly
+storage = tuning.open_storage(sys.argv[1])
+plan = replace(PLAN, sampler=sys.argv[2], trials=9)
+tuning.search(small_task(), plan, storage=storage, name="s", alone=True)
+"""
+
+
+@pytest.mark.parametrize("sampler", ["grid", "biased"])
+def test_a_killed_search_tries_again_what_it_was_at(sampler, task, tmp_path):
+    """SIGKILL in the middle of a trial: no heartbeat need be awaited by one who is alone."""
+    url, here = f"sqlite:///{tmp_path / 's.sqlite3'}", Path(__file__).parent
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(map(str, (here, Path(tuning.__file__).parents[2])))
+    command = [sys.executable, "-c", CHILD, url, sampler]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as child:
+        for _ in range(4):
+            assert child.stdout.readline(), "it ended on its own"
+        child.kill()
+    storage = open_storage(url)
+    *_, killed = trials_of(storage)
+    assert killed.state == TrialState.RUNNING
+    plan = replace(PLAN, sampler=sampler, trials=9)
+    found = search(task, plan, storage=storage, name="s", alone=True)
+    assert len(set(proposals(found))) == len(found["trials"]["loss"]) == 9
+    assert tuple(float(f"{killed.params[key]:.6g}") for key in plan.domain) in proposals(found)
+    assert {trial.state for trial in trials_of(storage)} == {TrialState.COMPLETE, TrialState.FAIL}
+
+
+@pytest.mark.parametrize("sampler", ["random", "biased"])
+def test_workers_of_one_study_do_not_make_each_others_proposals(
+    landscape, task, storage, sampler, monkeypatch
+):
+    """Two who begin at the same moment, before there is any trial."""
+    barrier, inner, first = threading.Barrier(2), tuning.run, []
+
+    def together(*args, **options):
+        if threading.get_ident() not in first:
+            first.append(threading.get_ident())
+            barrier.wait(20)
+        return inner(*args, **options)
+
+    monkeypatch.setattr(tuning, "run", together)
+    monkeypatch.setattr(tuning, "POLL", 0.05)
+    found = {}
+
+    def work(k):
+        found[k] = search(task, replace(PLAN, sampler=sampler, trials=12), storage=storage, name="s")
+
+    workers = [threading.Thread(target=work, args=(k,)) for k in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert found[0]["trials"] == found[1]["trials"]
+    assert len(set(proposals(found[0]))) == 12
+
+
+# Storages
+
+
+@pytest.mark.parametrize(
+    ("url", "finding"),
+    [
+        ("banana", "Could not parse"),
+        ("sqlite:////nowhere/at/all.sqlite3", "unable to open database file"),
+        ("postgresql+psycopg://me:secret@/x?host=/nowhere", "nowhere"),
+        ("postgresql+psycopg://me:sec@ret@127.0.0.1:1/x", "127.0.0.1"),
+        ("oracle+nothing://me:secret@host/x", "oracle.nothing"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_one_line_without_its_password(url, finding):
+    with pytest.raises(SearchError, match=re.escape(finding)) as error:
+        open_storage(url)
+    assert "\n" not in str(error.value)
+    assert "sec" not in str(error.value)
+    assert str(error.value).startswith(f"the storage {url.split(':')[0]}")
+
+
+@pytest.mark.parametrize("keep", [0.5, 0.9, 20])
+def test_a_truncated_file_is_refused_and_left(landscape, task, tmp_path, keep):
+    path = tmp_path / "s.sqlite3"
+    search(task, PLAN, storage=open_storage(f"sqlite:///{path}"), name="s")
+    whole = path.read_bytes()
+    content = whole[: keep if isinstance(keep, int) else int(keep * len(whole))]
+    path.write_bytes(content)
+    with pytest.raises(SearchError, match=r"s\.sqlite3 cannot be used: .*malformed|not a database") as error:
+        search(task, PLAN, storage=open_storage(f"sqlite:///{path}"), name="s")
+    assert "\n" not in str(error.value)
+    assert path.read_bytes() == content
+    path.write_bytes(whole)
+    search(task, PLAN, storage=open_storage(f"sqlite:///{path}"), name="s")
+
+
+@pytest.mark.parametrize("when", ["beginning", "middle", "end"])
+def test_a_full_disk_is_one_line_and_the_search_goes_on_when_there_is_room(
+    landscape, task, storage, when, monkeypatch
+):
+    """SQLite's own refusal, by a limit on the pages of its file."""
+    plan, pages = replace(PLAN, trials=6), []
+
+    @sqlalchemy.event.listens_for(storage.engine, "checkout")
+    def limit(connection, *_):
+        count = connection.execute("PRAGMA page_count").fetchone()[0]
+        connection.execute(f"PRAGMA max_page_count={count if pages else 2**30}")
+
+    def act():
+        pages.append(True)
+        storage.scoped_session.remove()
+        storage.engine.dispose()
+
+    if when == "beginning":
+        act()
+    else:
+        stopped_in(monkeypatch, {"middle": 3, "end": 6}[when], act)
+    inner = tuning.run
+    monkeypatch.setattr(tuning, "run", lambda *a, **o: {**inner(*a, **o), "second": ["x" * 9000]})
+    with pytest.raises(
+        SearchError, match=r"the storage of the study 's' failed: .*full.*run the same again"
+    ) as e:
+        search(task, plan, storage=storage, name="s", alone=True)
+    assert "\n" not in str(e.value)
+    pages.clear()
+    storage.engine.dispose()
+    monkeypatch.setattr(tuning, "run", inner)
+    found = search(task, plan, storage=storage, name="s", alone=True)
+    assert len(set(proposals(found))) == 6
+
+
+def test_optunas_experimental_warnings_are_not_shown(landscape, task, tmp_path):
+    before = optuna.logging.get_verbosity()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        storage = open_storage(f"sqlite:///{tmp_path / 's.sqlite3'}")
+        search(task, PLAN, storage=storage, name="s", alone=True)
+    assert optuna.logging.get_verbosity() == before
+
+
+def test_a_bar_for_the_trials(landscape, task, storage, capsys):
+    search(task, PLAN, storage=storage, name="s", progress="here")
+    err = capsys.readouterr().err
+    assert "here:" in err
+    assert "4/4" in err
+    assert "best=" in err
