@@ -1,0 +1,246 @@
+"""Verdicts on records that were made up to be on one side of each rule, or the other."""
+
+import math
+
+import pytest
+
+from sogrid.experiments.verdicts import CLAIMS, Verdict, verdict_table, verdicts
+
+UPDATES = [0, 100, 300, 1000, 5000]
+
+
+def curves(experiment, ends, *, profile="laptop", clock=None, last=5000, **more):
+    """A record whose training loss falls like a power of the updates to ``ends[method]``, one per seed.
+
+    ``math.inf`` is a seed that diverged after update 1,000.
+    """
+    runs = []
+    for method, values in ends.items():
+        for seed, end in enumerate(values, start=1):
+            finished = math.isfinite(end)
+            shape = [100.0, *((end if finished else 10.0) * (last / u) ** 0.5 for u in UPDATES[1:])]
+            kept = slice(None) if finished else slice(4)
+            run = {"method": method, "seed": seed, "update": UPDATES[kept], "train": shape[kept]}
+            run |= {"test": [2 * v for v in run["train"]], "status": "finished" if finished else "diverged"}
+            run["train_error"] = [min(v / 100, 0.9) for v in run["train"]]
+            runs.append(run | more)
+    record = {"experiment": experiment, "settings": {"profile": profile, "updates": last}, "runs": runs}
+    if clock is not None:
+        rows = [{"method": m, "update_ms": ms, "refresh_ms": r} for m, (ms, r) in clock.items()]
+        record["clock"] = {"rows": rows}
+    return record
+
+
+def searches(losses, searches=20):
+    """A record of searches whose trials had these losses, by sampler and search."""
+    runs = [
+        {"sampler": sampler, "seed": seed, "trials": {"loss": loss, "lr": [1.0] * len(loss)}}
+        for sampler, several in losses.items()
+        for seed, loss in enumerate(several)
+    ]
+    settings = {"profile": "laptop", "trials": 4, "searches": searches}
+    return {"experiment": "fig4_1_three_searches", "settings": settings, "runs": runs}
+
+
+def verdict(record, words, longer=None) -> Verdict:
+    """The one whose claim has these words."""
+    (found,) = (v for v in verdicts(record, longer) if words in v.claim)
+    return found
+
+
+CLEAR, NEAR, FAR = [3.0, 3.1, 2.9], [3.2, 2.9, 3.3], [6.0, 6.1, 5.9]
+
+
+@pytest.mark.parametrize(
+    ("kfac", "expected"),
+    [
+        (CLEAR, "holds"),
+        (NEAR, "does not hold"),  # its mean is above the other's
+        ([2.9, 3.3, 2.5], "holds with a caveat"),  # below, but not two standard errors
+        ([2.0], "holds with a caveat"),  # one seed separates nothing
+        ([2.0, math.inf, 2.0], "does not hold"),
+    ],
+)
+def test_lower_means_two_standard_errors(kfac, expected):
+    others = {"acp": FAR if expected == "holds" else CLEAR, "standard_sgd": FAR}
+    record = curves("fig6_2_mnist_autoencoder", {"kfac": kfac, **others})
+    assert verdict(record, "best per update").verdict == expected
+
+
+def test_what_diverged_is_beaten():
+    record = curves("fig6_2_mnist_autoencoder", {"kfac": CLEAR, "acp": [math.inf, 1.0, 1.0]})
+    found = verdict(record, "best per update")
+    assert found.verdict == "holds"
+    assert "diverged in 1 of 3 runs" in found.numbers
+
+
+def test_a_lead_that_came_late_is_a_caveat():
+    record = curves("fig6_2_mnist_autoencoder", {"kfac": CLEAR, "acp": FAR})
+    for run in record["runs"]:
+        if run["method"] == "kfac":
+            run["train"][2] = 90.0  # behind at update 300
+    found = verdict(record, "best per update")
+    assert found.verdict == "holds with a caveat"
+    assert "leads at 3 of 4 evaluations from update 100 on" in found.numbers
+
+
+def test_small_runs_decide_nothing():
+    record = curves("fig6_2_mnist_autoencoder", {"kfac": CLEAR, "acp": FAR}, profile="smoke")
+    assert verdict(record, "best per update").verdict == "not testable at this scale"
+
+
+def test_what_the_record_lacks_is_named():
+    record = curves("fig6_2_mnist_autoencoder", {"acp": FAR})
+    found = verdict(record, "best per update")
+    assert found.verdict == "not testable at this scale"
+    assert found.numbers == "the record lacks KFAC"
+    everything = {"kfac": CLEAR, "acp": CLEAR, "acp_fixedalpha": CLEAR, "standard_sgd": FAR}
+    assert "sogrid clock" in verdict(curves("fig6_2_x", everything), "in time").numbers
+
+
+@pytest.mark.parametrize(
+    ("acp_ms", "expected"), [(10, "holds"), (28, "holds with a caveat"), (40, "does not hold")]
+)
+def test_time_is_updates_times_their_cost(acp_ms, expected):
+    """Losses fall like the inverse root of the updates, so equal curves differ by the root of the costs."""
+    ends = {"kfac": CLEAR, "acp": CLEAR, "acp_fixedalpha": FAR, "standard_sgd": FAR}
+    clock = {"kfac": (20, 1), "acp": (acp_ms, 1), "acp_fixedalpha": (10, 1), "standard_sgd": (9, 0)}
+    found = verdict(curves("fig6_2_x", ends, clock=clock), "in time")
+    assert found.verdict == expected
+    if acp_ms == 10:
+        assert "after 50 s ACP, heuristic α is at 3, KFAC at 4.24" in found.numbers
+
+
+def test_a_test_error_that_still_falls_decides_nothing_but_a_longer_run_may():
+    ends = {"kfac": CLEAR, "acp": CLEAR, "acp_fixedalpha": FAR}
+    clock = dict.fromkeys(ends, (10, 1))
+    record = curves("fig6_2_x", ends, clock=clock)
+    assert verdict(record, "test error").verdict == "not testable at this scale"
+    longer = curves("fig6_2_x", {m: v[:1] for m, v in ends.items()})
+    for run, best in zip(longer["runs"], (300, 100, 1000), strict=True):
+        run["test"][UPDATES.index(best)] = {"kfac": 2.0, "acp": 1.0, "acp_fixedalpha": 3.0}[run["method"]]
+    assert verdict(record, "test error", longer).verdict == "holds"
+    longer["runs"][0]["test"][2] = 0.5  # KFAC's is better
+    assert verdict(record, "test error", longer).verdict == "does not hold"
+    longer["runs"][0]["test"][2], longer["runs"][0]["test"][1] = 5.0, 1.5  # as soon, not better
+    record["clock"]["rows"][0]["update_ms"] = 5
+    assert verdict(record, "test error", longer).verdict == "holds with a caveat"
+
+
+@pytest.mark.parametrize(("acp", "expected"), [(CLEAR, "holds"), ([5.4, 5.5, 5.3], "holds with a caveat")])
+def test_a_large_margin_is_a_fifth(acp, expected):
+    ends = {"acp_fixedalpha": acp, "mean_only_bn": FAR, "centered_gradient_descent": [7.0] * 3}
+    assert verdict(curves("fig6_1_centering", ends), "large margin").verdict == expected
+
+
+def test_centring_at_the_end_needs_the_end():
+    ends = {"standard_sgd": CLEAR, "centered_gradient_descent": FAR}
+    record = curves("fig6_1_centering", ends)
+    assert verdict(record, "even improve").verdict == "not testable at this scale"
+    record["settings"]["updates"] = 300_000
+    assert verdict(record, "even improve").verdict == "holds"
+    early = verdict(record, "early")
+    assert early.verdict == "does not hold"
+    assert "after 1,000 updates" in early.numbers
+
+
+def test_updates_to_a_level_are_interpolated_on_log_scales():
+    """UBP ends at half of SGD's loss, and losses fall like a root: it is there after a quarter."""
+    record = curves("fig5_1_x", {"jaco_update": CLEAR, "standard_sgd": FAR})
+    found = verdict(record, "fewer updates")
+    assert found.verdict == "holds"
+    assert "is where SGD ends after 1,250, 4.0 times sooner" in found.numbers
+
+
+@pytest.mark.parametrize(
+    ("cost", "expected"), [(2, "does not hold"), (5, "holds with a caveat"), (10, "holds")]
+)
+def test_ubp_pays_if_its_cost_is_below_what_it_saves(cost, expected):
+    clock = {"jaco_update": (20 * cost, 0), "standard_sgd": (20, 0)}
+    record = curves("fig5_1_x", {"jaco_update": CLEAR, "standard_sgd": FAR}, clock=clock)
+    assert verdict(record, "do not pay").verdict == expected
+
+
+def test_variants_are_compared_where_they_end():
+    ends = {"jaco_update": CLEAR, "jaco_update_hessian": CLEAR, "jaco_update_without": FAR}
+    record = curves("fig5_1_x", ends)
+    for run in record["runs"]:
+        if run["method"] != "jaco_update":
+            for key in ("update", "train", "test"):
+                run[key] = run[key][:4]
+    found = verdict(record, "as well as the Hessian")
+    assert found.verdict == "holds"
+    assert "after 1,000 updates" in found.numbers
+    for run in record["runs"]:
+        if run["method"] == "jaco_update_hessian":
+            run["train"] = [v / 2 for v in run["train"]]
+    assert verdict(record, "as well as the Hessian").verdict == "does not hold"
+
+
+def test_samplers_are_compared_by_their_best():
+    spread = [0.0, 0.1, -0.1, 0.05]
+    losses = {
+        s: [[50.0, None, mean + d, 40.0] for d in spread] for s, mean in (("grid", 28.0), ("random", 27.0))
+    }
+    losses["biased"] = [[27.05 + d / 2, 27.1, 27.2, 27.3] for d in spread]
+    record = searches(losses)
+    assert verdict(record, "than a grid").verdict == "holds"
+    assert verdict(record, "than random search").verdict == "does not hold"
+    assert verdict(record, "varies least").verdict == "holds"
+    near = verdict(record, "near the best")
+    assert near.verdict == "holds"
+    assert "biased random search 100%" in near.numbers
+    assert "random search 25%" in near.numbers
+    assert verdict({**record, "settings": {**record["settings"], "searches": 4}}, "least").verdict.startswith(
+        "not"
+    )
+
+
+def test_the_interaction_is_a_correlation_of_the_twenty_best():
+    lr = [10 ** (-3 + 0.2 * i) for i in range(20)]
+    trials = {"loss": [1.0] * 20 + [9.0], "lr": [*lr, 10.0], "scale": [50 * v for v in lr] + [1.0]}
+    record = {"experiment": "fig2_2_x", "settings": {"profile": "laptop"}, "runs": [{"trials": trials}]}
+    (found,) = verdicts(record)
+    assert found.verdict == "holds"
+    assert "correlate at 1.00, with slope 1 " in found.numbers
+    trials["scale"] = [50.0 + i % 2 for i in range(21)]
+    assert verdicts(record)[0].verdict == "does not hold"
+    trials["loss"] = [None] * 15 + [1.0] * 6
+    assert verdicts(record)[0].verdict == "not testable at this scale"
+
+
+def test_fisher_and_gauss_newton_are_compared_where_they_reach_one_percent():
+    ends = {"kfac_nat": [0.5] * 3, "kfac": [0.8] * 3, "acp": FAR}
+    clock = {"kfac_nat": (5.5, 60), "kfac": (5, 30)}
+    record = curves("fig6_3_cifar10", ends, clock=clock)
+    found = verdict(record, "than with the Gauss-Newton")
+    assert found.verdict == "holds"
+    assert "after 1,250 updates against 3,200" in found.numbers
+    assert verdict(record, "recompute").verdict == "holds with a caveat"
+    slower = curves("fig6_3_cifar10", {**ends, "kfac": FAR}, clock=clock)
+    assert "KFAC never gets to 1 %" in verdict(slower, "than with the Gauss-Newton").numbers
+
+
+def test_instability_is_a_rise_of_the_loss():
+    ends = {"acp": CLEAR, "acp_fixedalpha": CLEAR}
+    record = curves("fig6_3_cifar10", ends)
+    assert verdict(record, "unstable").verdict == "does not hold"
+    record["runs"][0]["train"][3] = 40.0
+    assert verdict(record, "unstable").verdict == "holds"
+    assert verdict(curves("fig6_3_x", {**ends, "acp": [3.0, math.inf]}), "unstable").verdict == "holds"
+
+
+@pytest.mark.parametrize(("ms", "expected"), [(8, "does not hold"), (60, "holds")])
+def test_natural_neural_networks_are_dear_above_ten(ms, expected):
+    record = curves("fig6_3_x", {"nnn2": CLEAR, "standard_sgd": FAR})
+    record["clock"] = {
+        "rows": [{"method": m, "update_ms": v} for m, v in (("nnn2", ms), ("standard_sgd", 4))]
+    }
+    assert verdict(record, "wide inputs").verdict == expected
+
+
+def test_a_table_has_a_line_for_each_claim():
+    record = curves("fig6_1_centering", {"standard_sgd": CLEAR})
+    assert len(verdict_table(record).splitlines()) == 2 + len(CLAIMS["fig6_1"])
+    with pytest.raises(ValueError, match="no claims about 'fig9'"):
+        verdicts({**record, "experiment": "fig9"})
