@@ -1,0 +1,211 @@
+"""Figures and tables from made-up records: what is drawn, and what the captions say."""
+
+import math
+from itertools import product
+
+import pytest
+
+from sogrid.experiments.figures import (
+    best_losses,
+    caption,
+    comparison_table,
+    cost_table,
+    landscape,
+    learning_curves,
+    loss_at,
+    search_caption,
+    search_scatter,
+    search_table,
+    settings_table,
+    thesis_loss_at,
+    values_at,
+)
+from sogrid.experiments.reference import thesis_values
+
+PROVENANCE = {"date": "2026-11-24", "machine": {"processor": "Z80", "threads": 1, "device": "cpu"}}
+
+
+@pytest.fixture
+def record():
+    """Two methods, two seeds, four evaluations."""
+    runs = [
+        {
+            "method": method,
+            "settings": {"lr": 0.125, "scale": 32.0},
+            "seed": seed,
+            "update": [0, 300, 1000, 3000],
+            "second": [0.0, 30.0, 100.0, 300.0],
+            "train": [100.0, 40.0 + seed, 20.0, 10.0],
+            "test": [100.0, 42.0, 22.0, 12.0],
+            "status": "finished",
+            "provenance": PROVENANCE,
+        }
+        for method, seed in product(("acp_fixedalpha", "standard_sgd"), (1, 3))
+    ]
+    settings = {"updates": 3000, "batch": 200, "refresh_every": 100, "hyperparameters": "by lot"}
+    settings["data"] = {"variant": "MNIST, full", "checksum": "0123456789"}
+    return {"experiment": "fig6_2_mnist_autoencoder", "settings": settings, "runs": runs}
+
+
+def with_clock(record):
+    rows = [
+        {"method": "acp_fixedalpha", "update_ms": 40.0, "refresh_ms": 50.0},
+        {"method": "standard_sgd", "update_ms": 20.0, "refresh_ms": 0.0},
+    ]
+    return {**record, "clock": {"rows": rows, "provenance": PROVENANCE}}
+
+
+def lines(figure, name):
+    return [trace for trace in figure.data if trace.mode == "lines" and trace.name == name]
+
+
+def test_lines_are_means_and_bands_standard_deviations(record):
+    figure = learning_curves(record, x="update", y="train")
+    (sgd,) = lines(figure, "SGD")
+    assert list(sgd.x) == [1, 301, 1001, 3001]
+    assert list(sgd.y) == [100, 42, 20, 10]
+    band = figure.data[0]
+    assert band.fill == "toself"
+    assert band.y[1] == pytest.approx(42 + math.sqrt(2))
+    assert band.y[-2] == pytest.approx(42 - math.sqrt(2))
+    assert "SGD 10" in figure.layout.meta["alt"]
+    single = {**record, "runs": record["runs"][:1]}
+    assert all(trace.fill is None for trace in learning_curves(single, x="update", y="train").data)
+
+
+def test_seconds_are_updates_times_their_cost(record):
+    measured = learning_curves(record, x="second", y="train")
+    assert list(lines(measured, "SGD")[0].x) == [1, 31, 101, 301]
+    built = learning_curves(with_clock(record), x="second", y="train")
+    assert list(lines(built, "SGD")[0].x) == [1, 7, 21, 61]
+    assert list(lines(built, "ACP, fixed α")[0].x) == [1, 13, 41, 121]
+
+
+def test_the_thesis_is_beside_ours_as_far_as_we_went(record):
+    figure = learning_curves(record, x="update", y="train", figure_key="fig6_2")
+    (marks,) = (trace for trace in figure.data if trace.name == "SGD (thesis 2017)")
+    assert list(marks.x) == [1, 301, 601, 1001, 3001]
+    assert list(marks.y) == thesis_values("fig6_2")["curves"]["train_mse_by_update"]["y"]["standard_sgd"][:5]
+    (dashed,) = (trace for trace in figure.data if trace.name == "ACP, fixed α (thesis 2017)")
+    assert (marks.marker.symbol, dashed.marker.symbol) == ("circle-open", "diamond-open")
+    assert not any(
+        "thesis" in (trace.name or "") for trace in learning_curves(record, x="update", y="train").data
+    )
+
+
+def test_methods_that_the_thesis_lacks_have_no_marks(record):
+    for run in record["runs"][2:]:
+        run["method"] = "jaco_update_hessian"
+    figure = learning_curves(record, x="update", y="train", figure_key="fig5_1")
+    assert not any("Hessian (thesis" in (trace.name or "") for trace in figure.data)
+
+
+def test_a_longer_run_goes_on_where_ours_end(record):
+    run = {**record["runs"][2], "update": [0, 1000, 3000, 9000], "train": [100.0, 21.0, 11.0, 6.0]}
+    figure = learning_curves(record, x="update", y="train", longer={**record, "runs": [run]})
+    (thin,) = (trace for trace in figure.data if trace.name == "SGD, one seed")
+    assert (list(thin.x), list(thin.y)) == ([3001, 9001], [11, 6])
+    assert thin.line.width == 1
+
+
+def test_curves_end_with_a_cross_where_a_seed_diverged(record):
+    last = record["runs"][3]
+    last |= {"status": "diverged", **{k: last[k][:2] for k in ("update", "second", "train", "test")}}
+    figure = learning_curves(record, x="update", y="train")
+    assert list(lines(figure, "SGD")[0].x) == [1, 301]
+    (cross,) = (trace for trace in figure.data if trace.marker.symbol == "x")
+    assert (cross.x, cross.y) == ((301,), (42,))
+
+
+def test_error_rates_of_zero_have_no_place_on_a_logarithmic_axis(record):
+    for run in record["runs"]:
+        run["method"] = {"standard_sgd": "kfac_nat"}.get(run["method"], "kfac")
+        run["update"], run["train_error"] = [0, 1000, 20_000, 50_000], [0.9, 0.5, 0.1, 0.01]
+    figure = learning_curves(record, x="update", y="train_error", figure_key="fig6_3")
+    (marks,) = (trace for trace in figure.data if trace.name == "KFAC, Fisher (thesis 2017)")
+    assert min(marks.y) > 0
+
+
+def test_values_at_a_point(record):
+    assert values_at(record, "standard_sgd", 300) == [41, 43]
+    assert loss_at(record, "standard_sgd", 300, "test") == 42
+    with pytest.raises(ValueError, match="no 'standard_sgd' evaluated at update 7"):
+        loss_at(record, "standard_sgd", 7)
+    assert thesis_loss_at("fig6_2", 1000)["kfac"] == 6.46
+    assert thesis_loss_at("fig5_1", 1000)["jaco_update"] == 82.7
+    assert thesis_loss_at("fig6_3", 1000)["kfac_nat"] == 1.21
+
+
+def test_captions_say_what_where_and_when(record):
+    text = caption(record)
+    for part in (
+        "MNIST, full (sha256 01234567)",
+        "3,000 updates of 200",
+        "seeds 1, 3",
+        "by lot",
+        "Z80, 1 thread",
+    ):
+        assert part in text
+    assert "Seconds" not in text
+    assert "Seconds are updates times the cost of one" in caption(with_clock(record))
+    assert "seed 1," in caption({**record, "runs": record["runs"][:1]})
+
+
+def test_tables(record):
+    table = comparison_table(record, 300, "fig6_2").splitlines()
+    assert table[2] == "| ACP, fixed α | 42 ± 1.4 | 87.8 | λ 0.125, s 32 |"
+    assert (
+        cost_table(with_clock(record), "fig6_2").splitlines()[2]
+        == "| ACP, fixed α | 40.0 | 0.50 | 2.00 | 2.03 |"
+    )
+
+
+@pytest.fixture
+def searches():
+    """Two searches by each sampler, four trials each, one of which diverged."""
+    runs = [
+        {
+            "method": "standard_sgd",
+            "sampler": sampler,
+            "seed": seed,
+            "domain": {"lr": [0.01, 1.0], "scale": [1.0, 100.0]},
+            "trials": {
+                "lr": [0.01, 0.1, 0.2, 1.0],
+                "scale": [1.0, 10.0, 20.0, 100.0],
+                "loss": [50.0, 30.0 + seed, 40.0, None],
+            },
+            "provenance": PROVENANCE,
+        }
+        for sampler, seed in product(("grid", "random", "biased"), (0, 1))
+    ]
+    settings = {"benchmark": "mnist_autoencoder", "updates": 300}
+    settings["data"] = {"variant": "MNIST, full", "checksum": "0123456789"}
+    return {"experiment": "fig4_1_three_searches", "settings": settings, "runs": runs}
+
+
+def test_a_landscape_has_every_trial(searches):
+    figure = landscape(searches)
+    runs, diverged, _, best = figure.data
+    assert len(runs.x) == 18
+    assert len(diverged.x) == 6
+    assert (best.x, best.y) == ((0.1,), (10.0,))
+    assert list(runs.marker.color[:3]) == pytest.approx([math.log10(v) for v in (50, 30, 40)])
+    assert "The best has learning rate 0.1, init scale 10 and loss 30." in figure.layout.meta["alt"]
+
+
+def test_three_searches_share_one_scale_and_one_bar(searches):
+    figure = search_scatter(searches, seed=1)
+    runs = figure.data[::2]
+    assert [trace.xaxis for trace in runs] == ["x", "x2", "x3"]
+    assert [bool(trace.marker.showscale) for trace in runs] == [True, False, False]
+    assert {(trace.marker.cmin, trace.marker.cmax) for trace in runs} == {(math.log10(31), math.log10(50))}
+    ends = [figure.layout[axis].domain for axis in ("xaxis", "xaxis2", "xaxis3")]
+    assert ends[0][1] < ends[1][0] < ends[1][1] < ends[2][0]
+
+
+def test_the_table_of_searches(searches):
+    assert best_losses(searches)["biased"] == [30, 31]
+    rows = search_table(searches).splitlines()
+    assert rows[4] == "| biased random search | 2 | 30.50 ± 0.71 | 26.61 ± 0.13 |"
+    assert settings_table(searches).splitlines()[2] == "| SGD | 4 | 1 | 30 | λ 0.1, s 10 |"
+    assert "24 runs of 300 updates" in search_caption(searches)
