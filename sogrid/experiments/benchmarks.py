@@ -181,9 +181,7 @@ METHODS = {
     "centered_gradient_descent": Method(lambda model, loss, s: CenteredGradientDescent(model, **s)),
     "acp_fixedalpha": Method(_acp(1.0), settings=DAMPED),
     "acp": Method(_acp("heuristic"), settings=DAMPED),
-    "nnn2": Method(
-        lambda model, loss, s: NaturalNN(model, **s, refresh_every=REFRESH_EVERY), settings=DAMPED
-    ),
+    "nnn2": Method(_nnn, settings=DAMPED),
     "kfac": Method(_kfac(), settings=DAMPED),
     "kfac_nat": Method(_kfac("fisher_exact"), settings=DAMPED),
     "jaco_update": Method(_ubp("gauss_newton")),
