@@ -98,6 +98,9 @@ def setup(app: Sphinx) -> dict:
     os.environ["SOGRID_BOOK"] = "1"
     # Set by a script, so that a reader without scripts sees the page; sogrid-book.js takes it away.
     app.add_js_file(None, body='document.documentElement.classList.add("sogrid-typesetting")')
+    # After the configuration's own, sogrid-book.js (800), which they use.
+    app.add_js_file("js/sogrid-formulas.js", priority=850, loading_method="defer")
+    app.add_js_file("js/sogrid-explorers.js", priority=900, loading_method="defer")
     app.connect("config-inited", set_cache)
     app.connect("builder-inited", copy_vendor)
     app.connect("html-page-context", remove_thebe, priority=900)

@@ -4,9 +4,11 @@ import functools
 import http.server
 import json
 import threading
+import time
 
 import pytest
 from book.screenshots import DESKTOP, HTML, PHONE, chromium, find_chromium, pages, resize, set_theme, settle
+from selenium.webdriver import Keys
 
 pytestmark = pytest.mark.browser
 
@@ -165,3 +167,27 @@ def test_a_dark_page_is_printed_in_light(driver, roots):
     driver.execute_cdp_cmd("Page.printToPDF", {})
     theme = "document.documentElement.dataset.theme"
     assert driver.execute_script(f"return [window.printed, {theme}]") == ["light", "dark"]
+
+
+WITH_EXPLORERS = [p for p in PAGES if 'class="sogrid-explorer"' in (HTML / p).read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("page", WITH_EXPLORERS)
+def test_explorers_of_a_page_answer(driver, roots, page):
+    """Each is drawn and redraws at a key; that it draws what Python computes is in test_explorers.py."""
+    open_page(driver, f"{roots['file']}/{page}", DESKTOP)
+    for root in driver.find_elements("css selector", ".sogrid-explorer"):
+        before = root.get_attribute("data-shown")
+        assert before
+        slider = root.find_element("css selector", "input[type=range]")
+        slider.send_keys(Keys.ARROW_RIGHT if slider.get_attribute("value") == "0" else Keys.ARROW_LEFT)
+        until(lambda root=root, before=before: root.get_attribute("data-shown") != before)
+    assert not [e["message"] for e in driver.get_log("browser") if e["level"] == "SEVERE"]
+
+
+def until(done, seconds=10):
+    """Wait for it."""
+    end = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.02)

@@ -1,0 +1,230 @@
+"""Race (Thesis Figs. 5.1, 6.1 to 6.3): methods by update or by second, and what KFAC's updates may cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from sogrid.experiments.figures import milliseconds, runs_by_method
+from sogrid.experiments.reference import thesis_values
+from sogrid.explorers.core import At, Explorer, First, Short, select, short, slider, toggle
+from sogrid.plotting import COLORS, METHODS, style
+
+__all__ = ["break_even", "race", "seconds_per_update"]
+
+CURVES = {
+    "train": ("training loss", ("train_mse", "train_cross_entropy")),
+    "test": ("test loss", ("test_mse", "test_cross_entropy")),
+    "train_error": ("training error rate", ("train_error",)),
+    "test_error": ("test error rate", ("test_error",)),
+}
+AXES = "update", "second"
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0)
+BUDGETS, PODIUM = 40, 3
+PRICED = "kfac", "kfac_nat"
+FAINT = {"opacity": 0.25, "showlegend": False, "hoverinfo": "skip"}
+SOLID = {"hovertemplate": "%{x:.4g}: %{y:.4g}"}
+
+
+def seconds_per_update(record: dict[str, Any]) -> dict[str, float]:
+    """What an update of each method costs: from the record's clock, or else from how long its runs took."""
+    took = {
+        method: fmean(run["second"][-1] / max(run["update"][-1], 1) for run in runs if run["update"])
+        for method, runs in runs_by_method(record).items()
+        if any(run.get("update") for run in runs)
+    }
+    return took | {method: ms / 1000 for method, ms in milliseconds(record).items()}
+
+
+def break_even(
+    update: np.ndarray, loss: np.ndarray, rivals: Sequence[tuple[np.ndarray, np.ndarray]], budget: float
+) -> float:
+    """Seconds that a method's update may cost if it is to lead after a budget; NaN if it leads at no cost.
+
+    It is taken to lead at every lower cost too, as it does if its loss falls.
+
+    Args:
+        update: Where the method was evaluated.
+        loss: What it was there.
+        rivals: Seconds and losses of the others.
+        budget: Seconds.
+    """
+    goal = min(values[within(second, budget) - 1] for second, values in rivals)
+    better = update[np.flatnonzero((loss < goal) & (update > 0))]
+    return budget / better[0] if len(better) else math.nan
+
+
+def within(at: np.ndarray, budget: float) -> int:
+    """How many evaluations, the first in any case, are within a budget."""
+    return max(1, int(np.searchsorted(at, budget * (1 + 1e-9), side="right")))
+
+
+def race(record: dict[str, Any], figure_key: str | None = None) -> Explorer:
+    """Learning curves up to a budget, means over seeds. Axes begin at one, as the thesis's.
+
+    Args:
+        record: Content of a record of learning curves; seconds are updates times what one costs.
+        figure_key: The thesis's figure to set beside it, e.g. ``"fig6_2"``.
+
+    Raises:
+        ValueError: If the record holds no learning curves.
+    """
+    runs = {m: [run for run in of if run.get("train")] for m, of in runs_by_method(record).items()}
+    runs = {m: of for m, of in runs.items() if of and m in METHODS}
+    if not runs:
+        raise ValueError("this record holds no learning curves")
+    methods, cost = list(runs), seconds_per_update(record)
+    curves = [c for c in CURVES if all(run.get(c) for of in runs.values() for run in of)]
+    means = {
+        m: [[fmean(values) for values in zip(*(run[c] for run in of), strict=False)] for c in curves]
+        for m, of in runs.items()
+    }
+    update = {m: np.array(of[0]["update"][: len(means[m][0])]) for m, of in runs.items()}
+    priced = [m for m in PRICED if m in runs]
+    shares = SHARES if priced else (1.0,)
+    factor = {m: np.array(shares if m in priced else [1.0] * len(shares))[:, None] for m in methods}
+    at = {
+        m: np.array([update[m] * np.ones_like(factor[m]), update[m] * cost[m] * factor[m]]) for m in methods
+    }
+
+    usual = shares.index(1.0)
+    last = [max(at[m][axis, usual, -1] for m in methods) for axis in (0, 1)]
+    first = [min(v for m in methods for v in at[m][axis, usual] if v > 0) for axis in (0, 1)]
+    budgets = [np.geomspace(low, high, BUDGETS) for low, high in zip(first, last, strict=True)]
+    reached = {
+        m: np.array([[[within(x, b) for b in budgets[axis]] for x in at[m][axis]] for axis in (0, 1)])
+        for m in methods
+    }
+
+    traces = []
+    for m in methods:
+        x, y, look = At(at[m] + 1, "axis", "cost"), At(np.array(means[m]), "curve"), style(m)
+        count = At(reached[m], "axis", "cost", "budget")
+        base = {"type": "scatter", "legendgroup": m, "name": look["name"], "line": look["line"]}
+        traces += [
+            {**base, "x": x, "y": y, "mode": "lines", **FAINT},
+            {**base, "x": First(x, count), "y": First(y, count), "mode": "lines", **SOLID},
+        ]
+    thesis = thesis_values(figure_key) if figure_key else {"methods": [], "curves": {}}
+    traces += [_markers(m, curves, thesis["curves"], last[0]) for m in methods if m in thesis["methods"]]
+
+    words = [f"{round(u):,} updates · {short(s)} s" for u, s in zip(*budgets, strict=True)]
+    look = {"color": COLORS["pink"], "width": 1.5, "dash": "dot"}
+    line = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": look}
+    edge = At(np.array(budgets) + 1, "axis", "budget")
+    power = {"type": "log", "exponentformat": "power"}
+    names = [CURVES[c][0] for c in curves]
+    return Explorer(
+        alt=f"Learning curves of {', '.join(METHODS[m][0] for m in methods)}, by update or by second; solid "
+        "up to a budget, and faint beyond it.",
+        controls=[
+            select("axis", "race by", ["updates", "seconds"]),
+            select("curve", "measured by", names),
+            slider("budget", "budget", range(BUDGETS), words=words),
+            slider("cost", "KFAC's cost in time", shares, 1, words=[_price(s, cost, priced) for s in shares]),
+            *([toggle("thesis", "the thesis's values")] if figure_key else []),
+        ],
+        traces=traces,
+        layout={
+            "xaxis": {
+                "title": {"text": At(["update + 1", "second of training + 1"], "axis")},
+                "range": At([[-0.02, math.log10(end + 1) + 0.05] for end in last], "axis"),
+                "dtick": 1,
+                **power,
+            },
+            "yaxis": {
+                "title": {"text": At(names, "curve")},
+                "range": At([_range([means[m][i] for m in methods]) for i in range(len(curves))], "curve"),
+                "dtick": "D2",
+                **power,
+            },
+            "shapes": [{**line, "x0": edge, "x1": edge}],
+            "height": 500,
+        },
+        text=[
+            At(words, "budget"),
+            *_ranking(methods, means, reached),
+            *_verdict(priced, methods, means, update, at, budgets, cost),
+        ],
+    )
+
+
+def _price(share: float, cost: dict[str, float], priced: list[str]) -> str:
+    """A cost of KFAC's update in words: of what it was, and of SGD's."""
+    words = f"{100 * share:.0f} %"
+    if not priced or "standard_sgd" not in cost:
+        return words
+    return f"{words}, {short(share * cost[priced[0]] / cost['standard_sgd'])} × SGD"
+
+
+def _range(columns: list[list[float]]) -> list[float]:
+    """Ends of a logarithmic axis."""
+    values = [v for column in columns for v in column if v > 0]
+    low, high = np.log10([min(values), max(values)])
+    return [float(low - 0.05 * (high - low)), float(high + 0.05 * (high - low))]
+
+
+def _markers(method: str, curves: list[str], theirs: dict[str, Any], last: float) -> dict[str, Any]:
+    """The thesis's values of a method, where it has them."""
+    x, y = [[[[], []] for _ in curves] for _ in range(2)]
+    for i, c in enumerate(curves):
+        for j, axis in enumerate(AXES):
+            names = (f"{quantity}_by_{axis}" for quantity in CURVES[c][1])
+            curve = next((theirs[name] for name in names if name in theirs), None)
+            if curve:  # a zero has no place on a logarithmic axis
+                pairs = [p for p in zip(curve["x"], curve["y"][method], strict=True) if p[1]]
+                x[i][j], y[i][j] = [p[0] for p in pairs], [p[1] for p in pairs]
+    name, _, dash = METHODS[method]
+    marker = {"symbol": "circle-open" if dash == "solid" else "diamond-open", "size": 9, "line": {"width": 2}}
+    return {
+        "type": "scatter",
+        "x": At(x, "curve", "axis"),
+        "y": At(y, "curve", "axis"),
+        "mode": "markers",
+        "marker": {**marker, "color": style(method)["line"]["color"]},
+        "legendgroup": method,
+        "showlegend": False,
+        "name": f"{name} (thesis 2017)",
+        "visible": At([False, True], "thesis"),
+    }
+
+
+def _ranking(methods: list[str], means: dict, reached: dict) -> list[Any]:
+    """The first few methods at a budget, and where they are."""
+    length = max(len(means[m][0]) for m in methods)
+    pad = lambda v: [*v, *[math.nan] * (length - len(v))]  # noqa: E731
+    values = np.array([[pad(v) for v in means[m]] for m in methods])  # [method, curve, n]
+    there = np.array([reached[m] for m in methods]) - 1  # [method, axis, cost, budget]
+    now = np.stack([values[i][:, there[i]] for i in range(len(methods))])
+    order = now.argsort(0, kind="stable")  # [place, curve, axis, cost, budget]
+    names, pieces = [METHODS[m][0] for m in methods], []
+    for place in order[:PODIUM]:
+        who = At(place, "curve", "axis", "cost", "budget")
+        value = At(values, who, "curve", At(there, who, "axis", "cost", "budget"))
+        pieces += [", then " if pieces else ": ", At(names, who), " ", Short(value)]
+    return [*pieces, "."]
+
+
+def _verdict(
+    priced: list[str], methods: list[str], means: dict, update: dict, at: dict, budgets: list, cost: dict
+) -> list[Any]:
+    """How cheap KFAC must be to lead in time."""
+    rivals = [m for m in methods if m not in priced]
+    if not priced or not rivals:
+        return []
+    never = " KFAC does not lead here at any cost."
+    cheap = " KFAC leads here below {}\u00a0% of what its update costs."
+    sentences = []
+    for i in range(len(means[priced[0]])):
+        others = [(at[m][1, 0], means[m][i]) for m in rivals]
+        limits = [
+            [break_even(update[m], np.array(means[m][i]), others, budget) / cost[m] for m in priced]
+            for budget in budgets[1]
+        ]
+        best = [max((v for v in row if not math.isnan(v)), default=math.nan) for row in limits]
+        sentences.append([never if math.isnan(v) else cheap.format(short(100 * v)) for v in best])
+    return [At(["", At(sentences, "curve", "budget")], "axis")]

@@ -1,0 +1,458 @@
+"""Explorers in Python: what a state shows, both views, and the mathematics behind them."""
+
+import ast
+import base64
+import html
+import json
+import math
+import re
+import textwrap
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+import torch
+from book.explorer_records import (
+    DOMAIN,
+    EXPLORERS,
+    curves_record,
+    explorer,
+    plain,
+    search,
+    search_record,
+    some_states,
+)
+
+from sogrid.curvature import empirical_fisher, fisher, gauss_newton, hessian
+from sogrid.explorers import (
+    At,
+    Explorer,
+    First,
+    Out,
+    Short,
+    Times,
+    core,
+    damping_and_alpha,
+    hyperparameter_interaction,
+    race,
+    search_replay,
+    second_order_by_eye,
+    select,
+    slider,
+    toggle,
+)
+from sogrid.explorers.core import resolve, short
+from sogrid.explorers.damping import ALPHAS, CURVATURE, DAMPINGS, RATES
+from sogrid.explorers.race import break_even, seconds_per_update
+from sogrid.explorers.replay import acceptance_maps
+from sogrid.explorers.second_order import DATA, MINIMUM, curvature, second_order_steps
+
+EVERY = pytest.mark.parametrize("name", EXPLORERS)
+RELEVANT = {"race": {"axis": 1}, "interaction": {"search": 1}}
+"""Where every control matters: KFAC's cost does by second, and the damping for a method that has one."""
+
+
+# Leaves and states
+
+
+def test_leaves():
+    v = np.arange(6.0).reshape(2, 3)
+    state, out = {"a": 1, "b": 2}, {"p": {"q": [7.0]}}
+    assert resolve(At(v, "a", "b"), state, out) == 5
+    assert resolve(At(v, At([0, 1], "a")), state, out).tolist() == [3, 4, 5]
+    assert resolve(At(["no", Short(1.25)], "a"), state, out) == "1.25"
+    assert resolve(First(At(v, "a"), At([0, 2], "a")), state, out).tolist() == [3, 4]
+    assert resolve(Times(2, At(v, "a")), state, out).tolist() == [6, 8, 10]
+    assert resolve({"x": [Out("p", "q"), 1]}, state, out) == {"x": [[7.0], 1]}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (-1.5, "−1.5"), (999.6, "1000"), (1e-12, "0"), (math.inf, "∞"), (0.05, "0.05"), (20.0, "20")],
+)
+def test_short(value, text):
+    assert short(value) == text
+
+
+def test_controls_start_where_they_are_told():
+    assert slider("a", "a", [1, 2, 4], 2.9).start == 1
+    assert slider("a", "a", [1, 2, 4]).start == 2
+    assert select("a", "a", ["x", "y"], "y").start == 1
+    assert toggle("a", "a", True).start == 1
+
+
+def test_an_explorer_refuses_an_unknown_control():
+    with pytest.raises(KeyError, match="no such control: speed"):
+        explorer("damping").at(speed=1)
+
+
+@EVERY
+def test_every_control_changes_the_picture(name):
+    found = explorer(name)
+    base = RELEVANT.get(name, {})
+    for control in found.controls.values():
+        states = [base | {control.name: i} for i in range(len(control.words))]
+        pictures = [json.dumps(plain(found.at(**state))) for state in states]
+        assert len(set(pictures)) > len(pictures) // 2
+
+
+@EVERY
+def test_a_picture_is_valid_plotly(name):
+    found = explorer(name)
+    for state in some_states(found, 10):
+        fig = found.figure(**state)
+        assert fig.layout.meta["alt"]
+        assert found.at(**state)["text"]
+
+
+def test_the_modules_example_is_an_explorer():
+    example = textwrap.dedent(core.__doc__.split("An explorer of one's own::")[1])
+    *setup, last = ast.parse(example).body
+    names = {"np": np, "At": At, "Short": Short, "Explorer": Explorer, "slider": slider, "say": core.say}
+    exec(compile(ast.Module(setup, []), "example", "exec"), names)
+    found = eval(compile(ast.Expression(last.value), "example", "eval"), names)
+    assert found.at(lr=0)["text"] == "After 50 updates the loss is 0.613."
+    assert len(found.html()) < 5000
+
+
+# The view of the book
+
+
+@EVERY
+def test_book_view_is_labelled_small_and_whole(name, monkeypatch):
+    monkeypatch.setenv("SOGRID_BOOK", "1")
+    found = explorer(name)
+    bundle = found._repr_mimebundle_()
+    assert set(bundle) == {"text/html", "text/plain"}
+    page = bundle["text/html"]
+    assert len(page) < 200_000
+    assert "<script src" not in page
+    assert "http" not in page
+    for control in found.controls.values():
+        ids = re.findall(rf'data-control="{control.name}" id="([^"]+)"', page)
+        assert len(ids) == 1
+        assert f'for="{ids[0]}"' in page
+    assert 'role="status"' in page
+    content = json.loads(re.search('<script type="application/json">(.*?)</script>', page).group(1))
+    assert all(entry["type"] in ("f4", "u1", "u2", "i4") for entry in content["arrays"])
+    for entry in content["arrays"]:
+        size = np.frombuffer(base64.b64decode(entry["data"]), entry["type"]).size
+        assert size == math.prod(entry["shape"])
+
+
+def test_two_views_of_a_page_have_their_own_names():
+    first, second = (re.search('id="([^"]+)"', explorer("damping").html()).group(1) for _ in range(2))
+    assert first != second
+
+
+def test_an_array_that_is_used_twice_is_written_once():
+    v = np.linspace(0, 1, 50)
+    found = Explorer(alt="a", controls=[], traces=[{"x": v, "y": v.copy()}], layout={}, text=["t"])
+    assert found.html().count('"type":"f4"') == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["race", "replay", "interaction"])
+def test_records_of_the_final_size_stay_small(kind):
+    if kind == "race":
+        found = race(curves_record(points=60), "fig6_2")
+    else:
+        runs = [search(sampler=s, seed=n, count=64) for n in range(20) for s in ("grid", "random", "biased")]
+        make = search_replay if kind == "replay" else hyperparameter_interaction
+        found = make(search_record(*runs))
+    assert len(found.html()) < 200_000
+
+
+# The view of JupyterLab
+
+
+@EVERY
+def test_jupyterlab_view_follows_every_control(name, monkeypatch):
+    monkeypatch.delenv("SOGRID_BOOK", raising=False)
+    found = explorer(name)
+    view = found.widget()
+    assert "application/vnd.jupyter.widget-view+json" in view._repr_mimebundle_()
+    for control, position in RELEVANT.get(name, {}).items():
+        view.controls[control].value = position
+    for control, widget in view.controls.items():
+        assert widget.description == found.controls[control].label
+        count, begin, seen = len(found.controls[control].words), widget.value, set()
+        for i in sorted({0, 1, count // 2, count - 1}):
+            widget.value = bool(i) if found.controls[control].kind == "check" else i
+            assert view.state[control] == i
+            _assert_shows(view, found, view.state)
+            seen.add(json.dumps(plain(view.figure.to_dict()["data"])) + view.result.value)
+        assert len(seen) > 1
+        widget.value = begin
+
+
+def _assert_shows(view, found, state):
+    expected = found.figure(**state)
+    drawn = [{k: v for k, v in trace.items() if k != "uid"} for trace in view.figure.to_dict()["data"]]
+    assert plain(drawn) == plain(expected.to_dict()["data"])
+    assert view.figure.layout.xaxis == expected.layout.xaxis
+    assert view.figure.layout.yaxis == expected.layout.yaxis
+    assert html.unescape(view.result.value) == found.at(**state)["text"]
+
+
+def test_jupyterlab_view_is_live_where_anywidget_is(monkeypatch):
+    pytest.importorskip("anywidget", reason="plotly's FigureWidget needs anywidget")
+    assert isinstance(explorer("damping").widget().figure, go.FigureWidget)
+
+
+def test_outside_the_book_an_explorer_is_a_widget(monkeypatch):
+    monkeypatch.delenv("SOGRID_BOOK", raising=False)
+    assert "text/html" not in explorer("damping")._repr_mimebundle_()
+
+
+# Second order by eye
+
+
+@pytest.mark.parametrize("w", [(0.5, 0.6), (-0.75, 0.75), (2.0, -1.0), (0.0, 0.0)])
+def test_matrices_are_the_packages(w):
+    """The network as the package has it; its two weights are the first and the third parameter."""
+    from sogrid.losses import BinaryCrossEntropyAtProbabilities
+    from sogrid.networks import MLP
+
+    model = MLP([1, 1, 1], "tanh", "sigmoid", dtype=torch.float64)
+    x, y = (torch.tensor(DATA[k], dtype=torch.float64)[:, None] for k in ("x", "y"))
+    with torch.no_grad():
+        for parameter, value in zip(model.parameters(), (w[0], 0.0, w[1], 0.0), strict=True):
+            parameter.fill_(value)
+    loss = BinaryCrossEntropyAtProbabilities("mean")
+    value, gradient, matrices = curvature(np.array(w), x[:, 0].numpy(), y[:, 0].numpy())
+    assert value == pytest.approx(loss(model(x), y).item(), rel=1e-12)
+    loss(model(x), y).backward()
+    theirs = [float(parameter.grad) for parameter in model.parameters()]
+    np.testing.assert_allclose(gradient, [theirs[0], theirs[2]], atol=1e-12)
+    weights = np.ix_([0, 2], [0, 2])
+    for name, matrix in {
+        "newton": hessian(model, loss, x, y),
+        "gauss_newton": gauss_newton(model, loss, x, y),
+        "natural": fisher(model, loss, x),
+    }.items():
+        np.testing.assert_allclose(matrices[name], matrix.detach().numpy()[weights], atol=1e-12)
+    same = empirical_fisher(model, loss, x, y).detach().numpy()[weights]  # §3.4
+    np.testing.assert_allclose(matrices["gauss_newton"], same, atol=1e-12)
+
+
+def test_the_marked_places_are_stationary():
+    x, y = (np.array(DATA[k]) for k in ("x", "y"))
+    for w in ([0, 0], MINIMUM[:2], MINIMUM[2:]):
+        assert abs(curvature(np.array(w, float), x, y)[1]).max() < 1e-4
+    assert np.linalg.eigvalsh(curvature(np.zeros(2), x, y)[2]["newton"])[0] < 0
+    assert np.linalg.eigvalsh(curvature(np.array(MINIMUM[:2]), x, y)[2]["newton"])[0] > 0
+
+
+def test_steps_solve_the_damped_system():
+    values = {"w1": 0.5, "w2": 0.6, "lr": 0.7, "damping": 0.03, "steps": 1}
+    out = second_order_steps(values, DATA)
+    w = np.array([0.5, 0.6])
+    _, gradient, matrices = curvature(w, *(np.array(DATA[k]) for k in ("x", "y")))
+    for name in ("newton", "gauss_newton", "natural"):
+        expected = w - 0.7 * np.linalg.solve(matrices[name] + 0.03 * np.eye(2), gradient)
+        np.testing.assert_allclose([out[name]["x"][1], out[name]["y"][1]], expected, rtol=1e-10)
+    expected = w - 0.7 * gradient
+    np.testing.assert_allclose([out["gradient"]["x"][1], out["gradient"]["y"][1]], expected, rtol=1e-12)
+
+
+def test_newton_without_damping_goes_to_the_saddle_and_the_natural_gradient_does_not():
+    values = {"w1": -0.1, "w2": -0.1, "lr": 1.0, "damping": 0.0, "steps": 10}
+    out = second_order_steps(values, DATA)
+    assert out["indefinite"] == 1
+    assert np.hypot(out["newton"]["x"][-1], out["newton"]["y"][-1]) < 1e-6
+    damped = second_order_steps({**values, "damping": 0.1}, DATA)
+    assert damped["natural"]["loss"] < 0.9 * out["newton"]["loss"]
+
+
+def test_second_order_says_what_it_shows():
+    found = second_order_by_eye()
+    assert "not positive definite" in found.at()["text"]
+    grid = found.controls["w1"].values
+    near = {"w1": grid.index(1.25), "w2": grid.index(1.5)}
+    assert found.at(**near)["text"].startswith("The Hessian is positive definite")
+
+
+# Damping and α
+
+
+def test_damping_draws_acps_factor_and_its_share():
+    c = np.array([5.0, 1.0, 0.1, 0.01])
+    found = damping_and_alpha(c)
+    state = {"damping": DAMPINGS.index(0.1), "alpha": 8, "lr": RATES.index(0.5)}
+    damping, alpha, lr = 0.1, ALPHAS[8], 0.5
+    acp, sgd, _, share, sgd_share, best = found.at(**state)["traces"]
+    factor = lr / alpha / (c + damping / alpha)
+    np.testing.assert_allclose(acp["y"], factor, rtol=1e-6)
+    np.testing.assert_allclose(sgd["y"], lr, rtol=1e-6)
+    np.testing.assert_allclose(share["y"], CURVATURE * c * factor, rtol=1e-6)
+    np.testing.assert_allclose(sgd_share["y"], CURVATURE * c * lr, rtol=1e-6)
+    assert best["y"][0] == pytest.approx(1)
+
+
+def test_damping_share_is_what_an_update_of_the_package_removes():
+    """One ACP step of a linear layer along an eigendirection, from the package."""
+    from sogrid.optimizers import acp_inverse, acp_update
+
+    generator = torch.Generator().manual_seed(0)
+    h = torch.randn(300, 3, dtype=torch.float64, generator=generator)
+    h = (h - h.mean(0)) * torch.tensor([2.0, 1.0, 0.3])
+    C = h.mT @ h / len(h)
+    c, U = torch.linalg.eigh(C)
+    damping, alpha, lr = 0.1, 0.5, 0.2
+    for i in range(3):
+        error = U[:, i][None]
+        g = 2 * h @ error.mT
+        dW, _ = acp_update(
+            g.mT @ h / len(h), g.mean(0), h.mean(0), acp_inverse(h.mean(0), C, damping / alpha),
+            lr=lr, output_curvature=alpha,
+        )  # fmt: skip
+        removed = -float((dW * error).sum())
+        share = CURVATURE * float(c[i]) * lr / alpha / (float(c[i]) + damping / alpha)
+        assert removed == pytest.approx(share, rel=1e-9)
+
+
+def test_damping_says_when_it_diverges():
+    found = damping_and_alpha(np.array([5.0, 1.0]))
+    assert "ACP diverges" in found.at(damping=0, alpha=0, lr=len(RATES) - 1)["text"]
+    assert "diverges" not in found.at(lr=0)["text"]
+
+
+# Hyperparameter interaction
+
+
+def test_interaction_shows_the_first_trials_and_rings_the_best():
+    run = search(count=12)
+    found = hyperparameter_interaction(search_record(run))
+    for shown in (1, 5, 12):
+        landscape, trials, ring = found.at(shown=shown - 1)["traces"]
+        np.testing.assert_allclose(trials["x"], run["trials"]["lr"][:shown], rtol=1e-6)
+        losses = [math.inf if v is None else v for v in run["trials"]["loss"][:shown]]
+        assert np.asarray(landscape["z"]).shape == (32, 32)
+        if math.isfinite(min(losses)):
+            assert ring["x"][0] == pytest.approx(run["trials"]["lr"][int(np.argmin(losses))], rel=1e-6)
+
+
+def test_interaction_keeps_to_a_window_of_the_third_hyperparameter():
+    found = explorer("interaction")
+    run = search("acp", updates=400, count=12, domain={**DOMAIN, "damping": [0.001, 1.0]})
+    opacity = found.at(search=1, budget=0, window=1)["traces"][1]["marker"]["opacity"]
+    assert (np.array(opacity) == 1).tolist() == [v <= 0.01 for v in run["trials"]["damping"]]
+
+
+def test_interaction_offers_only_what_the_records_hold():
+    found = hyperparameter_interaction(search_record(search()))
+    assert [c.name for c in found.controls.values() if len(c.words) > 1] == ["shown"]
+    assert "window" not in found.widget().controls
+
+
+def test_interaction_survives_searches_of_which_one_diverged():
+    bad = search("bn")
+    bad["trials"]["loss"] = [None] * 12
+    found = hyperparameter_interaction(search_record(search(), bad))
+    text = found.at(search=1)["text"]
+    assert "12 diverged" in text
+    with pytest.raises(ValueError, match="diverged"):
+        hyperparameter_interaction(search_record(bad))
+
+
+def test_explorers_refuse_records_of_another_kind():
+    with pytest.raises(ValueError, match="no search"):
+        hyperparameter_interaction(curves_record())
+    with pytest.raises(ValueError, match="no learning curves"):
+        race(search_record(search()))
+    with pytest.raises(ValueError, match="no biased"):
+        search_replay(search_record(search()))
+
+
+# Race
+
+
+def test_race_by_second_moves_only_kfac_with_its_cost():
+    found = race(curves_record())
+    state = {"axis": 1, "budget": 20}
+    cheap, dear = (found.at(**state, cost=i)["traces"] for i in (0, 14))
+    for a, b in zip(cheap, dear, strict=True):
+        moved = not np.array_equal(a["x"], b["x"])
+        assert moved == (a["legendgroup"] in ("kfac", "kfac_nat"))
+
+
+def test_race_shows_evaluations_within_the_budget():
+    record = curves_record()
+    found, cost = race(record), seconds_per_update(record)
+    assert cost["kfac"] == pytest.approx(0.0244)
+    budget = found.controls["budget"]
+    for axis in (0, 1):
+        for i in range(len(budget.words)):
+            for trace in found.at(axis=axis, budget=i)["traces"][1::2]:
+                edge = found.at(axis=axis, budget=i)["layout"]["shapes"][0]["x0"]
+                assert max(trace["x"]) <= edge * (1 + 1e-5) or len(trace["x"]) == 1
+
+
+def test_race_without_a_clock_takes_the_runs_own_seconds():
+    own, clock = (seconds_per_update(curves_record(clock=c)) for c in (False, True))
+    assert own == pytest.approx(clock)
+
+
+def test_race_leaves_out_what_was_never_evaluated():
+    record = curves_record()
+    for run in record["runs"]:
+        if run["method"] == "acp":
+            run.update(update=[], second=[], train=[], test=[])
+    record["runs"][-1]["train"] = []
+    found = race(record)
+    assert {trace["legendgroup"] for trace in found.at()["traces"]} == {"kfac", "kfac_nat", "standard_sgd"}
+
+
+def test_race_names_the_order_at_the_budget():
+    found = race(curves_record())
+    last = len(found.controls["budget"].words) - 1
+    by_update = found.at(axis=0, budget=last)["text"]
+    assert by_update.index("KFAC") < by_update.index("ACP")
+
+
+@pytest.mark.parametrize("budget", [0.5, 5.0, 20.0])
+def test_break_even_is_where_the_race_turns(budget):
+    record = curves_record(seeds=1)
+    runs = {run["method"]: run for run in record["runs"]}
+    kfac = runs["kfac"]
+    u, loss = np.array(kfac["update"]), np.array(kfac["train"])
+    rivals = [(np.array(runs[m]["second"]), runs[m]["train"]) for m in ("acp", "standard_sgd")]
+    limit = break_even(u, loss, rivals, budget)
+    goal = min(max(v for v in r[1][int((r[0] <= budget).sum()) - 1 :]) for r in rivals)
+    for cost, leads in ((limit * 0.999, True), (limit * 1.001, False)):
+        assert (loss[u * cost <= budget][-1] < goal) == leads
+
+
+def test_break_even_of_what_never_leads():
+    u = np.array([0, 1, 2])
+    assert math.isnan(break_even(u, u * 0 + 5.0, [(np.array([0, 1]), [3, 2])], 1.0))
+
+
+# Search replay
+
+
+def test_acceptance_maps_are_algorithm_1s():
+    from sogrid.experiments.search import Acceptance, winsorise
+
+    run = search(sampler="biased", count=10)
+    maps = acceptance_maps(run, 8)
+    lr, scale = (np.log10(run["trials"][k]) for k in ("lr", "scale"))
+    points = np.stack([(lr + 3) / 4, scale / 3], 1)
+    costs = [math.inf if v is None else v for v in run["trials"]["loss"]]
+    assert (maps[0] == 100).all()
+    for n in (3, 9):
+        keep = Acceptance(points[:n], winsorise(costs[:n]))
+        for i, j in ((0, 0), (2, 5), (7, 3)):
+            assert maps[n, j, i] == round(100 * keep(np.array([(i + 0.5) / 8, (j + 0.5) / 8])))
+
+
+def test_replay_shows_the_trials_so_far_of_both():
+    runs = {s: search(sampler=s) for s in ("random", "biased")}
+    found = search_replay(search_record(*runs.values()))
+    picture = found.at(trial=4)
+    left, _, _, right, ring = picture["traces"][:5]
+    np.testing.assert_allclose(left["x"], runs["random"]["trials"]["lr"][:5], rtol=1e-6)
+    np.testing.assert_allclose(right["x"], runs["biased"]["trials"]["lr"][:5], rtol=1e-6)
+    assert ring["x"][0] == pytest.approx(runs["biased"]["trials"]["lr"][4], rel=1e-6)
+    assert picture["text"].startswith("Trial 5 of 12")
