@@ -9,17 +9,21 @@ it carry nothing of ours, and a capture that is closed or collected is gone with
 gradient is taken by a tensor hook on the layer's output, which autograd runs on the value before any
 in-place activation.
 
-A record says what ``.grad`` is made of. So these are not seen at all: forward passes in evaluation
-mode, without gradients or inside a ``torch.func`` transform, a trace or an export; the repeated forward
-pass of an activation checkpoint; and gradients that ``torch.autograd.grad`` returns instead of adding
-them to ``.grad``.
+With *factored* gradients that is all a backward pass leaves: the layer's output is handed on through an
+autograd function that forms no weight gradient, its ``.grad`` stays ``None``, and the record holds the
+factors g and h of ∇W = (1/n) gᵀh.
+
+A record says what ``.grad`` is made of, or would be. So these are not seen at all: forward passes in
+evaluation mode, without gradients or inside a ``torch.func`` transform, a trace or an export; the
+repeated forward pass of an activation checkpoint; and gradients that ``torch.autograd.grad`` returns
+instead of adding them to ``.grad``.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -29,7 +33,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 __all__ = ["Capture", "CaptureError", "LayerRecord", "RootRecord"]
 
-_listeners: weakref.WeakSet[Capture] = weakref.WeakSet()
+_listeners: tuple[weakref.ref[Capture], ...] = ()
 _handles: list = []
 _lock = threading.RLock()
 
@@ -38,14 +42,29 @@ class CaptureError(RuntimeError):
     """A layer was used in a way whose curvature sogrid does not know."""
 
 
+class _Seen:
+    """A tensor of the model's own, as it was seen."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self._version = tensor.detach(), tensor._version
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether nobody has written into it since."""
+        return self.tensor._version == self._version
+
+
 @dataclass(eq=False)
 class _Use:
     """What one layer saw in one forward pass. The graph holds it, so it must not hold the graph."""
 
     name: str
     count: int
-    input_sum: Tensor
-    inputs: Tensor | None  # a copy, if the pass is kept
+    dtype: torch.dtype
+    kept: bool  # for statistics
+    input_sum: Tensor | None  # where gradients are matrices
+    inputs: _Seen | None  # where gradients are factored, or else a copy if the pass is kept
+    output: _Seen | None  # where the graph is cut above
     rows: list[Tensor] = field(default_factory=list)
     over: bool = False  # a gradient has come back, or will not
 
@@ -56,8 +75,9 @@ class LayerRecord:
 
     Attributes:
         count: Examples whose gradient arrived.
-        input_sum: Σ h over them, ``[n_in]``.
-        inputs: The inputs ``[n, n_in]`` of each forward pass, of those that were kept.
+        input_sum: Σ h over them, ``[n_in]``, if the layer's gradient is a matrix.
+        inputs: The inputs ``[n, n_in]`` of each forward pass, of those that were kept; if the layer's
+            gradient is factored, of all, and the model's own tensors.
         grads: The gradients at the pre-activations ``[n, n_out]``, scaled as the loss was reduced.
         rows: For each of these passes, the pulled-back probe vectors ``[n, n_out]``.
     """
@@ -73,22 +93,43 @@ class LayerRecord:
     @property
     def complete(self) -> bool:
         """Whether every pass was kept."""
-        return len(self.inputs) == len(self._places)
+        return all(use.kept for use in self._places)
 
-    def add(self, use: _Use, grad: Tensor) -> None:
+    def examples(self) -> tuple[Tensor, Tensor | None]:
+        """(h, g) of all passes, one after the other; no g where the graph was cut above.
+
+        Raises:
+            CaptureError: If a factored gradient's h was changed in place meanwhile.
+        """
+        for use in self._places:
+            if use.inputs is not None and not use.inputs.unchanged:
+                raise CaptureError(
+                    f"the input of layer {use.name!r} was changed in place after its backward pass, and "
+                    "factored gradients need it until step(): give each minibatch a tensor of its own"
+                )
+        return join(self.inputs), join(self.grads) if self.grads else None
+
+    def outputs(self, layer: nn.Linear) -> Tensor:
+        """The pre-activations of all passes; computed again where they were not kept or are changed."""
+        seen = [(use.output, use.inputs.tensor) for use in self._places]
+        return join([a.tensor if a is not None and a.unchanged else layer(h) for a, h in seen])
+
+    def add(self, use: _Use, grad: Tensor | None) -> None:
         """Count a pass, once: further gradients through it add to its first, as they do in ``.grad``."""
         if use in self._places:
-            if use.inputs is not None:
+            if use.inputs is not None and grad is not None:
                 place = self._places[use]
                 self.grads[place] = self.grads[place] + grad
             return
         self._places[use] = len(self.grads)
         self.count += use.count
-        self.input_sum = use.input_sum if self.input_sum is None else self.input_sum + use.input_sum
+        if use.input_sum is not None:
+            self.input_sum = use.input_sum if self.input_sum is None else self.input_sum + use.input_sum
         if use.inputs is not None:
-            self.inputs.append(use.inputs)
-            self.grads.append(grad)
+            self.inputs.append(use.inputs.tensor)
             self.rows.append(use.rows)
+        if use.inputs is not None and grad is not None:
+            self.grads.append(grad)
 
 
 @dataclass(eq=False)
@@ -98,6 +139,11 @@ class RootRecord:
     input: Tensor
     output: Tensor
     grad: Tensor | None = None
+
+
+def join(passes: list[Tensor]) -> Tensor:
+    """One tensor ``[n, ·]`` of all passes; not a copy if there is one."""
+    return passes[0] if len(passes) == 1 else torch.cat(passes)
 
 
 class Capture:
@@ -115,6 +161,10 @@ class Capture:
         roots: The model's own input, output and gradient of each pass, if ``keep_roots``.
         keep: Names of the layers whose whole inputs and gradients coming passes keep.
         keep_roots: Whether coming passes keep the roots.
+        factored: Weights whose gradient coming passes leave as factors, and biases that go with them:
+            no ``.grad`` is made.
+        cut: Whether the graph of coming passes ends at the model's output: whoever owns the capture
+            needs the gradient there, what it kept of the layers, and nothing else.
         probe: ``None``, or a function from the model's output ``[n, k]`` to vectors ``[n, k]`` that are
             pulled back to every kept layer right after the forward pass (the graph stays).
 
@@ -134,15 +184,20 @@ class Capture:
             layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
         self.keep: set[str] = set(layers) if keep else set()
         self.keep_roots = keep
+        self.factored: Container[Tensor] = frozenset()
+        self.cut = False
         self.probe: Callable[[Tensor], Iterable[Tensor]] | None = None
         self._model = model
         self._names = {layer: name for name, layer in layers.items()}
-        self._passes: list[dict[str, tuple[_Use, GradientEdge]]] = [{}]  # the latest; in collect(), all
+        self._known = {model, *self._names}
+        # the latest pass; in collect(), all
+        self._passes: list[dict[str, tuple[_Use, GradientEdge | None]]] = [{}]
         self._collecting = False
         self._task = -1
         self.clear()
+        global _listeners
         with _lock:
-            _listeners.add(self)
+            _listeners = (*_listeners, weakref.ref(self))
             if not _handles:
                 _handles.append(register_module_forward_pre_hook(_before))
                 _handles.append(register_module_forward_hook(_after, with_kwargs=True))
@@ -157,8 +212,9 @@ class Capture:
 
     def close(self) -> None:
         """Stop listening, for good."""
+        global _listeners
         with _lock:
-            _listeners.discard(self)
+            _listeners = tuple(ref for ref in _listeners if ref() is not self)
         _tidy()
 
     def __enter__(self) -> Capture:
@@ -212,13 +268,17 @@ class Capture:
             self._passes.clear()
         self._passes.append({})
 
-    def _end(self, module: nn.Module, inputs: tuple, output) -> None:
+    def _watches(self, module: nn.Module) -> bool:
+        return module in self._names and module.training and module.weight.requires_grad
+
+    def _roots(self, module: nn.Module) -> bool:
+        return module is self._model and (module.training or bool(self._passes[-1])) and not _in_backward()
+
+    def _end(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
         """A watched layer, or the model itself, has computed its output."""
-        if not (isinstance(output, Tensor) and output.requires_grad and _watching()):
-            return
-        if module in self._names and module.training and module.weight.requires_grad:
+        if self._watches(module):
             self._see_layer(self._names[module], module, inputs[0], output)
-        if module is self._model and (module.training or self._passes[-1]) and not _in_backward():
+        if self._roots(module):
             self._see_root(inputs, output)
 
     def _see_layer(self, name: str, layer: nn.Linear, h: Tensor, output: Tensor) -> None:
@@ -242,29 +302,40 @@ class Capture:
                     "examples: leave it to torch's SGD"
                 )
             self._begin()  # parts of the model are called on their own
-        kept, weight, me = name in self.keep, layer.weight, weakref.ref(self)
-        h = h.detach().to(weight.dtype, copy=kept)  # a copy, as the user's buffer may be filled again
-        use = _Use(name, len(h), h.sum(0), h if kept else None)
-        self._passes[-1][name] = use, get_gradient_edge(output)
+        weight, kept, me = layer.weight, name in self.keep, weakref.ref(self)
+        matrix = not (self.cut or weight in self.factored)
+        # a copy, as the user's buffer may be filled again; without one, versions tell
+        h = h.detach().to(weight.dtype, copy=kept and matrix)
+        use = _Use(
+            name,
+            len(h),
+            weight.dtype,
+            kept,
+            h.sum(0) if matrix else None,
+            _Seen(h) if kept or not matrix else None,
+            _Seen(output) if self.cut else None,
+        )
+        self._passes[-1][name] = use, None if self.cut else GradientEdge(output.grad_fn, output.output_nr)
+        if self.cut:
+            return
 
         def arrived(grad: Tensor) -> None:
             capture = me()
             if capture is not None and _accumulates(weight):
-                use.over = True
-                capture._record(name, weight).add(use, grad.detach().to(weight.dtype))
+                capture._record(use, weight).add(use, grad.detach().to(weight.dtype))
 
         output.register_hook(arrived)
 
-    def _record(self, name: str, weight: Tensor) -> LayerRecord:
+    def _record(self, use: _Use, weight: Tensor) -> LayerRecord:
         """Where a gradient that arrives belongs: a new record if none of ``.grad`` is older."""
-        task, record = torch._C._current_graph_task_id(), self.records[name]
-        if weight.grad is None and task != record._task:
-            record = self.records[name] = LayerRecord()
-        record._task = task
+        task, record = torch._C._current_graph_task_id(), self.records[use.name]
+        if use.input_sum is not None and weight.grad is None and task != record._task:
+            record = self.records[use.name] = LayerRecord()
+        record._task, use.over = task, True
         return record
 
     def _see_root(self, inputs: tuple, output: Tensor) -> None:
-        uses = {use: edge for use, edge in self._passes[-1].values() if use.inputs is not None}
+        uses = {use: edge for use, edge in self._passes[-1].values() if use.kept}
         if self.probe is not None and uses:
             for vector in self.probe(output.detach()):
                 for use, row in _pull(output, vector, uses).items():
@@ -272,20 +343,23 @@ class Capture:
         if not self.keep_roots:
             return
         x = next(iter(inputs), None)
-        x = x.detach().clone() if isinstance(x, Tensor) else x
+        x = x.detach().clone() if isinstance(x, Tensor) and not self.cut else x
         root, me = RootRecord(x, output.detach().clone()), weakref.ref(self)
+        below = [use for use, _ in self._passes[-1].values()] if self.cut else []
 
         def arrived(grad: Tensor) -> None:
             capture = me()
             if capture is not None and any(map(_accumulates, capture._model.parameters())):
-                capture._add_root(root, grad.detach())
+                capture._add_root(root, grad.detach(), bool(below))
+                for use in below:
+                    capture._record(use, None).add(use, None)
 
         output.register_hook(arrived)
 
-    def _add_root(self, root: RootRecord, grad: Tensor) -> None:
+    def _add_root(self, root: RootRecord, grad: Tensor, stays: bool) -> None:
         """As :meth:`_record` and :meth:`LayerRecord.add`, for the model's output."""
         task = torch._C._current_graph_task_id()
-        if task != self._task and all(p.grad is None for p in self._model.parameters()):
+        if not stays and task != self._task and all(p.grad is None for p in self._model.parameters()):
             self.roots = []
         self._task = task
         if root in self.roots:
@@ -297,11 +371,12 @@ class Capture:
 
 def _pull(output: Tensor, vector: Tensor, edges: dict[_Use, GradientEdge]) -> dict[_Use, Tensor]:
     """Jᵀv at every edge that ``output`` depends on, in the dtype of the layer's weights."""
+    edges = {use: edge for use, edge in edges.items() if edge is not None}
     if not edges or not output.requires_grad:
         return {}
     grads = torch.autograd.grad(output, list(edges.values()), vector, retain_graph=True, allow_unused=True)
     pairs = zip(edges, grads, strict=True)
-    return {use: grad.detach().to(use.input_sum.dtype) for use, grad in pairs if grad is not None}
+    return {use: grad.detach().to(use.dtype) for use, grad in pairs if grad is not None}
 
 
 def _accumulates(parameter: Tensor) -> bool:
@@ -325,27 +400,104 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _captures() -> list[Capture]:
-    with _lock:
-        return list(_listeners)
+def _captures(module: nn.Module) -> list[Capture]:
+    """Those that know a module."""
+    found = (ref() for ref in _listeners)
+    return [capture for capture in found if capture is not None and module in capture._known]
 
 
 @torch._disable_dynamo  # a compiled model breaks its graph here, and is watched like any other
 def _before(module: nn.Module, args: tuple) -> None:
-    for capture in _captures():
+    for capture in _captures(module):
         if module is capture._model and _watching() and not _in_backward():
             capture._begin()
 
 
 @torch._disable_dynamo
-def _after(module: nn.Module, args: tuple, kwargs: dict, output) -> None:
-    for capture in _captures():
-        capture._end(module, args or tuple(kwargs.values()), output)
+def _after(module: nn.Module, args: tuple, kwargs: dict, output) -> Tensor | None:
+    """Tell every capture; return another output if a capture wants no gradients below it."""
+    captures = _captures(module)
+    if not (captures and isinstance(output, Tensor) and output.requires_grad and _watching()):
+        return None
+    inputs, handed_on = args or tuple(kwargs.values()), output
+    factored = [c.factored for c in captures if c._watches(module) and module.weight in c.factored]
+    if factored:
+        handed_on = _without_weight_gradient(module, inputs[0], output, factored)
+    if any(c.cut and c._roots(module) for c in captures):
+        handed_on = _without_graph(module, inputs, handed_on)
+    for capture in captures:
+        capture._end(module, inputs, handed_on)
+    return None if handed_on is output else handed_on
 
 
 def _tidy() -> None:
     """Take the process-wide hooks away with the last listener."""
+    global _listeners
     with _lock:
-        if not _captures():
+        _listeners = tuple(ref for ref in _listeners if ref() is not None)
+        if not _listeners:
             while _handles:
                 _handles.pop().remove()
+
+
+# --- outputs handed on ------------------------------------------------------------------------------
+# Both functions take parameters along, and give them no gradient: autograd then still runs the node
+# that would have added to .grad, which is how a gradient that accumulates is known (see _accumulates).
+
+
+class _Factored(torch.autograd.Function):
+    """The output of a linear layer, as it is, with a backward pass that forms no weight gradient."""
+
+    @staticmethod
+    def forward(ctx, output, h, weight, bias):
+        ctx.save_for_backward(h, weight)  # h for autograd's own check of in-place changes
+        ctx.mark_dirty(output)  # not a view of it, which in-place activations could not change
+        return output
+
+    @staticmethod
+    def backward(ctx, g):
+        if torch.is_grad_enabled():
+            raise CaptureError(
+                "create_graph=True needs a second derivative, which factored gradients do not have: give the "
+                "optimizer gradients='matrix'"
+            )
+        _, weight = ctx.saved_tensors
+        _, for_h, _, for_bias = ctx.needs_input_grad
+        return None, g @ weight.to(g.dtype) if for_h else None, None, g.sum(0) if for_bias else None
+
+
+class _Cut(torch.autograd.Function):
+    """The output of a model, as it is, with nothing below."""
+
+    @staticmethod
+    def forward(ctx, output, *parameters):
+        ctx.count = len(parameters)
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx, g):
+        return None, *[None] * ctx.count
+
+
+def _without_weight_gradient(
+    layer: nn.Linear, h: Tensor, output: Tensor, factored: list[Container[Tensor]]
+) -> Tensor:
+    if getattr(layer.forward, "__func__", None) is not nn.Linear.forward:
+        raise CaptureError(
+            f"{type(layer).__name__} computes something else than nn.Linear, so its gradient may have no "
+            "such factors: give the optimizer gradients='matrix'"
+        )
+    bias = layer.bias  # one that is trained elsewhere gets its gradient as ever
+    if bias is not None and (not bias.requires_grad or any(bias in some for some in factored)):
+        bias = None
+    return _Factored.apply(output.detach(), h, layer.weight, bias)
+
+
+def _without_graph(model: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
+    if any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+        raise CaptureError(
+            "the model's input needs a gradient, and this optimizer with gradients='factored' ends the graph "
+            "at the model's output: detach the input, or use gradients='matrix'"
+        )
+    return _Cut.apply(output.detach(), *(p for p in model.parameters() if p.requires_grad))

@@ -6,15 +6,18 @@ vec(A X B) = (Bᵀ ⊗ A) vec(X) (Thesis §6.2). Leading dimensions broadcast.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from sogrid.linalg import ThinInverse
+from sogrid.linalg import Factored, ThinInverse
 
 __all__ = [
     "bordered",
     "bordered_inverse",
     "homogeneous",
+    "homogeneous_gradient",
     "kronecker_product",
     "kronecker_solve",
     "unvec",
@@ -43,8 +46,8 @@ def kronecker_product(a: Tensor, b: Tensor, vector: Tensor) -> Tensor:
 
 
 def kronecker_solve(
-    a_inverse: Tensor | ThinInverse, b_inverse: Tensor | ThinInverse, gradient: Tensor
-) -> Tensor:
+    a_inverse: Tensor | ThinInverse, b_inverse: Tensor | ThinInverse, gradient: Tensor | Factored
+) -> Tensor | Factored:
     """(A ⊗ B)⁻¹ vec(G) as a matrix: B⁻¹ G A⁻¹, for ``gradient: [..., o, i]`` (Thesis §6.2.1)."""
     return b_inverse @ gradient @ a_inverse
 
@@ -52,6 +55,13 @@ def kronecker_solve(
 def homogeneous(h: Tensor) -> Tensor:
     """h̃ = [h; 1]: ``[..., n, i]`` to ``[..., n, i + 1]``."""
     return torch.cat([h, torch.ones_like(h[..., :1])], -1)
+
+
+def homogeneous_gradient(grad_w: Tensor | Factored, grad_b: Tensor) -> Tensor | Factored:
+    """[∇W, ∇b], ``[..., o, i + 1]``; of factors, gᵀ[h; 1], whose last column is ∇b."""
+    if isinstance(grad_w, Factored):
+        return replace(grad_w, right=homogeneous(grad_w.right))
+    return torch.cat([grad_w, grad_b.unsqueeze(-1)], -1)
 
 
 def bordered(covariance: Tensor, mean: Tensor) -> Tensor:

@@ -2,6 +2,9 @@
 
 All matrices are symmetric ``[..., m, m]``; leading dimensions broadcast. One of low rank may be given
 by its rows (:class:`Gram`), and its inverse is then *thin* (:class:`ThinInverse`): neither is formed.
+What they multiply, the gradient of a weight, may be given by its factors (:class:`Factored`). All of
+these multiply by ``@``, so that an equation reads the same for them and for matrices, and what is
+cheaper is decided here.
 
 On an accelerator the Tikhonov forms read nothing back to the host: a factorisation that fails there
 yields NaN, which no loss survives unseen. On the CPU, where looking is free, a failure is retried in
@@ -13,16 +16,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "Factored",
     "FactorizationError",
     "Gram",
     "ThinInverse",
     "add_outer",
+    "add_to",
     "conjugate_gradient",
     "inverse_square_root",
     "mean_eigenvalue",
@@ -67,18 +73,138 @@ class ThinInverse(NamedTuple):
 
     def __rmatmul__(self, x: Tensor) -> Tensor:
         """X P of ``x: [..., k, m]``, in two thin products."""
-        scaled, image = x / self.shift[..., None, None], x @ self.factor.mT
-        if scaled.dim() > 2:
-            return scaled.sub_(image @ self.factor)
-        return scaled.addmm_(image, self.factor, alpha=-1)  # spares a pass over x
+        return self.shrink_(x / self.shift[..., None, None])
+
+    def shrink_(self, x: Tensor) -> Tensor:
+        """X (I − δ QᵀQ) of ``x: [..., k, m]``, in its place: what remains of P when δ is divided out."""
+        image = (x @ self.factor.mT).mul_(self.shift[..., None, None])
+        if x.dim() > 2:
+            return x.sub_(image @ self.factor)
+        return x.addmm_(image, self.factor, alpha=-1)  # spares a pass over x
 
     def __matmul__(self, x: Tensor) -> Tensor:
         """P X of ``x: [..., m, k]``."""
-        return (x.mT @ self).mT
+        return NotImplemented if isinstance(x, Factored) else (x.mT @ self).mT
 
     def dense(self) -> Tensor:
         """The matrix itself."""
         return shift_diagonal(-self.factor.mT @ self.factor, 1 / self.shift)
+
+
+@dataclass(frozen=True, eq=False)
+class Factored:
+    """G = s Lᵀ(R − 1μᵀ), ``[..., o, i]``, known by its factors, like a weight's gradient (1/n) gᵀh.
+
+    Multiples and centring cost nothing. A product multiplies a factor where that is cheaper than
+    forming G first, and stays factored while its rank n is below its width. :func:`add_to` is the end.
+
+    Attributes:
+        left: L, ``[..., n, o]``.
+        right: R, ``[..., n, i]``.
+        scale: s, a number or a tensor that broadcasts with the factors.
+        mean: μ, ``[..., i]``, or ``None`` for zero.
+
+    Example:
+        >>> gradient = Factored(torch.ones(1, 2), torch.tensor([[1.0, 0.0, 2.0]]), 0.5)
+        >>> (2 * gradient @ torch.eye(3)).dense().tolist()
+        [[1.0, 0.0, 2.0], [1.0, 0.0, 2.0]]
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: float | Tensor = 1.0
+    mean: Tensor | None = None
+
+    __array_ufunc__ = None  # a NumPy number leaves the product to us
+
+    def __rmul__(self, factor: float | Tensor) -> Factored:
+        """A multiple."""
+        return replace(self, scale=factor * self.scale)
+
+    def __matmul__(self, x: Tensor | ThinInverse) -> Factored | Tensor:
+        """G X of ``x: [..., i, k]``."""
+        first = _factor_first(*self.left.shape[-2:], x)
+        if isinstance(x, ThinInverse):  # its 1/δ costs nothing in the scale
+            shift = x.shift[..., None, None] if x.shift.dim() else x.shift
+            whole = replace(self, scale=self.scale / shift)
+            if not first:
+                return x.shrink_(whole.dense())
+            product = replace(whole, right=x.shrink_(self._deviations(fresh=True)), mean=None)
+        else:
+            if not first:
+                return self.dense() @ x
+            product = replace(self, right=self._deviations() @ x, mean=None)
+        return product if product.left.shape[-2] < product.right.shape[-1] else product.dense()
+
+    def __rmatmul__(self, x: Tensor | ThinInverse) -> Factored | Tensor:
+        """X G of ``x: [..., k, o]``."""
+        x_t = x if isinstance(x, ThinInverse) else x.mT
+        if not _factor_first(*self.right.shape[-2:], x_t):
+            return x @ self.dense()
+        product = replace(self, left=self.left @ x_t)
+        return product if product.left.shape[-2] < product.left.shape[-1] else product.dense()
+
+    def __getitem__(self, index: tuple) -> Factored | Tensor:
+        """Columns: ``[..., :k]`` is factored, ``[..., k]`` a tensor ``[..., o]``."""
+        columns = replace(self, right=self._deviations()[index], mean=None)
+        if isinstance(index[-1], slice):
+            return columns
+        return replace(columns, right=columns.right.unsqueeze(-1)).dense().squeeze(-1)
+
+    @property
+    def mT(self) -> Factored:
+        """Gᵀ."""
+        return Factored(self._deviations(), self.left, self.scale)
+
+    def centered(self, mean: Tensor) -> Factored:
+        """The same with another μ."""
+        return replace(self, mean=mean)
+
+    def dense(self) -> Tensor:
+        """The matrix itself."""
+        if self.left.dim() > 2:
+            return self.scale * self.left.mT @ self._deviations()
+        return self.add_to(self.left.new_empty(self.left.shape[-1], self.right.shape[-1]), beta=0)
+
+    def add_to(self, matrix: Tensor, beta: int = 1) -> Tensor:
+        """``beta · matrix + G`` in the place of ``matrix: [o, i]``."""
+        left, scale = self.left, self.scale
+        if isinstance(scale, Tensor):
+            on_host = scale.dim() == 0 and scale.device == left.device == torch.device("cpu")
+            left, scale = (left, scale.item()) if on_host else (left * scale, 1.0)
+        few = left.shape[-2] <= left.shape[-1]  # centre R, or else what it was multiplied into
+        matrix.addmm_(left.mT, self._deviations() if few else self.right, beta=beta, alpha=scale)
+        if not few and self.mean is not None:
+            matrix.addr_(left.sum(-2), self.mean, alpha=-scale)
+        return matrix
+
+    def _deviations(self, fresh: bool = False) -> Tensor:
+        """R − 1μᵀ; R itself if that is all and it need not be a tensor of one's own."""
+        if self.mean is not None:
+            return self.right - self.mean.unsqueeze(-2)
+        return self.right.clone() if fresh else self.right
+
+
+def _factor_first(n: int, o: int, x: Tensor | ThinInverse) -> bool:
+    """Whether Lᵀ(R X) takes no more multiplications than (LᵀR) X, for factors of n rows and o rows of G.
+
+    For a square X, thin or dense, that is so if n ≤ o.
+    """
+    if isinstance(x, ThinInverse):
+        q, i = x.factor.shape[-2:]
+        k, row = i, 2 * q * i
+    else:
+        i, k = x.shape[-2:]
+        row = i * k
+    return n * (row + o * k) <= o * (n * i + row)
+
+
+def add_to(matrix: Tensor, change: Tensor | Factored) -> None:
+    """``matrix += change``, in place; factors are multiplied straight into ``[o, i]``."""
+    if isinstance(change, Factored) and matrix.dim() == 2:
+        change.add_to(matrix)
+    else:
+        matrix.add_(change.dense() if isinstance(change, Factored) else change)
 
 
 def add_outer(matrix: Tensor | Gram, vector: Tensor, weight: float | Tensor = 1.0) -> Tensor | Gram:

@@ -513,6 +513,118 @@ def test_collect_of_nothing_is_empty(x):
             assert capture.collect(lambda: model.train()(x).sum()) == {}
 
 
+# --- factored gradients ------------------------------------------------------------------------------
+
+
+def factors_only(model):
+    """A capture of the whole model that leaves no ``.grad``."""
+    capture = Capture(model)
+    capture.factored = set(model.parameters())
+    return capture
+
+
+@pytest.mark.parametrize("activation", [torch.tanh, torch.relu, torch.relu_])
+def test_factors_without_a_gradient(x, activation):
+    model = Net(activation)
+    expected = by_hand(Net(torch.relu if activation is torch.relu_ else activation), x, mean_square)
+    with factors_only(model) as capture:
+        f = model(x)
+        torch.autograd.grad(f.sum(), f, retain_graph=True)
+        capture.pull(f, torch.ones_like(f))
+        mean_square(f).backward()
+    assert all(p.grad is None for p in model.parameters())
+    for name, (h, g) in expected.items():
+        record = capture.records[name]
+        assert (record.count, record.input_sum) == (6, None)
+        close(record.examples()[0], h)
+        close(record.examples()[1], g)
+
+
+def test_factors_are_not_copies(x):
+    model = Net()
+    with factors_only(model) as capture:
+        mean_square(model(x)).backward()
+    assert capture.records["a"].inputs[0].data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("checkpointed", ["a", "b", "c", "abc"])
+def test_factors_of_checkpointed_layers(x, checkpointed):
+    model = Net(checkpointed=checkpointed)
+    with factors_only(model) as capture:
+        mean_square(model(x)).backward()
+    assert all(p.grad is None for p in model.parameters())
+    for name, (h, g) in by_hand(model, x, mean_square).items():
+        close(capture.records[name].examples()[0], h)
+        close(capture.records[name].examples()[1], g)
+
+
+@pytest.mark.parametrize(
+    "between", [f for f in UNSEEN if f is not gradient_of_the_input], ids=lambda f: f.__name__
+)
+def test_factors_of_what_is_not_seen(x, draw, between):
+    """As with matrices; asking for a weight's gradient finds none."""
+    model, other = Net(), draw(5, 3)
+    expected = by_hand(model, x, lambda f: f.square().sum())
+    with factors_only(model) as capture:
+        loss = model(x).square().sum()
+        if between is gradient_returned:
+            with pytest.raises(RuntimeError, match="not have been used"):
+                between(model, other)
+        else:
+            between(model, other)
+        loss.backward()
+    for name, (h, g) in expected.items():
+        close(capture.records[name].examples()[0], h)
+        close(capture.records[name].examples()[1], g)
+
+
+def test_factors_of_some_layers(x):
+    """Any other layer, and a bias that is not among them, gets its gradient as ever."""
+    model, twin = Net(), Net()
+    mean_square(twin(x)).backward()
+    capture = Capture(model)
+    capture.factored = {model.b.weight, model.c.weight, model.c.bias}
+    with capture:
+        mean_square(model(x)).backward()
+    missing = [name for name, p in model.named_parameters() if p.grad is None]
+    assert missing == ["b.weight", "c.weight", "c.bias"]
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        if p.grad is not None:
+            close(p.grad, q.grad)
+
+
+def test_a_capture_of_matrices_beside_one_of_factors(x):
+    """Whichever of the two is first."""
+    expected = by_hand(Net(), x, mean_square)
+    for order in (Capture, factors_only), (factors_only, Capture):
+        model = Net()
+        with order[0](model) as one, order[1](model) as other:
+            mean_square(model(x)).backward()
+        for capture in (one, other):
+            for name, (h, g) in expected.items():
+                close(capture.records[name].examples()[0], h)
+                close(capture.records[name].examples()[1], g)
+
+
+def test_a_graph_that_is_cut_at_the_output(x, draw):
+    model, alone = Net(), by_hand(Net(), x, mean_square)
+    capture = Capture(model)
+    capture.cut = True
+    with capture:
+        f = model(x)
+        assert capture.pull(f, torch.ones_like(f)) == {}
+        torch.autograd.grad(mean_square(f), f)
+        mean_square(f).backward()
+    assert all(p.grad is None for p in model.parameters())
+    (root,) = capture.roots
+    close(root.grad, 2 * root.output / root.output.numel())
+    for name, (h, _) in alone.items():
+        record, layer = capture.records[name], getattr(model, name)
+        close(record.examples()[0], h)
+        assert (record.count, record.grads, record.examples()[1]) == (6, [], None)
+        close(record.outputs(layer), layer(h))
+
+
 # --- captures and each other -----------------------------------------------------------------------
 
 

@@ -17,7 +17,7 @@ from fake_accelerator import DeviceFault, Generator, accelerator, preparing
 from torch import Tensor, nn
 
 from sogrid.kronecker import bordered, bordered_inverse, homogeneous
-from sogrid.linalg import ThinInverse, inverse_square_root, tikhonov_inverse, tikhonov_solve
+from sogrid.linalg import Factored, ThinInverse, inverse_square_root, tikhonov_inverse, tikhonov_solve
 from sogrid.losses import (
     BinaryCrossEntropyAtLogits,
     BinaryCrossEntropyAtProbabilities,
@@ -345,6 +345,47 @@ for _name, _make in THIN.items():
     )
 
 
+# --- factored gradients ------------------------------------------------------------------------------
+
+
+def factored(make: Make, **options) -> None:
+    """No layer's parameter gets a ``.grad``."""
+
+    def watch(optimizer, model):
+        assert optimizer.gradients == "factored"
+        assert all(p.grad is None for p in model.parameters())
+
+    train(functools.partial(make, gradients="factored"), watch=watch, **options)
+
+
+def rated(make: Make, on_host: bool, model: nn.Module, **options) -> torch.optim.Optimizer:
+    """With a learning rate that is a tensor."""
+    device = model.linear1.weight.device
+    lr = torch.tensor(0.1) if on_host else torch.full((), 0.1, device=device, dtype=torch.float64)
+    return make(model, **(options | {"lr": lr}))
+
+
+FACTORED = {name: make for name, make in EVERY.items() if name != "Newton"}
+for _name, _make in FACTORED.items():
+    CASES[f"factored: {_name}"] = functools.partial(factored, _make)
+    CASES[f"factored: {_name}, few examples"] = functools.partial(factored, _make, sizes=WIDE)
+    CASES[f"factored: {_name}, engine's thread, in-place ReLU"] = functools.partial(
+        factored, _make, threaded=True, activation=inplace_relu
+    )
+    for _on_host in (False, True):
+        _where = "host" if _on_host else "device"
+        CASES[f"factored: {_name}, a rate on the {_where}"] = functools.partial(
+            factored, functools.partial(rated, _make, _on_host), sizes=WIDE, host_scalars=_on_host
+        )
+for _name, _make in THIN.items():
+    CASES[f"factored, thin: {_name}"] = functools.partial(
+        thin, functools.partial(_make, gradients="factored")
+    )
+    CASES[f"factored, thin: {_name}, resumed"] = functools.partial(
+        train, functools.partial(_make, gradients="factored"), sizes=WIDE, watch=resume
+    )
+
+
 # --- the pure functions, on a grid -----------------------------------------------------------------
 
 
@@ -381,6 +422,13 @@ def _():
         kw, kb = kfac_update(grad_w, grad_b, *inverses, lr=0.1)
         assert dw.shape == kw.shape == (6, 30, 40)
         assert db.shape == kb.shape == (6, 30)
+        gradient = Factored(g, h, 1 / 8)
+        dw, db = acp_update(
+            gradient, grad_b, mean, acp_inverse(mean, second_moment(rows), damping), lr=damping[:, None, None]
+        )
+        kw, kb = kfac_update(gradient, grad_b, *inverses, lr=0.1)
+        assert dw.dense().shape == kw.dense().shape == (6, 30, 40)
+        assert kb.shape == (6, 30)
 
 
 # --- the detector ----------------------------------------------------------------------------------
@@ -511,8 +559,10 @@ def test_sampled_targets_depend_on_their_seed_alone():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize(
     ("make", "sizes"),
-    [(make, (4, 5, 3)) for make in EVERY.values()] + [(make, WIDE) for make in THIN.values()],
-    ids=[*EVERY, *(f"thin: {name}" for name in THIN)],
+    [(make, (4, 5, 3)) for make in EVERY.values()]
+    + [(make, WIDE) for make in THIN.values()]
+    + [(functools.partial(make, gradients="factored"), WIDE) for make in FACTORED.values()],
+    ids=[*EVERY, *(f"thin: {name}" for name in THIN), *(f"factored: {name}" for name in FACTORED)],
 )
 def test_a_gpu_never_makes_the_host_wait(make, sizes):
     """What the fake one cannot see: kernels that wait inside. torch raises where the host would."""

@@ -10,11 +10,13 @@ from sogrid.kronecker import (
     bordered,
     bordered_inverse,
     homogeneous,
+    homogeneous_gradient,
     kronecker_product,
     kronecker_solve,
     unvec,
     vec,
 )
+from sogrid.linalg import Factored
 from sogrid.statistics import input_moments
 
 RTOL = 1e-12  # of the norm, float64 rounding times a condition number of at most 1e3
@@ -163,3 +165,16 @@ def test_bordered_inverse_separates_weights_from_biases(definite, draw):
     dw = (grad_w - torch.outer(grad_b, mean)) @ torch.linalg.inv(covariance)
     assert relative_error(step[:, :4], dw) < RTOL
     assert relative_error(step[:, 4], grad_b - dw @ mean) < RTOL
+
+
+@pytest.mark.parametrize("n", [2, 9])
+def test_a_factored_gradient_takes_its_bias_along(definite, draw, n):
+    """[∇W, ∇b] = gᵀ[h; 1], and B⁻¹ [∇W, ∇b] A⁻¹ by whichever route."""
+    g, h = draw(n, 4), draw(n, 5)
+    gradient = homogeneous_gradient(Factored(g, h, 0.5), None)
+    expected = homogeneous_gradient(0.5 * g.mT @ h, 0.5 * g.sum(0))
+    torch.testing.assert_close(gradient.dense(), expected, rtol=1e-12, atol=1e-12)
+    a, b = definite(6), definite(4)
+    found = kronecker_solve(a, b, gradient)
+    found = found.dense() if isinstance(found, Factored) else found
+    torch.testing.assert_close(found, kronecker_solve(a, b, expected), rtol=1e-12, atol=1e-12)

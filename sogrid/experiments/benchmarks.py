@@ -142,16 +142,20 @@ class Method:
         return network, self.optimizer(network, task.loss, own)
 
 
+GRADIENTS = {"gradients": "factored"}
+STATISTICS = {"refresh_every": REFRESH_EVERY, **GRADIENTS}
+
+
 def _sgd(model, loss, settings):
     return torch.optim.SGD(model.parameters(), **settings)
 
 
 def _acp(alpha):
-    return lambda model, loss, s: ACP(model, **s, output_curvature=alpha, refresh_every=REFRESH_EVERY)
+    return lambda model, loss, s: ACP(model, **s, output_curvature=alpha, **STATISTICS)
 
 
 def _nnn(model, loss, settings):
-    return NaturalNN(model, **settings, refresh_every=REFRESH_EVERY)
+    return NaturalNN(model, **settings, **STATISTICS)
 
 
 def _kfac(curvature=None):
@@ -163,14 +167,14 @@ def _kfac(curvature=None):
 
     def build(model, loss, settings):
         usual = "fisher_sampled" if isinstance(loss, Quadratic) else "gauss_newton_probabilities"
-        fixed = {"loss": loss, "pi_correction": False, "refresh_every": REFRESH_EVERY}
-        return KFAC(model, **settings, curvature=curvature or usual, **fixed)
+        fixed = {"loss": loss, "pi_correction": False, "curvature": curvature or usual}
+        return KFAC(model, **settings, **fixed, **STATISTICS)
 
     return build
 
 
 def _ubp(curvature):
-    return lambda model, loss, s: UpdatedBackprop(model, **s, loss=loss, curvature=curvature)
+    return lambda model, loss, s: UpdatedBackprop(model, **s, loss=loss, curvature=curvature, **GRADIENTS)
 
 
 DAMPED = ("lr", "damping")
@@ -178,7 +182,9 @@ METHODS = {
     "standard_sgd": Method(_sgd),
     "bn": Method(_sgd, "batch"),
     "mean_only_bn": Method(_sgd, "mean_only"),
-    "centered_gradient_descent": Method(lambda model, loss, s: CenteredGradientDescent(model, **s)),
+    "centered_gradient_descent": Method(
+        lambda model, loss, s: CenteredGradientDescent(model, **s, **GRADIENTS)
+    ),
     "acp_fixedalpha": Method(_acp(1.0), settings=DAMPED),
     "acp": Method(_acp("heuristic"), settings=DAMPED),
     "nnn2": Method(_nnn, settings=DAMPED),

@@ -40,7 +40,8 @@ def step_times(
 
     Args:
         benchmark: Key of :data:`~sogrid.experiments.benchmarks.BENCHMARKS`.
-        methods: Keys of :data:`~sogrid.experiments.benchmarks.METHODS`.
+        methods: Keys of :data:`~sogrid.experiments.benchmarks.METHODS`; ``"acp matrix"`` is ``"acp"``
+            with ``gradients="matrix"``.
         rounds: Each times one update, and one refresh, of every method.
         device: Where.
         progress: Show a bar.
@@ -53,9 +54,12 @@ def step_times(
     task = Task(benchmark, None, None, None, plan.network, plan.loss)
     contestants = {}
     for method in methods:
-        settings = {key: SETTINGS[key] for key in (*METHODS[method].settings, "scale")}
+        name, _, gradients = method.partition(" ")
+        settings = {key: SETTINGS[key] for key in (*METHODS[name].settings, "scale")}
         generator = torch.Generator().manual_seed(0)
-        contestants[method] = METHODS[method].build(task, settings, generator, device)
+        model, optimizer = contestants[method] = METHODS[name].build(task, settings, generator, device)
+        if gradients:
+            optimizer.gradients = gradients
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(BATCH, contestants[methods[0]][0][0].in_features, generator=generator).to(device)
     y = torch.randint(0, 10, (BATCH,), generator=generator).to(device)

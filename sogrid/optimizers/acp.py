@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sogrid.linalg import Gram, ThinInverse, add_outer, naming_the_damping, tikhonov_inverse
+from sogrid.linalg import Factored, Gram, ThinInverse, add_outer, naming_the_damping, tikhonov_inverse
 from sogrid.optimizers.base import check_hyperparameter
 from sogrid.optimizers.centered import bias_update, centered_gradient
 from sogrid.optimizers.layerwise import Layerwise, StatisticsBatch
@@ -56,7 +56,7 @@ def acp_inverse(
 
 
 def acp_update(
-    grad_w: Tensor,
+    grad_w: Tensor | Factored,
     grad_b: Tensor | None,
     mean_h: Tensor,
     inverse: Tensor | ThinInverse,
@@ -65,11 +65,11 @@ def acp_update(
     output_curvature: float | Tensor = 1.0,
     bias_correction: bool = False,
     corner: float | Tensor = 0.0,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor | Factored, Tensor | None]:
     """(ΔW, Δb) of Algorithm 4, eqs. (6.2.4) and (6.2.5).
 
     Args:
-        grad_w: ∇W of the mean loss, ``[..., o, i]``.
+        grad_w: ∇W of the mean loss, ``[..., o, i]``; if it is factored, ΔW may be.
         grad_b: ∇b, ``[..., o]``, or ``None`` for a layer without bias, which is not centred.
         mean_h: h̄, ``[..., i]``.
         inverse: P, ``[..., i, i]``, of :func:`acp_inverse`.
@@ -104,6 +104,7 @@ class ACP(Layerwise):
         averaging: ρ in [0, 1), weight of the old statistics at a refresh.
         other_lr: Learning rate of plain SGD for parameters outside linear layers.
         params: What to train, as in torch; default all trainable parameters.
+        gradients: ``"matrix"`` or ``"factored"``; see :class:`~sogrid.optimizers.layerwise.Layerwise`.
 
     Raises:
         ValueError: As in :class:`~sogrid.optimizers.layerwise.Layerwise`.
@@ -130,6 +131,7 @@ class ACP(Layerwise):
         averaging: float = 0.0,
         other_lr: float | Tensor | None = None,
         params=None,
+        gradients: str = "matrix",
     ) -> None:
         """See the class."""
         super().__init__(
@@ -145,6 +147,7 @@ class ACP(Layerwise):
             averaging=averaging,
             other_lr=other_lr,
             params=params,
+            gradients=gradients,
         )
 
     def check_hyperparameters(self, group):  # noqa: D102

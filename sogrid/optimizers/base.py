@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any
@@ -88,7 +89,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
     @staticmethod
     def _require_finite(where: str, gradient: Tensor) -> None:
         """Look for NaN and infinity where looking is free (on an accelerator they spread visibly)."""
-        if gradient.device.type == "cpu" and not bool(torch.isfinite(gradient.sum())):
+        if gradient.device.type == "cpu" and not math.isfinite(gradient.sum().item()):
             raise FloatingPointError(
                 f"{where}: the gradient is not finite, so the loss diverged or overflowed; nothing was "
                 "changed. Skip the batch with zero_grad(), lower lr or raise the damping"

@@ -11,36 +11,39 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sogrid.linalg import Factored
 from sogrid.optimizers.layerwise import Layerwise
 
 __all__ = ["CenteredGradientDescent", "centered_gradient", "centered_update"]
 
 
-def centered_gradient(grad_w: Tensor, grad_b: Tensor | None, mean_h: Tensor) -> Tensor:
+def centered_gradient(grad_w: Tensor | Factored, grad_b: Tensor | None, mean_h: Tensor) -> Tensor | Factored:
     """(1/n) Σ g_i (h_i − h̄)ᵀ = ∇W − ∇b h̄ᵀ, ``[..., o, i]``; a layer without bias is not centred.
 
     Args:
-        grad_w: Gradient of the mean loss, ``[..., o, i]``.
+        grad_w: Gradient of the mean loss, ``[..., o, i]``; if it is factored, so is the result.
         grad_b: ``[..., o]`` or ``None``.
         mean_h: h̄, ``[..., i]``.
     """
     if grad_b is None:
         return grad_w
+    if isinstance(grad_w, Factored):
+        return grad_w.centered(mean_h)
     return torch.addcmul(grad_w, grad_b.unsqueeze(-1), mean_h.unsqueeze(-2), value=-1)
 
 
 def centered_update(
-    grad_w: Tensor,
+    grad_w: Tensor | Factored,
     grad_b: Tensor | None,
     mean_h: Tensor,
     *,
     lr: float | Tensor,
     bias_correction: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor | Factored, Tensor | None]:
     """(ΔW, Δb) of Algorithm 3.
 
     Args:
-        grad_w: ∇W of the mean loss, ``[..., o, i]``.
+        grad_w: ∇W of the mean loss, ``[..., o, i]``; if it is factored, so is ΔW.
         grad_b: ∇b, ``[..., o]`` or ``None``.
         mean_h: h̄ of the minibatch, ``[..., i]``.
         lr: λ.
@@ -56,7 +59,11 @@ def centered_update(
 
 
 def bias_update(
-    grad_b: Tensor | None, dw: Tensor, mean_h: Tensor, rate: float | Tensor, correction: bool
+    grad_b: Tensor | None,
+    dw: Tensor | Factored,
+    mean_h: Tensor,
+    rate: float | Tensor,
+    correction: bool,
 ) -> Tensor | None:
     """Δb = −rate · ∇b, and − ΔW h̄ if ``correction`` (eq. 6.2.5)."""
     if grad_b is None:
@@ -75,6 +82,7 @@ class CenteredGradientDescent(Layerwise):
         reduction: See :class:`~sogrid.optimizers.layerwise.Layerwise`.
         other_lr: See there.
         params: See there.
+        gradients: See there.
 
     Raises:
         ValueError: As in :class:`~sogrid.optimizers.layerwise.Layerwise`.
@@ -91,6 +99,7 @@ class CenteredGradientDescent(Layerwise):
         reduction: str = "mean",
         other_lr: float | Tensor | None = None,
         params=None,
+        gradients: str = "matrix",
     ) -> None:
         """See the class."""
         super().__init__(
@@ -101,6 +110,7 @@ class CenteredGradientDescent(Layerwise):
             refresh_every=None,
             other_lr=other_lr,
             params=params,
+            gradients=gradients,
         )
 
     def update(self, grad_w, grad_b, mean_h, state, group):  # noqa: D102

@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from sogrid.capture import CaptureError
-from sogrid.kronecker import homogeneous, kronecker_solve
-from sogrid.linalg import Gram, ThinInverse, mean_eigenvalue, naming_the_damping, tikhonov_inverse
+from sogrid.kronecker import homogeneous, homogeneous_gradient, kronecker_solve
+from sogrid.linalg import Factored, Gram, ThinInverse, mean_eigenvalue, naming_the_damping, tikhonov_inverse
 from sogrid.losses import CrossEntropyAtLogits, CrossEntropyAtProbabilities, Loss
 from sogrid.optimizers.base import check_count, check_hyperparameter
 from sogrid.optimizers.layerwise import Layerwise
@@ -100,17 +100,17 @@ def kfac_inverses(
 
 
 def kfac_update(
-    grad_w: Tensor,
+    grad_w: Tensor | Factored,
     grad_b: Tensor | None,
     a_inverse: Tensor | ThinInverse,
     b_inverse: Tensor | ThinInverse,
     *,
     lr: float | Tensor,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor | Factored, Tensor | None]:
     """(ΔW, Δb) = −λ B⁻¹ [∇W, ∇b] A⁻¹.
 
     Args:
-        grad_w: ∇W of the mean loss, ``[..., o, i]``.
+        grad_w: ∇W of the mean loss, ``[..., o, i]``; if it is factored, ΔW may be.
         grad_b: ∇b, ``[..., o]`` or ``None``.
         a_inverse: ``[..., i + 1, i + 1]``, or ``[..., i, i]`` without a bias.
         b_inverse: ``[..., o, o]``.
@@ -118,7 +118,7 @@ def kfac_update(
     """
     if grad_b is None:
         return -lr * kronecker_solve(a_inverse, b_inverse, grad_w), None
-    step = -lr * kronecker_solve(a_inverse, b_inverse, torch.cat([grad_w, grad_b.unsqueeze(-1)], -1))
+    step = -lr * kronecker_solve(a_inverse, b_inverse, homogeneous_gradient(grad_w, grad_b))
     return step[..., :-1], step[..., -1]
 
 
@@ -141,6 +141,7 @@ class KFAC(Layerwise):
         averaging: ρ in [0, 1), weight of the old statistics at a refresh.
         other_lr: Learning rate of plain SGD for parameters outside linear layers.
         params: What to train, as in torch; default all trainable parameters.
+        gradients: ``"matrix"`` or ``"factored"``; see :class:`~sogrid.optimizers.layerwise.Layerwise`.
 
     Raises:
         TypeError: If ``loss`` is not a :class:`~sogrid.losses.Loss`.
@@ -149,6 +150,8 @@ class KFAC(Layerwise):
     """
 
     saved = (*Layerwise.saved, "loss", "curvature", "samples", "seed")
+
+    uses_mean = False
 
     def __init__(
         self,
@@ -165,6 +168,7 @@ class KFAC(Layerwise):
         averaging: float = 0.0,
         other_lr: float | Tensor | None = None,
         params=None,
+        gradients: str = "matrix",
     ) -> None:
         """See the class."""
         self._require_loss(loss)
@@ -188,6 +192,7 @@ class KFAC(Layerwise):
             averaging=averaging,
             other_lr=other_lr,
             params=params,
+            gradients=gradients,
         )
 
     def check_hyperparameters(self, group):  # noqa: D102

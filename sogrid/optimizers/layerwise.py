@@ -9,6 +9,11 @@ The step starts from ``.grad``, so gradient clipping, accumulation and loss pena
 mean in torch. Per-example quantities come from :mod:`sogrid.capture`; those made of gradients are of
 the loss as it was when ``backward`` ran, so a loss that a ``GradScaler`` scaled needs
 :meth:`Layerwise.refresh` with the unscaled one.
+
+With ``gradients="factored"`` it starts from the factors of ∇W = (1/n) gᵀh, which have rank n: autograd
+does not form the product, the equation multiplies its factors, and the one product that is formed goes
+straight into the weight (:class:`sogrid.linalg.Factored`). The step is the same to rounding and costs
+little more than SGD's. What works on ``.grad`` does not work then; see :class:`Layerwise`.
 """
 
 from __future__ import annotations
@@ -20,12 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from sogrid.capture import Capture, CaptureError, LayerRecord
-from sogrid.linalg import ThinInverse
+from sogrid.linalg import Factored, ThinInverse, add_to
 from sogrid.losses import check_reduction
 from sogrid.optimizers.base import CapturingOptimizer, check_count, check_hyperparameter
 from sogrid.statistics import Statistics, refresh_due
 
 __all__ = ["Layerwise", "StatisticsBatch"]
+
+Gradients = tuple[Tensor | Factored, Tensor | None, Tensor | None]
+"""∇W and ∇b of the mean loss over the examples a layer saw, and their mean input."""
 
 
 class StatisticsBatch(NamedTuple):
@@ -80,6 +88,12 @@ class Layerwise(CapturingOptimizer):
             own; default all trainable parameters. A layer's weight and bias go in one group; a bias left
             out or frozen stays as it is, and the layer's inputs are then not centred. In a group with
             ``preconditioned=False`` everything is trained by plain SGD.
+        gradients: ``"matrix"``: the step starts from ``.grad``. ``"factored"``: it starts from the
+            factors g and h of each layer's gradient, and the ``.grad`` of the layers' parameters stays
+            ``None``: faster, but gradient clipping, ``GradScaler``, distributed averaging and
+            ``create_graph=True`` do not work. A ``.grad`` that appears anyway, from a penalty on a weight
+            say, is an error. Passes accumulate until :meth:`step` or this optimizer's own
+            :meth:`zero_grad`, and until then the minibatch must not be changed in place.
         **hyperparameters: The method's own, kept in the parameter groups.
 
     Raises:
@@ -91,7 +105,12 @@ class Layerwise(CapturingOptimizer):
     uses_statistics = True
     """Whether the method has anything to refresh."""
 
-    saved: tuple[str, ...] = ("model", "reduction", "refresh_every", "averaging", "other_lr")
+    uses_mean = True
+    """Whether the update uses the minibatch's own mean input."""
+
+    gradients = "matrix"
+
+    saved: tuple[str, ...] = ("model", "reduction", "refresh_every", "averaging", "other_lr", "gradients")
     """Attributes that copies and pickles carry."""
 
     def __init__(
@@ -104,6 +123,7 @@ class Layerwise(CapturingOptimizer):
         averaging: float = 0.0,
         other_lr: float | Tensor | None = None,
         params: Iterable | None = None,
+        gradients: str = "matrix",
         **hyperparameters,
     ) -> None:
         """See the class."""
@@ -113,11 +133,14 @@ class Layerwise(CapturingOptimizer):
         check_hyperparameter("averaging (ρ)", averaging, below=1.0)
         if other_lr is not None:
             check_hyperparameter("other_lr", other_lr)
+        if gradients not in ("matrix", "factored"):
+            raise ValueError(f"gradients must be 'matrix' or 'factored', got {gradients!r}")
         self.model = model
         self.reduction = check_reduction(reduction)
         self.refresh_every = refresh_every
         self.averaging = averaging
         self.other_lr = other_lr
+        self.gradients = gradients
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
         defaults = {"lr": lr, **hyperparameters, "preconditioned": True, "updates": 0, "refreshed": -1}
@@ -125,14 +148,17 @@ class Layerwise(CapturingOptimizer):
         self._bind()
 
     def __repr__(self) -> str:
-        """As in torch, and after a refresh the route of each layer's inverses."""
+        """As in torch, and the routes: of each layer's inverses, and of ΔW in the last step."""
         routes = []
         for name, layer, _ in self._walk():
             state = self.state.get(layer.weight, {})
             kinds = ["thin" if key + SHIFT in state else "dense" for key in state if key.endswith("inverse")]
             routes += [f"{name} {'/'.join(kinds)}"] if kinds else []
-        line = f"inverses: {', '.join(routes)}\n" if routes else ""
-        return super().__repr__()[:-1] + line + ")"
+        lines = f"inverses: {', '.join(routes)}\n" if routes else ""
+        if self.gradients == "factored":
+            taken = ", ".join(f"{name} {route}" for name, route in self._routes.items())
+            lines += f"gradients: {taken or 'factored'}\n"
+        return super().__repr__()[:-1] + lines + ")"
 
     # -- which parameters belong to which layer ------------------------------------------------------
 
@@ -223,7 +249,9 @@ class Layerwise(CapturingOptimizer):
         if self._capture is not None:
             self._capture.close()
         self._names = {layer.weight: name for name, layer in layers.items()}
-        self._layers, self._given = layers, set(home)
+        self._homes = {name: (layer, home[layer.weight]) for name, layer in layers.items()}
+        self._given = set(home)
+        self._routes: dict[str, str] = {}
         self._capture = Capture(self.model, layers)
         self._arm()
 
@@ -242,8 +270,13 @@ class Layerwise(CapturingOptimizer):
         raise NotImplementedError
 
     def update(
-        self, grad_w: Tensor, grad_b: Tensor | None, mean_h: Tensor, state: dict, group: dict
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        grad_w: Tensor | Factored,
+        grad_b: Tensor | None,
+        mean_h: Tensor | None,
+        state: dict,
+        group: dict,
+    ) -> tuple[Tensor | Factored, Tensor | None]:
         """(ΔW, Δb) of one layer from the gradients of the mean loss and the minibatch's mean input."""
         raise NotImplementedError
 
@@ -309,9 +342,10 @@ class Layerwise(CapturingOptimizer):
             has_bias = self._bias(layer) is not None
             scale = record.count if self.reduction == "mean" else 1
             passes = zip(*record.rows, strict=True)
+            h, g = record.examples()
             batch = StatisticsBatch(
-                torch.cat(record.inputs),
-                torch.cat(record.grads) * scale,
+                h,
+                g * scale,
                 [torch.cat(r) for r in passes],
                 has_bias,
             )
@@ -339,74 +373,95 @@ class Layerwise(CapturingOptimizer):
         """Tell the capture what the next pass must leave behind."""
         self._capture.keep = self._wanted()
         self._capture.keep_roots = False
+        self._capture.factored = self._given if self.gradients == "factored" else frozenset()
         self._capture.probe = self.probe()
 
     # -- step ------------------------------------------------------------------------------------------
 
     def _walk(self) -> Iterator[tuple[str, nn.Linear, dict]]:
         """Every watched layer with its group."""
-        for group in self.param_groups:
-            for parameter in group["params"] if group["preconditioned"] else ():
-                if parameter in self._names:
-                    name = self._names[parameter]
-                    yield name, self._layers[name], group
+        for name, (layer, group) in self._homes.items():
+            yield name, layer, self.param_groups[group]
 
-    def _ready(self) -> Iterator[tuple[str, nn.Linear, dict, LayerRecord]]:
-        """The layers that hold a gradient, each checked for what a step needs."""
+    def _ready(self) -> Iterator[tuple[str, nn.Linear, dict, LayerRecord, Gradients | None]]:
+        """The layers that hold a gradient, each checked for what a step needs; with the factored ones."""
         for name, layer, group in self._walk():
             if layer.weight not in self._names:
                 raise CaptureError(
                     f"layer {name!r} has another weight than when the optimizer was made, as after "
                     "load_state_dict(..., assign=True): make a new optimizer"
                 )
-            bias = self._bias(layer)
-            if layer.weight.grad is None:
-                if bias is not None and bias.grad is not None:
-                    raise CaptureError(f"layer {name!r}: the bias has a gradient but the weight has none")
+            bias, record = self._bias(layer), self._capture.records[name]
+            parameters = {"weight": layer.weight} | ({} if bias is None else {"bias": bias})
+            held = [kind for kind, parameter in parameters.items() if parameter.grad is not None]
+            if self.gradients == "factored":
+                if held:
+                    raise CaptureError(
+                        f"layer {name!r}: the {held[0]} has a .grad, which gradients='factored' would not "
+                        "use: it is of a pass that was not seen (in eval mode?) or of a penalty on the "
+                        "parameter; call zero_grad() and the model in training mode, or use "
+                        "gradients='matrix'"
+                    )
+                if record.count:
+                    yield name, layer, group, record, self._factors(name, layer, record)
                 continue
-            if bias is not None and bias.grad is None:
-                raise CaptureError(f"layer {name!r}: the weight has a gradient but the bias has none")
-            record = self._capture.records[name]
+            if not held:
+                continue
+            if len(held) < len(parameters):
+                (missing,) = parameters.keys() - held
+                raise CaptureError(f"layer {name!r}: the {held[0]} has a gradient but the {missing} has none")
             if not record.count:
                 raise CaptureError(
                     f"layer {name!r} has a gradient but its forward pass was not seen: it ran in eval mode, "
                     "its weight was used outside the layer, or the optimizer was closed"
                 )
-            for parameter in (layer.weight, bias):
-                if parameter is not None:
-                    self._require_finite(f"layer {name!r}", parameter.grad)
-            yield name, layer, group, record
+            for parameter in parameters.values():
+                self._require_finite(f"layer {name!r}", parameter.grad)
+            yield name, layer, group, record, None
+
+    def _factors(self, name: str, layer: nn.Linear, record: LayerRecord) -> Gradients | None:
+        """A layer's factored gradient and what goes with it, looked over for NaN and infinity."""
+        h, g = record.examples()
+        grad_b = None if self._bias(layer) is None else g.sum(0)
+        mean_h = h.mean(0) if self.uses_mean else None
+        for whole, sums in ((g, grad_b), (h, mean_h)):
+            self._require_finite(f"layer {name!r}", whole if sums is None else sums)
+        if self.reduction == "mean":
+            return Factored(g, h), grad_b, mean_h
+        return Factored(g, h, 1 / record.count), grad_b if grad_b is None else grad_b / record.count, mean_h
+
+    def _matrices(self, layer: nn.Linear, record: LayerRecord) -> Gradients:
+        """``.grad`` of the mean loss, not to be written to, and the mean input."""
+        scale = 1 if self.reduction == "mean" else record.count
+        grads = [None if p is None else p.grad for p in (layer.weight, self._bias(layer))]
+        grad_w, grad_b = (grad if grad is None or scale == 1 else grad / scale for grad in grads)
+        return grad_w, grad_b, record.input_sum / record.count
 
     def _step(self) -> None:
         ready, records = list(self._ready()), self._capture.records
         wanted = self._wanted()
         if wanted:
             self._adopt(self._refreshed({name: records[name] for name in wanted}))
-        for name, layer, _, _ in ready:
+        for name, layer, *_ in ready:
             self._check_state(name, layer)
         for layer, (dw, db) in self._changes(ready):
-            layer.weight.add_(dw)
+            self._routes[self._names[layer.weight]] = "factored" if isinstance(dw, Factored) else "formed"
+            add_to(layer.weight, dw)
             if db is not None:
                 layer.bias.add_(db)
-        self._step_others(max((record.count for *_, record in ready), default=1))
+        self._step_others(max((record.count for *_, record, _ in ready), default=1))
         for group in self.param_groups:
             group["updates"] += 1
         self._capture.clear()
         self._arm()
 
     def _changes(
-        self, ready: list[tuple[str, nn.Linear, dict, LayerRecord]]
-    ) -> Iterator[tuple[nn.Linear, tuple[Tensor, Tensor | None]]]:
+        self, ready: list[tuple[str, nn.Linear, dict, LayerRecord, Gradients | None]]
+    ) -> Iterator[tuple[nn.Linear, tuple[Tensor | Factored, Tensor | None]]]:
         """Each layer's (ΔW, Δb), one layer at a time."""
-        for _, layer, group, record in ready:
-            parameters = layer.weight, self._bias(layer)
-            grad_w, grad_b = (None if p is None else self._mean(p.grad, record.count) for p in parameters)
+        for _, layer, group, record, factors in ready:
             state = _packed(self.state.get(layer.weight, {}))
-            yield layer, self.update(grad_w, grad_b, record.input_sum / record.count, state, group)
-
-    def _mean(self, grad: Tensor, count: int) -> Tensor:
-        """The gradient of the mean loss, not to be written to: it may be ``.grad`` itself."""
-        return grad if self.reduction == "mean" else grad / count
+            yield layer, self.update(*(factors or self._matrices(layer, record)), state, group)
 
     def _check_state(self, name: str, layer: nn.Linear) -> None:
         if self.uses_statistics and not self._fits(layer):

@@ -90,10 +90,13 @@ class NaturalNN(Layerwise):
         averaging: ρ in [0, 1), weight of the old statistics at a refresh.
         other_lr: Learning rate of plain SGD for parameters outside linear layers.
         params: What to train, as in torch; default all trainable parameters.
+        gradients: ``"matrix"`` or ``"factored"``; see :class:`~sogrid.optimizers.layerwise.Layerwise`.
 
     Raises:
         ValueError: As in :class:`~sogrid.optimizers.layerwise.Layerwise`.
     """
+
+    uses_mean = False
 
     def __init__(
         self,
@@ -106,6 +109,7 @@ class NaturalNN(Layerwise):
         averaging: float = 0.0,
         other_lr: float | Tensor | None = None,
         params=None,
+        gradients: str = "matrix",
     ) -> None:
         """See the class."""
         super().__init__(
@@ -117,6 +121,7 @@ class NaturalNN(Layerwise):
             averaging=averaging,
             other_lr=other_lr,
             params=params,
+            gradients=gradients,
         )
 
     def check_hyperparameters(self, group):  # noqa: D102

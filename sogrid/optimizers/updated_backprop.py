@@ -11,18 +11,24 @@ through the layers above: push ΔW h + Δb forward to the output, multiply by D 
 
 Algorithm 2 sums over the minibatch; here the update is −λ times a *mean*, like that of every other
 method of this package, which only rescales λ.
+
+ΔW = −λ (1/n) gᵀh is never formed: both of its products and its sum into the weight are of its factors.
+With ``gradients="factored"`` autograd goes no further down than the model's output, as everything below
+is computed here.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp, vjp
 
-from sogrid.capture import CaptureError
+from sogrid.capture import CaptureError, join
+from sogrid.linalg import Factored
 from sogrid.losses import Loss
 from sogrid.optimizers.layerwise import Layerwise
 
@@ -40,7 +46,9 @@ def updated_backprop_update(
     curvature: Callable[[int, Tensor], Tensor] | None,
     *,
     lr: Sequence[float | Tensor],
-) -> list[tuple[Tensor, Tensor]]:
+    slopes: Sequence[Slope] | None = None,
+    factored: bool = False,
+) -> list[tuple[Tensor | Factored, Tensor]]:
     """(ΔW, Δb) of every layer of a chain h_l = f_l(W_l h_{l−1} + b_l), by Algorithm 2.
 
     Args:
@@ -52,19 +60,21 @@ def updated_backprop_update(
         curvature: ``(l, v) -> H_l v`` for ``v: [n, n_out]``, of ``gauss_newton_term`` or
             ``hessian_term``; ``None`` drops the term.
         lr: λ of each layer.
+        slopes: Those of the activations at the pre-activations, if they are there already.
+        factored: Leave every ΔW factored.
     """
-    changes: list[tuple[Tensor, Tensor]] = []
+    slopes = activation_slopes(activations, preactivations) if slopes is None else slopes
+    changes: list[tuple[Tensor | Factored, Tensor]] = []
     dh = grad_f
     for layer in reversed(range(len(weights))):
-        h, a, w = inputs[layer], preactivations[layer], weights[layer]
-        da = vjp(activations[layer], a)[1](dh)[0]
-        dw = -lr[layer] * da.mT @ h / len(h)
-        db = -lr[layer] * da.mean(0)
-        changes.append((dw, db))
+        h, w = inputs[layer], weights[layer]
+        g = slopes[layer].pull(dh)
+        dw = -lr[layer] / len(h) * Factored(g, h)
+        db = -lr[layer] * g.mean(0)
+        changes.append((dw if factored else dw.dense(), db))
         if layer > 0:
-            dh = da @ (w + dw)
-            if curvature is not None:
-                dh = dh + curvature(layer, h @ dw.mT + db) @ w
+            bend = 0 if curvature is None else curvature(layer, h @ dw.mT + db)
+            dh = (g + bend) @ w + g @ dw
     return changes[::-1]
 
 
@@ -73,6 +83,7 @@ def gauss_newton_term(
     weights: Sequence[Tensor],
     activations: Sequence[Activation],
     output_hessian: Callable[[Tensor], Tensor],
+    slopes: Sequence[Slope] | None = None,
 ) -> Callable[[int, Tensor], Tensor]:
     """``(l, v) -> JᵀDJ v`` at pre-activation l: forward to the output, times D, and back.
 
@@ -81,16 +92,17 @@ def gauss_newton_term(
         weights: W_l.
         activations: f_l.
         output_hessian: u ↦ D u, ``[n, n_f]``.
+        slopes: Those of the activations at the pre-activations, if they are there already.
     """
-    slopes = [_slope(f, a) for f, a in zip(activations, preactivations, strict=True)]
+    slopes = activation_slopes(activations, preactivations) if slopes is None else slopes
 
     def term(layer: int, v: Tensor) -> Tensor:
         above = range(layer, len(weights))
         for m in above:
-            v = slopes[m][0](v if m == layer else v @ weights[m].mT)
+            v = slopes[m].push(v if m == layer else v @ weights[m].mT)
         v = output_hessian(v)
         for m in reversed(above):
-            v = slopes[m][1](v)
+            v = slopes[m].pull(v)
             if m > layer:
                 v = v @ weights[m]
         return v
@@ -101,15 +113,24 @@ def gauss_newton_term(
 ELEMENTWISE = (nn.Identity, nn.ReLU, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Softplus)
 
 
-def _slope(
-    activation: Activation, a: Tensor
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """(v ↦ f′(a) v, v ↦ f′(a)ᵀ v)."""
-    if isinstance(activation, ELEMENTWISE):
-        slope = jvp(activation, (a,), (torch.ones_like(a),))[1]
-        return slope.mul, slope.mul
+class Slope(NamedTuple):
+    """f′(a) of an activation: ``push``: v ↦ f′(a) v, ``pull``: v ↦ f′(a)ᵀ v."""
+
+    push: Callable[[Tensor], Tensor]
+    pull: Callable[[Tensor], Tensor]
+
+
+def activation_slopes(activations: Sequence[Activation], preactivations: Sequence[Tensor]) -> list[Slope]:
+    """f_l′(a_l) of each layer, computed once where f_l is known to act on each unit alone."""
+    return [_slope(f, a) for f, a in zip(activations, preactivations, strict=True)]
+
+
+def _slope(activation: Activation, a: Tensor) -> Slope:
     back = vjp(activation, a)[1]
-    return lambda v: jvp(activation, (a,), (v,))[1], lambda v: back(v)[0]
+    if isinstance(activation, ELEMENTWISE):
+        slope = back(torch.ones_like(a))[0]
+        return Slope(slope.mul, slope.mul)
+    return Slope(lambda v: jvp(activation, (a,), (v,))[1], lambda v: back(v)[0])
 
 
 def hessian_term(
@@ -159,6 +180,9 @@ class UpdatedBackprop(Layerwise):
         loss: What the training loss is, as an object of :mod:`sogrid.losses`.
         curvature: ``"gauss_newton"`` (the thesis's), ``"hessian"``, or ``"none"``.
         params: Parameter groups, as in torch; all layers must be trained.
+        gradients: ``"matrix"``: ``backward`` forms every ``.grad``, which the step only compares with its
+            own. ``"factored"``: the graph ends at the model's output, and no ``.grad`` is made, nor one of
+            the model's input; see :class:`~sogrid.optimizers.layerwise.Layerwise`.
 
     Raises:
         TypeError: If ``loss`` is not a :class:`~sogrid.losses.Loss`.
@@ -177,6 +201,7 @@ class UpdatedBackprop(Layerwise):
         loss: Loss,
         curvature: str = "gauss_newton",
         params=None,
+        gradients: str = "matrix",
     ) -> None:
         """See the class."""
         self._require_model(model)
@@ -185,14 +210,20 @@ class UpdatedBackprop(Layerwise):
         if curvature not in ("gauss_newton", "hessian", "none"):
             raise ValueError(f"curvature must be 'gauss_newton', 'hessian' or 'none', got {curvature!r}")
         self.loss, self.curvature = loss, curvature
-        super().__init__(model, lr, reduction=loss.reduction, refresh_every=None, params=params)
+        super().__init__(
+            model, lr, reduction=loss.reduction, refresh_every=None, params=params, gradients=gradients
+        )
 
     def _bind(self) -> None:
         self._chain(self.model)
         super()._bind()
 
     def _arm(self) -> None:
-        """Nothing to tell: the capture keeps every pass."""
+        """The capture keeps every pass; of the graph it needs only the output, unless it compares."""
+        self._capture.cut = self.gradients == "factored"
+
+    def _factors(self, name, layer, record):
+        self._require_finite(f"layer {name!r}", record.examples()[0])
 
     @staticmethod
     def _chain(model: nn.Module) -> list[tuple[nn.Linear, nn.Sequential]]:
@@ -222,23 +253,29 @@ class UpdatedBackprop(Layerwise):
         if not roots:
             raise CaptureError("the model's output was not seen: call the model itself, in training mode")
         layers, activations = zip(*self._chain(self.model), strict=True)
-        by_layer = {layer: (name, group) for name, layer, group, _ in ready}
-        inputs = [torch.cat(records[by_layer[layer][0]].inputs) for layer in layers]
+        by_layer = {layer: (records[name], group) for name, layer, group, *_ in ready}
+        seen, lr = zip(*((by_layer[layer][0], by_layer[layer][1]["lr"]) for layer in layers), strict=True)
+        inputs = [record.examples()[0] for record in seen]
+        a = [record.outputs(layer) for record, layer in zip(seen, layers, strict=True)]
         scale = len(inputs[0]) if self.reduction == "mean" else 1
-        f, grad_f = torch.cat([r.output for r in roots]), torch.cat([r.grad for r in roots]) * scale
+        f, grad_f = join([r.output for r in roots]), join([r.grad for r in roots]) * scale
+        self._require_finite("the model's output", grad_f)
         weights, biases = [layer.weight.detach() for layer in layers], [layer.bias for layer in layers]
-        a = [layer(h) for layer, h in zip(layers, inputs, strict=True)]
-        y = self.loss.target(f, grad_f)
+        slopes, y = activation_slopes(activations, a), self.loss.target(f, grad_f)
         curvature = {
             "gauss_newton": lambda: gauss_newton_term(
-                a, weights, activations, lambda v: self.loss.hessian_product(f, y, v)
+                a, weights, activations, lambda v: self.loss.hessian_product(f, y, v), slopes
             ),
             "hessian": lambda: hessian_term(a, weights, biases, activations, self.loss, y),
             "none": lambda: None,
         }[self.curvature]()
-        lr = [by_layer[layer][1]["lr"] for layer in layers]
-        changes = updated_backprop_update(inputs, a, weights, activations, grad_f, curvature, lr=lr)
-        self._require_untouched(layers[-1].weight.grad * (lr[-1] * scale / len(f)), changes[-1][0])
+        changes = updated_backprop_update(
+            inputs, a, weights, activations, grad_f, curvature, lr=lr, slopes=slopes, factored=True
+        )
+        if self.gradients == "matrix":
+            self._require_untouched(
+                layers[-1].weight.grad * (lr[-1] * scale / len(f)), changes[-1][0].dense()
+            )
         yield from zip(layers, changes, strict=True)
 
     @staticmethod

@@ -78,6 +78,21 @@ def test_every_method_of_a_benchmark_can_be_timed(small, benchmark):
         assert (row["refresh_ms"] > 0) == keeps_statistics, row["method"]
 
 
+@pytest.mark.parametrize("method", ["acp", "nnn2", "kfac", "centered_gradient_descent", "jaco_update"])
+def test_both_routes_of_a_method_can_be_timed(small, monkeypatch, method):
+    """Side by side, each by its own route."""
+    gradients, inner = {}, timing._update
+
+    def watched(model, optimizer, *rest):
+        inner(model, optimizer, *rest)
+        gradients[optimizer.gradients] = all(p.grad is None for p in model.parameters())
+
+    monkeypatch.setattr(timing, "_update", watched)
+    rows = step_times("mnist_autoencoder", [method, f"{method} matrix"], rounds=2)
+    assert [row["method"] for row in rows] == [method, f"{method} matrix"]
+    assert gradients == {"matrix": False, "factored": True}
+
+
 def test_a_share_of_the_refresh_is_in_the_update(hands):
     """One backward pass for each update; a refresh, of ten seconds, every hundred updates."""
     sgd, acp = step_times(NAME, [SGD, REFRESHED], rounds=4)
