@@ -83,6 +83,7 @@ class CenteredGradientDescent(Layerwise):
         other_lr: See there.
         params: See there.
         gradients: See there.
+        max_change: See there.
 
     Raises:
         ValueError: As in :class:`~sogrid.optimizers.layerwise.Layerwise`.
@@ -100,6 +101,7 @@ class CenteredGradientDescent(Layerwise):
         other_lr: float | Tensor | None = None,
         params=None,
         gradients: str = "matrix",
+        max_change: float | Tensor | None = None,
     ) -> None:
         """See the class."""
         super().__init__(
@@ -111,6 +113,7 @@ class CenteredGradientDescent(Layerwise):
             other_lr=other_lr,
             params=params,
             gradients=gradients,
+            max_change=max_change,
         )
 
     def update(self, grad_w, grad_b, mean_h, state, group):  # noqa: D102

@@ -142,6 +142,7 @@ class KFAC(Layerwise):
         other_lr: Learning rate of plain SGD for parameters outside linear layers.
         params: What to train, as in torch; default all trainable parameters.
         gradients: ``"matrix"`` or ``"factored"``; see :class:`~sogrid.optimizers.layerwise.Layerwise`.
+        max_change: κ, a bound on the change of pre-activations; see there.
 
     Raises:
         TypeError: If ``loss`` is not a :class:`~sogrid.losses.Loss`.
@@ -169,6 +170,7 @@ class KFAC(Layerwise):
         other_lr: float | Tensor | None = None,
         params=None,
         gradients: str = "matrix",
+        max_change: float | Tensor | None = None,
     ) -> None:
         """See the class."""
         self._require_loss(loss)
@@ -193,6 +195,7 @@ class KFAC(Layerwise):
             other_lr=other_lr,
             params=params,
             gradients=gradients,
+            max_change=max_change,
         )
 
     def check_hyperparameters(self, group):  # noqa: D102

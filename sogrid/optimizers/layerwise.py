@@ -30,7 +30,10 @@ from sogrid.losses import check_reduction
 from sogrid.optimizers.base import CapturingOptimizer, check_count, check_hyperparameter
 from sogrid.statistics import Statistics, refresh_due
 
-__all__ = ["Layerwise", "StatisticsBatch"]
+__all__ = ["Layerwise", "StatisticsBatch", "bounded"]
+
+BOUND_EXAMPLES = 32
+"""A minibatch's change is bounded on so many of its examples."""
 
 Gradients = tuple[Tensor | Factored, Tensor | None, Tensor | None]
 """∇W and ∇b of the mean loss over the examples a layer saw, and their mean input."""
@@ -50,6 +53,29 @@ class StatisticsBatch(NamedTuple):
     g: Tensor
     rows: list[Tensor]
     has_bias: bool
+
+
+def bounded(
+    dw: Tensor | Factored, db: Tensor | None, h: Tensor, max_change: float | Tensor
+) -> tuple[Tensor | Factored, Tensor | None]:
+    """(ΔW, Δb), shrunk if need be until the pre-activations change by κ at most, in root mean square.
+
+    §6.1 asks a layer's pre-activations to move by −λg; when λ is too large they leave the region where g
+    means anything, units saturate, and the loss never moves again. The bound is on
+    rms_{i,j} (ΔW h_i + Δb)_j, has the scale of a pre-activation, and leaves the direction alone.
+
+    Args:
+        dw: ΔW, ``[..., o, i]``.
+        db: Δb, ``[..., o]`` or ``None``.
+        h: Inputs of the layer, ``[..., n, i]``, of which the first 32 count.
+        max_change: κ.
+    """
+    change = h[..., :BOUND_EXAMPLES, :] @ dw.mT
+    if db is not None:
+        change = change + db.unsqueeze(-2)
+    rms = change.square().mean((-2, -1)).sqrt()
+    share = (max_change / rms).clamp(max=1)
+    return share[..., None, None] * dw, None if db is None else share[..., None] * db
 
 
 SHIFT = "_shift"
@@ -94,6 +120,10 @@ class Layerwise(CapturingOptimizer):
             ``create_graph=True`` do not work. A ``.grad`` that appears anyway, from a penalty on a weight
             say, is an error. Passes accumulate until :meth:`step` or this optimizer's own
             :meth:`zero_grad`, and until then the minibatch must not be changed in place.
+        max_change: κ > 0, the largest change of a layer's pre-activations in one step, in root mean square
+            over (the first 32 of) the minibatch and the layer's units; a larger step is shrunk, the whole
+            layer's alike. ``None``: no bound, as in the thesis. Kept in the parameter groups, so it may
+            decay like a learning rate. Cheap with factored gradients.
         **hyperparameters: The method's own, kept in the parameter groups.
 
     Raises:
@@ -124,6 +154,7 @@ class Layerwise(CapturingOptimizer):
         other_lr: float | Tensor | None = None,
         params: Iterable | None = None,
         gradients: str = "matrix",
+        max_change: float | Tensor | None = None,
         **hyperparameters,
     ) -> None:
         """See the class."""
@@ -143,7 +174,14 @@ class Layerwise(CapturingOptimizer):
         self.gradients = gradients
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
-        defaults = {"lr": lr, **hyperparameters, "preconditioned": True, "updates": 0, "refreshed": -1}
+        defaults = {
+            "lr": lr,
+            "max_change": max_change,
+            **hyperparameters,
+            "preconditioned": True,
+            "updates": 0,
+            "refreshed": -1,
+        }
         super().__init__(params, defaults)
         self._bind()
 
@@ -185,6 +223,8 @@ class Layerwise(CapturingOptimizer):
             ValueError: If one is out of range.
         """
         check_hyperparameter("lr (λ)", group["lr"])
+        if group["max_change"] is not None:
+            check_hyperparameter("max_change (κ)", group["max_change"], positive=True)
 
     def _owners(self) -> dict[Tensor, list[tuple[str, nn.Module]]]:
         owners: dict[Tensor, list[tuple[str, nn.Module]]] = {}
@@ -371,7 +411,8 @@ class Layerwise(CapturingOptimizer):
 
     def _arm(self) -> None:
         """Tell the capture what the next pass must leave behind."""
-        self._capture.keep = self._wanted()
+        bound = {name for name, _, group in self._walk() if group["max_change"] is not None}
+        self._capture.keep = self._wanted() | bound
         self._capture.keep_roots = False
         self._capture.factored = self._given if self.gradients == "factored" else frozenset()
         self._capture.probe = self.probe()
@@ -461,7 +502,11 @@ class Layerwise(CapturingOptimizer):
         """Each layer's (ΔW, Δb), one layer at a time."""
         for _, layer, group, record, factors in ready:
             state = _packed(self.state.get(layer.weight, {}))
-            yield layer, self.update(*(factors or self._matrices(layer, record)), state, group)
+            change = self.update(*(factors or self._matrices(layer, record)), state, group)
+            if group["max_change"] is not None:
+                h = factors[0].right if factors else torch.cat(record.inputs)
+                change = bounded(*change, h, group["max_change"])
+            yield layer, change
 
     def _check_state(self, name: str, layer: nn.Linear) -> None:
         if self.uses_statistics and not self._fits(layer):

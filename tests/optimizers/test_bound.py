@@ -1,0 +1,130 @@
+"""``max_change``: the bound on how far a step moves a layer's pre-activations."""
+
+import pytest
+import torch
+from torch import nn
+
+from sogrid.losses import Quadratic
+from sogrid.networks import MLP
+from sogrid.optimizers import ACP, KFAC, CenteredGradientDescent, NaturalNN
+from sogrid.optimizers.layerwise import bounded
+
+METHODS = {
+    "centred": lambda model, **o: CenteredGradientDescent(model, **o),
+    "acp": lambda model, **o: ACP(model, damping=0.01, **o),
+    "nnn": lambda model, **o: NaturalNN(model, damping=0.01, **o),
+    "kfac": lambda model, **o: KFAC(model, damping=0.01, loss=Quadratic(), **o),
+}
+
+
+@pytest.fixture
+def x(generator):
+    return torch.rand(40, 12, dtype=torch.float64, generator=generator)
+
+
+def network(bias=True):
+    torch.manual_seed(3)
+    model = MLP([12, 15, 4, 12], "sigmoid", "sigmoid", scale=16.0, dtype=torch.float64)
+    if not bias:
+        for module in model:
+            if isinstance(module, nn.Linear):
+                module.bias = None
+    return model
+
+
+def inputs(model, x):
+    """What enters each linear layer."""
+    found = []
+    for module in model:
+        if isinstance(module, nn.Linear):
+            found.append((module, x.detach()))
+        x = module(x)
+    return found
+
+
+def step(method, x, *, lr=10.0, bias=True, **options):
+    """Layer → (h, ΔW, Δb) of one step."""
+    model = network(bias)
+    optimizer = METHODS[method](model, lr=lr, **options)
+    before = [(h, m, m.weight.detach().clone(), None if m.bias is None else m.bias.detach().clone())
+              for m, h in inputs(model, x)]  # fmt: skip
+    optimizer.zero_grad()
+    Quadratic()(model(x), x).backward()
+    optimizer.step()
+    return [(h, m.weight.detach() - w, None if b is None else m.bias.detach() - b) for h, m, w, b in before]
+
+
+def rms(h, dw, db, examples=32):
+    """rms_{i,j} (ΔW h_i + Δb)_j by a loop over examples."""
+    rows = [dw @ row + (0 if db is None else db) for row in h[:examples]]
+    return torch.stack(rows).square().mean().sqrt()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("gradients", ["matrix", "factored"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_large_step_is_shrunk_to_the_bound_and_keeps_its_direction(method, gradients, bias, x):
+    free = step(method, x, bias=bias, gradients=gradients)
+    for (h, dw, db), (_, dw_free, db_free) in zip(
+        step(method, x, bias=bias, gradients=gradients, max_change=0.05), free, strict=True
+    ):
+        assert rms(h, dw_free, db_free) > 0.05
+        assert rms(h, dw, db).item() == pytest.approx(0.05, rel=1e-12)
+        share = 0.05 / rms(h, dw_free, db_free)
+        torch.testing.assert_close(dw, share * dw_free, rtol=1e-9, atol=1e-15)
+        if bias:
+            torch.testing.assert_close(db, share * db_free, rtol=1e-9, atol=1e-15)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("gradients", ["matrix", "factored"])
+def test_a_small_step_is_left_alone(method, gradients, x):
+    options = {"lr": 1e-6, "gradients": gradients}
+    for (_, dw, db), (_, dw_free, db_free) in zip(
+        step(method, x, max_change=1.0, **options), step(method, x, **options), strict=True
+    ):
+        torch.testing.assert_close(dw, dw_free, rtol=1e-6, atol=1e-18)
+        torch.testing.assert_close(db, db_free, rtol=1e-6, atol=1e-18)
+
+
+def test_each_layer_is_bounded_by_itself(x):
+    """A layer whose step is small is not shrunk because another's is large."""
+    free = [rms(*layer).item() for layer in step("acp", x)]
+    kappa = sorted(free)[1] * 0.99
+    found = [rms(*layer).item() for layer in step("acp", x, max_change=kappa)]
+    assert found == pytest.approx([min(f, kappa) for f in free], rel=1e-9)
+    assert min(found) < 0.9 * kappa
+
+
+def test_the_bound_is_a_group_s_and_may_change_while_training(x):
+    model = network()
+    linear = [m for m in model if isinstance(m, nn.Linear)]
+    groups = [{"params": m.parameters()} for m in linear]
+    groups[0]["max_change"] = 0.01
+    optimizer = ACP(model, 10.0, 0.01, params=groups)
+    for kappa in (0.01, 0.02):
+        optimizer.param_groups[0]["max_change"] = torch.tensor(kappa)
+        before = [m.weight.detach().clone() for m in linear], linear[0].bias.detach().clone()
+        optimizer.zero_grad()
+        Quadratic()(model(x), x).backward()
+        optimizer.step()
+        dw, db = linear[0].weight.detach() - before[0][0], linear[0].bias.detach() - before[1]
+        assert rms(x, dw, db).item() == pytest.approx(kappa, rel=1e-6)  # a float32 tensor's
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.param_groups[0]["max_change"] == torch.tensor(0.02)
+
+
+def test_only_the_first_examples_count(generator):
+    h = torch.randn(100, 5, dtype=torch.float64, generator=generator)
+    dw, db = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((3, 5), (3,)))
+    small, small_b = bounded(dw, db, h, 0.1)
+    assert rms(h, small, small_b).item() == pytest.approx(0.1)
+    assert rms(h, small, small_b, 100).item() != pytest.approx(0.1, rel=1e-3)
+    stacked = bounded(torch.stack([dw, 2 * dw]), torch.stack([db, 2 * db]), torch.stack([h, h]), 0.1)
+    torch.testing.assert_close(stacked[0], torch.stack([small, small]), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("wrong", [0, -1.0, float("nan"), float("inf")])
+def test_a_wrong_bound_is_named(wrong):
+    with pytest.raises(ValueError, match=r"max_change \(κ\) must be positive"):
+        ACP(network(), 0.1, max_change=wrong)
