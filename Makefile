@@ -10,7 +10,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.sogrid-installed
 NOTEBOOKS = find book -name '*.ipynb' ! -path '*/.ipynb_checkpoints/*'
 
-.PHONY: help install book book-fresh test lint format lab experiments clean
+.PHONY: help install book book-fresh test claims lint format lab experiments clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,9 @@ book-fresh: ## Build the book from nothing: every page is executed
 
 test: $(STAMP) ## Run all tests; those of the pages need Chromium and `make book`, or are skipped
 	$(BIN)/python -m pytest
+
+claims: $(STAMP) ## Run the tests of the thesis's claims and write what they measure into the book's ledger
+	$(BIN)/python -m pytest -q --ledger book/results/claims.json tests/test_thesis_claims*.py
 
 lint: $(STAMP) ## Check code and notebooks
 	$(BIN)/ruff check .

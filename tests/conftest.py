@@ -1,12 +1,26 @@
 """What every test starts from: one seed, one thread, float32 as torch's default dtype.
 
-Exact comparisons ask for float64 themselves: through ``cases.build`` or the ``draw`` fixture.
+Exact comparisons ask for float64 themselves: through ``cases.build`` or the ``draw`` fixture. What a test
+measures (``references.measured``) is kept for ``pytest --ledger FILE``, see ``ledger.py``.
 """
 
+from pathlib import Path
+
+import ledger
 import pytest
+import references
 import torch
 
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--ledger", type=Path, metavar="FILE", help="record what the tests of claims measure")
+
+
+def pytest_configure(config):
+    if config.getoption("--ledger"):
+        config.pluginmanager.register(ledger.Recorder(config.getoption("--ledger")))
 
 
 @pytest.fixture(autouse=True)
@@ -15,6 +29,14 @@ def _seeded():
     torch.manual_seed(0)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def _measured(request):
+    """Keep what the test measures."""
+    references.MEASURED.clear()
+    yield
+    request.node.user_properties.extend(references.MEASURED)
 
 
 @pytest.fixture

@@ -202,5 +202,15 @@ def kron(a: Tensor, b: Tensor) -> Tensor:
 def relative_error(value: Tensor, reference: Tensor) -> float:
     """‖value − reference‖ / ‖reference‖ (Frobenius); NaN and shape differences count as infinite."""
     if value.shape != reference.shape or not bool(torch.isfinite(value).all()):
-        return float("inf")
-    return ((value - reference).norm() / reference.norm()).item()
+        return measured(float("inf"))
+    return measured(((value - reference).norm() / reference.norm()).item())
+
+
+MEASURED: list[tuple[str, float]] = []
+"""What the running test has measured."""
+
+
+def measured(value: float, what: str = "relative error") -> float:
+    """Note a number for the ledger of claims (see ``ledger.py``), and return it."""
+    MEASURED.append((what, float(value)))
+    return value

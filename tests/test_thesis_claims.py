@@ -10,7 +10,7 @@ import pytest
 import references
 import torch
 from cases import case
-from references import kron, relative_error, vec
+from references import kron, measured, relative_error, vec
 
 from sogrid.curvature import (
     empirical_fisher,
@@ -80,7 +80,7 @@ def trained():
 
 
 def test_hessian_of_the_quadratic_loss_is_not_the_identity_but_twice_it(draw):
-    """Row 1, E3, FALSE: Table 3.I prints I for ‖f − y‖²; the error is 100 % of I, and 0 from 2I."""
+    """Row 1, E3, Table 3.I, FALSE: the second derivative of ‖f − y‖² is I; it is 2I."""
     f, y = draw(3), draw(3)
     H = references.hessian_in_output(lambda f: references.example_loss("Quadratic", f, y), f)
     assert relative_error(H, eye(3)) == pytest.approx(1.0, rel=RTOL)
@@ -91,7 +91,7 @@ def test_hessian_of_the_quadratic_loss_is_not_the_identity_but_twice_it(draw):
 
 
 def test_hessians_of_the_cross_entropies_are_as_printed(draw):
-    """Row 2, true: y/f² + (1−y)/(1−f)² and diag(y/f²), f treated as free variables."""
+    """Row 2, Table 3.I, true: y/f² + (1−y)/(1−f)² and diag(y/f²), f treated as free variables."""
     f, y = draw(3).softmax(0), draw(3).softmax(0)
     binary, categorical = (
         references.hessian_in_output(lambda f, name=name: references.example_loss(name, f, y), f)
@@ -105,15 +105,18 @@ def test_hessians_of_the_cross_entropies_are_as_printed(draw):
 
 @pytest.mark.parametrize("name", THREE_LOSSES)
 def test_hessian_is_gauss_newton_plus_a_remainder_that_is_not_small(name):
-    """Row 3, true: error below 1e-15; at a random start the remainder is 72–120 % of H (78–106 %)."""
+    """Row 3, §3.1.4, true: the Hessian is Gauss-Newton plus a remainder, for the three losses.
+
+    At a random start the remainder is 72–120 % of H (78–106 %).
+    """
     model, loss, x, y = case(name)
     H, R = hessian(model, loss, x, y), remainder(model, loss, x, y)
     assert relative_error(gauss_newton(model, loss, x, y) + R, H) < RTOL
-    assert 0.6 < R.norm() / H.norm() < 1.3
+    assert 0.6 < measured(R.norm() / H.norm(), "remainder, of the norm of H") < 1.3
 
 
 def test_gauss_newton_is_exact_where_the_quadratic_loss_is_zero():
-    """Row 4, true with the caveat of E7: it needs ∂ℓ/∂f = 0, which the quadratic loss has at f = y."""
+    """Row 4, E7, §3.1.4, true: Gauss-Newton is the Hessian where ∂ℓ/∂f = 0: quadratic loss, f = y."""
     model, loss, x, y = case("tanh regression, targets reached")
     assert loss.gradient(model(x), y).abs().max() == 0
     assert relative_error(gauss_newton(model, loss, x, y), hessian(model, loss, x, y)) < RTOL
@@ -122,7 +125,7 @@ def test_gauss_newton_is_exact_where_the_quadratic_loss_is_zero():
 
 
 def test_gauss_newton_is_exact_at_soft_targets_reached_although_the_gradient_is_not_zero():
-    """Row 4, caveat, E7: at f = y, ∂ℓ/∂f = −1 in every class; the remainder vanishes as Σ f_k = 1."""
+    """Row 4, E7, §3.1.4, caveat: at f = y, ∂ℓ/∂f = −1 in every class; the remainder vanishes as Σ f_k = 1."""
     model, loss, x, y = case("softmax at probabilities, soft labels")
     reached = model(x).detach()
     assert torch.equal(loss.gradient(reached, reached), -torch.ones_like(reached))
@@ -142,15 +145,15 @@ def test_gauss_newton_is_exact_at_soft_targets_reached_although_the_gradient_is_
     ],
 )
 def test_gauss_newton_at_probabilities_does_not_improve_near_the_optimum(logit, p_true, ratio):
-    """Row 5, E7, FALSE: ‖G‖/‖H‖ falls to zero as the label is learned; the check's table, reproduced.
+    """Row 5, E7, §3.1.4, FALSE: Gauss-Newton improves as the label is learned; ‖G‖/‖H‖ falls to zero.
 
-    Closed form for k = 3: G = (1−p)²·3/2 in norm and H ≈ (1−p)·√(9p² + 1)/2. At the logits, with no
-    hidden layer, Gauss-Newton is exact.
+    The check's table, reproduced. Closed form for k = 3: G = (1−p)²·3/2 in norm and
+    H ≈ (1−p)·√(9p² + 1)/2. At the logits, with no hidden layer, Gauss-Newton is exact.
     """
     model, loss, x, y = linear_softmax(logit)
     p = model(x).softmax(-1)[0, 0].item()
     G, H = gauss_newton_at_probabilities(model, loss, x, y), hessian(model, loss, x, y)
-    value = (G.norm() / H.norm()).item()
+    value = measured((G.norm() / H.norm()).item(), "‖G‖/‖H‖")
     assert f"{p:.{len(p_true) - 2}f}" == p_true
     assert f"{value:.{len(ratio) - 2}f}" == ratio
     assert value == pytest.approx(3 * (1 - p) / (9 * p**2 + 1) ** 0.5, rel=1e-9)
@@ -158,7 +161,7 @@ def test_gauss_newton_at_probabilities_does_not_improve_near_the_optimum(logit, 
 
 
 def test_gauss_newton_near_the_optimum_is_of_second_order_and_the_hessian_of_first():
-    """Row 5, FALSE: prob. form G = O((1−p)²), H = O(1−p): orders 2.0 and 1.0; ∂ℓ/∂f → −1/p, not 0."""
+    """Row 5, §3.1.4, FALSE: at the probabilities G = O((1−p)²) and H = O(1−p), as ∂ℓ/∂f → −1/p, not 0."""
     sizes = []
     for logit in (8.0, 9.0):
         model, loss, x, y = linear_softmax(logit)
@@ -167,14 +170,17 @@ def test_gauss_newton_near_the_optimum_is_of_second_order_and_the_hessian_of_fir
         sizes.append(torch.stack([1 - p[0, 0], G.norm(), H.norm()]).log())
         assert CrossEntropyAtProbabilities().gradient(p, y).norm() > 1
     change = sizes[1] - sizes[0]
-    assert (change[1] / change[0]).item() == pytest.approx(2.0, abs=0.01)
-    assert (change[2] / change[0]).item() == pytest.approx(1.0, abs=0.01)
+    orders = [
+        measured((change[i] / change[0]).item(), f"order of {name}") for i, name in ((1, "G"), (2, "H"))
+    ]
+    assert orders == pytest.approx([2.0, 1.0], abs=0.01)
 
 
 def test_neither_cut_is_exact_after_training(trained):
-    """Row 5, caveat: trained, mean p_true = .997: residual 99.7 % of H at probabilities, 27 % at logits.
+    """Row 5, §3.1.4, caveat: trained to a mean p_true = .997, Gauss-Newton is exact at neither cut.
 
-    (The thesis check: 100 % and about 75 % on its network.) At the logits the order of H is kept.
+    Residual 99.7 % of H at the probabilities, 27 % at the logits (100 % and about 75 %). At the logits
+    the order of H is kept.
     """
     model, loss, x, y = trained
     assert model(x).softmax(-1).gather(1, y[:, None]).mean() > 0.99
@@ -189,7 +195,10 @@ def test_neither_cut_is_exact_after_training(trained):
 
 
 def test_gaussian_fisher_has_one_over_the_variance():
-    """Row 6, true: F = (1/n) Σ JᵀJ/σ²; with D = I, as Table 3.II prints, it is 63 % off at σ² = .37."""
+    """Row 6, B.1, true: the Gaussian's Fisher matrix is (1/n) Σ JᵀJ/σ².
+
+    With D = I, as Table 3.II prints, it is 63 % off at σ² = .37.
+    """
     model, loss, x, _ = case("tanh regression, σ² = .37")
     J, F = references.jacobian(model, x), fisher(model, loss, x)
     plain = torch.einsum("nkp,nkq->pq", J, J) / len(x)
@@ -198,7 +207,7 @@ def test_gaussian_fisher_has_one_over_the_variance():
 
 
 def test_bernoulli_and_categorical_fishers_are_as_printed():
-    """Row 7, true: D = 1/(f(1−f)) and diag(1/f), against all outcomes enumerated."""
+    """Row 7, Table 3.II, true: D = 1/(f(1−f)) and diag(1/f), against all outcomes enumerated."""
     model, loss, x, _ = case("three Bernoulli outputs at the probabilities")
     f = model(x).detach()
     D = [torch.diag(1 / (f_i * (1 - f_i))) for f_i in f]
@@ -213,7 +222,7 @@ def test_bernoulli_and_categorical_fishers_are_as_printed():
 
 
 def test_fisher_does_not_depend_on_the_cut_although_its_middle_term_does():
-    """Row 7, caveat: at the logits D = diag p − p pᵀ is not diagonal, and F is the same matrix."""
+    """Row 7, Table 3.II, true: at the logits D = diag p − p pᵀ is not diagonal, and F is the same matrix."""
     at_p, at_logits = case("softmax at probabilities"), case("softmax at logits")
     at_logits.model.load_state_dict(at_p.model.state_dict())
     p = at_p.model(at_p.x).detach()
@@ -225,18 +234,19 @@ def test_fisher_does_not_depend_on_the_cut_although_its_middle_term_does():
 
 
 def test_fisher_is_gauss_newton_for_the_quadratic_loss_with_matched_conventions():
-    """Row 8, true for σ² = ½ as the loss has no ½; with Table 3.II's σ² = 1 it is a factor 2."""
+    """Row 8, Table 3.III, caveat: Fisher = Gauss-Newton for ‖f − y‖² if σ² = ½, not Table 3.II's 1."""
     model, loss, x, y = case("tanh regression")
     G = gauss_newton(model, loss, x, y)
     assert relative_error(fisher(model, loss, x), G) < RTOL
     assert relative_error(2 * fisher(model, Quadratic(variance=1.0), x), G) < RTOL
+    assert relative_error(fisher(model, Quadratic(variance=1.0), x), G) == pytest.approx(0.5, rel=RTOL)
 
 
 # --- §3.4: Gauss-Newton as an outer product of gradients -------------------------------------------
 
 
 def test_gauss_newton_of_one_example_is_the_outer_product_of_its_gradient():
-    """Row 9, true: one-hot, f = probabilities, one example; rank one and positive semi-definite."""
+    """Row 9, eq. (3.4.1), true: G = g gᵀ for one example, one-hot y and f = probabilities; rank one, PSD."""
     model, loss, x, y = case("softmax at probabilities")
     for i in range(len(x)):
         x_i, y_i = x[i : i + 1], y[i : i + 1]
@@ -248,7 +258,7 @@ def test_gauss_newton_of_one_example_is_the_outer_product_of_its_gradient():
 
 
 def test_second_derivative_is_plus_the_squared_gradient():
-    """E8: (∂²ℓ/∂f²)_tt = +(∂ℓ/∂f)_t² for one-hot y; the text prints a minus sign (error 200 %)."""
+    """E8, §3.4, FALSE: (∂²ℓ/∂f²)_tt = −(∂ℓ/∂f)_t²; the sign is plus, and y must be one-hot."""
     f, y = (
         torch.tensor([0.2, 0.7, 0.1], dtype=torch.float64),
         torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64),
@@ -263,7 +273,10 @@ def test_second_derivative_is_plus_the_squared_gradient():
 
 
 def test_soft_labels_break_the_outer_product():
-    """Row 10, E8, FALSE: y_k² = y_k is needed. Error 28 to 98 % per example here (9 %)."""
+    """Row 10, E8, §3.4, FALSE: G = g gᵀ for soft labels too; y_k² = y_k is needed.
+
+    Error 28 to 98 % per example here (9 %).
+    """
     model, loss, x, y = case("softmax at probabilities, soft labels")
     for i in range(len(x)):
         x_i, y_i = x[i : i + 1], y[i : i + 1]
@@ -273,7 +286,10 @@ def test_soft_labels_break_the_outer_product():
 
 
 def test_outer_product_holds_for_one_bernoulli_output_and_not_for_several():
-    """Row 11: true (rank 1) / FALSE (rank K): error above 100 % of G per example (83 %)."""
+    """Row 11, §3.4, caveat: G = g gᵀ for one Bernoulli output (rank 1), not for K of them (rank K).
+
+    Error above 100 % of G per example (83 %).
+    """
     model, loss, x, y = case("one Bernoulli output at the probability")
     assert relative_error(empirical_fisher(model, loss, x, y), gauss_newton(model, loss, x, y)) < RTOL
     model, loss, x, y = case("three Bernoulli outputs at the probabilities")
@@ -285,7 +301,10 @@ def test_outer_product_holds_for_one_bernoulli_output_and_not_for_several():
 
 
 def test_outer_product_fails_at_the_logits_where_gauss_newton_is_the_fisher():
-    """Row 12, E9, FALSE: error 58 to 85 % per example (290 %); equal to the Fisher to rounding."""
+    """Row 12, E9, §3.4, FALSE: G = g gᵀ for f = logits; there G is the Fisher matrix, to rounding.
+
+    Error 58 to 85 % per example (290 %).
+    """
     model, loss, x, y = case("softmax at logits")
     for i in range(len(x)):
         x_i, y_i = x[i : i + 1], y[i : i + 1]
@@ -295,7 +314,7 @@ def test_outer_product_fails_at_the_logits_where_gauss_newton_is_the_fisher():
 
 
 def test_gauss_newton_depends_on_what_is_called_the_output():
-    """Row 12, E9: one network, one loss function, one Hessian, two Gauss-Newton matrices."""
+    """Row 12, E9, §3.4, FALSE: one network, one Hessian, one G; there are two, by what is called f."""
     model, loss, x, y = case("softmax at logits")
     at_p, at_logits = (
         cut(model, loss, x, y) for cut in (gauss_newton_at_probabilities, gauss_newton_at_logits)
@@ -307,7 +326,10 @@ def test_gauss_newton_depends_on_what_is_called_the_output():
 
 
 def test_batch_gauss_newton_is_the_mean_of_outer_products_not_the_outer_product_of_the_mean():
-    """Row 13, E9: the empirical Fisher, so not free: the mean gradient alone is 76 % off (70 %)."""
+    """Row 13, E9, §3.4, caveat: a batch's G is the mean of g_i g_iᵀ (empirical Fisher), not ḡ ḡᵀ: not free.
+
+    The mean gradient alone is 76 % off (70 %).
+    """
     model, loss, x, y = case("softmax at probabilities")
     rows = references.rows(y, 3, x.dtype)
     g = references.per_example_gradient(model, "CrossEntropyAtProbabilities", x, rows)
@@ -317,7 +339,7 @@ def test_batch_gauss_newton_is_the_mean_of_outer_products_not_the_outer_product_
 
 
 def test_gauss_newton_averaged_over_the_models_labels_is_the_fisher():
-    """Row 13, true: Σ_y p(y|x) G(x, y) = F, and the same of the empirical Fisher."""
+    """Row 13, §3.4, true: Σ_y p(y given x) G(x, y) = F, and the same of the empirical Fisher."""
     model, loss, x, _ = case("softmax at probabilities")
     for matrix in (gauss_newton, empirical_fisher):
         total = 0.0
@@ -348,9 +370,10 @@ def test_quadratic_form_is_the_mean_squared_change_of_the_outputs(name, matrix, 
 
 @pytest.mark.parametrize("name", [*THREE_LOSSES, "softmax at logits"])
 def test_kl_is_half_the_quadratic_form_of_the_fisher_in_both_orders(name, draw):
-    """Row 15, E5, FALSE as printed (no ½): KL/ΔᵀFΔ → ½ linearly; tanh: .508, .5008, .50008.
+    """Row 15, E5, §3.2.1, FALSE: KL = ΔᵀFΔ to second order; it is half of that, in both orders.
 
-    (.5055, .5006, .5001 at steps .1, .01, .001.) The printed expansion is off by 100 % in the limit.
+    KL/ΔᵀFΔ → ½ linearly; tanh: .508, .5008, .50008 (.5055, .5006, .5001) at steps .1, .01, .001. The
+    printed expansion is off by 100 % in the limit.
     """
     model, loss, x, _ = case(name)
     delta = draw(len(parameter_vector(model)))
@@ -361,6 +384,7 @@ def test_kl_is_half_the_quadratic_form_of_the_fisher_in_both_orders(name, draw):
             ratio = kl_divergence(model, loss, x, step * delta, reverse) / (step**2 * form)
             assert abs(ratio - 0.5) < step  # linear, whatever the direction
             assert abs(ratio - 1) > 0.4
+    measured(ratio, "KL / ΔᵀFΔ at step .001")
     forward, backward = (kl_divergence(model, loss, x, 1e-1 * delta, r) for r in (False, True))
     # the orders differ beyond second order, except for a Gaussian of fixed variance
     assert (forward == backward) == isinstance(loss, Quadratic)
@@ -389,7 +413,7 @@ def test_natural_gradient_is_the_argmin_in_both_printed_forms():
 
 
 def test_updated_gradient_in_columns_is_exact_to_second_order(draw):
-    """E10: ∇_h ℓ(W+ΔW, b+Δb) = (W+ΔW)ᵀ g_a + WᵀH_a(ΔW h + Δb) + O(step²); every term a column.
+    """E10, §5.2, FALSE: rows added to columns; (W+ΔW)ᵀ g_a + WᵀH_a(ΔW h + Δb) is right to second order.
 
     The printed rows g_aᵀΔW and (ΔW h + Δb)ᵀH_a W are the transposes. Order of the error: 2 with the
     curvature term, 1 without it.
@@ -414,9 +438,10 @@ def test_updated_gradient_in_columns_is_exact_to_second_order(draw):
         assert first.shape == second.shape == h.shape
         errors.append(torch.stack([(exact - first - second).norm(), (exact - first).norm()]))
     with_curvature, without = torch.log2(errors[0] / errors[1]).tolist()
-    assert with_curvature == pytest.approx(2.0, abs=0.05)
-    assert without == pytest.approx(1.0, abs=0.05)
+    assert measured(with_curvature, "order of the error") == pytest.approx(2.0, abs=0.05)
+    assert measured(without, "without the curvature term") == pytest.approx(1.0, abs=0.05)
     assert relative_error(g[None] @ dW, (dW.T @ g)[None]) < RTOL
+    assert relative_error(g[None] @ dW, (dW.T @ g)[:, None]) == float("inf")
     v = dW @ h + db
     assert relative_error(v[None] @ H @ W, (W.T @ H @ v)[None]) < RTOL
 
@@ -425,7 +450,7 @@ def test_updated_gradient_in_columns_is_exact_to_second_order(draw):
 
 
 def test_gradients_of_the_local_criterion_lack_a_factor_two(draw):
-    """Row 18, E11: (6.1.1) and (6.1.2) as printed are half of autograd's gradient; error 0 after × 2."""
+    """Row 18, E11, eqs. (6.1.1) (6.1.2), FALSE: the criterion's gradients; they are twice that, harmless."""
     h, g, dW, db = draw(7, 4), draw(7, 3), draw(3, 4), draw(3)
     rate, damping = 0.3, 0.1  # λ, ε
 
@@ -453,7 +478,7 @@ def test_vec_of_a_product_is_a_kronecker_product_times_vec(draw):
 
 
 def test_layer_jacobian_is_a_kronecker_product():
-    """Row 19, eq. (6.2.1), true: J_θ = [hᵀ 1] ⊗ J_a for θ = [vec W; b]; and J_a^W = hᵀ ⊗ I."""
+    """Row 19, E1, eq. (6.2.1), true: J_θ = [hᵀ 1] ⊗ J_a for θ = [vec W; b]; and J_a^W = hᵀ ⊗ I."""
     model, _, x, _ = case("softmax at probabilities")
     J = references.jacobian(model, x)[:, :, :16]  # linear1: 4×3 weights and 4 biases
     h, J_a = preactivation_jacobian(model, "linear1", x)
@@ -470,7 +495,7 @@ def test_layer_jacobian_is_a_kronecker_product():
 
 @pytest.mark.parametrize("name", [*THREE_LOSSES, "softmax at logits", "relu regression"])
 def test_layer_block_is_a_sum_of_kronecker_products(name):
-    """Row 19, eq. (6.2.2), true and exact: G_block = (1/n) Σ [h̃h̃ᵀ] ⊗ (J_aᵀ D J_a)."""
+    """Row 19, eq. (6.2.2), true: G_block = (1/n) Σ [h̃h̃ᵀ] ⊗ (J_aᵀ D J_a), exactly."""
     model, loss, x, y = case(name)
     for layer, block in layer_blocks(
         model,
@@ -514,7 +539,7 @@ def covariance(h):
 
 
 def test_damping_the_covariance_is_not_damping_the_input_factor(generator):
-    """Row 22, E16, an APPROXIMATION: C + dI drops the corner 1 + d of A + dI, d = ε/α.
+    """Row 22, E16, §6.3.2, FALSE: damping A by d = ε/α is C + dI; the corner 1 + d is dropped.
 
     50 inputs U(.5, 1.5)^6: the step is 10, 80 and 191 % off at d = 1e-3, 1e-2, 1e-1 (5.6, 52, 207 %).
     Exact: M + dI − h̄h̄ᵀ/(1+d), centring by h̄/(1+d), Δb divided by 1+d. The thesis's form is exact for
@@ -549,7 +574,10 @@ def test_kfac_step_is_the_inverse_kronecker_product_times_the_gradient(draw):
 
 
 def test_kfac_damping_does_not_factor():
-    """Row 25, FALSE: (A + √εI)⁻¹ ⊗ (B + √εI)⁻¹ is 69 % off (A ⊗ B + εI)⁻¹ times the gradient (35 %)."""
+    """Row 25, §6.4.1, caveat: damping does not factor, (A + √εI) ⊗ (B + √εI) is not A ⊗ B + εI.
+
+    The step is 69 % off (35 %).
+    """
     model, loss, x, y = case("softmax at logits")
     A, B = kronecker_factors(model, "linear1", loss, x)
     g = per_example_gradient(model, loss, x, y).mean(0)[:16]
@@ -562,7 +590,7 @@ def test_kfac_damping_does_not_factor():
 
 @pytest.mark.parametrize("layer", ["linear1", "linear2"])
 def test_kfac_factor_for_one_hot_cross_entropy_is_the_mean_outer_product_of_gradients(layer):
-    """Row 26, E9, true: B = (1/n) Σ g gᵀ, g = ∇_a ℓ_i: Kronecker-factored *empirical* Fisher."""
+    """Row 26, E9, §6.4.1, true: B = (1/n) Σ g gᵀ, g = ∇_a ℓ_i: Kronecker-factored *empirical* Fisher."""
     model, loss, x, y = case("softmax at probabilities")
     gradients = []  # of one example at a time, at the layer's output a
     for x_i, y_i in zip(x, y, strict=True):
@@ -590,7 +618,7 @@ def test_output_curvature_is_carried_down_by_the_layer_jacobian():
 
 
 def test_mean_only_batch_norm_has_the_centred_gradient():
-    """Row 30, §6.3.1, true: ∂R/∂W = (1/n) Σ g_i (h_i − h̄)ᵀ in every normalised layer of a network.
+    """Row 30, §6.3.1, true: with mean-only batch norm ∂R/∂W = (1/n) Σ g_i (h_i − h̄)ᵀ, in every layer.
 
     It also centres the backpropagated signal, which Algorithm 3 does not: the layer below receives
     Wᵀ(g_i − ḡ).
@@ -619,18 +647,19 @@ def test_mean_only_batch_norm_has_the_centred_gradient():
 
 
 def test_gaussian_score_has_a_plus_sign():
-    """E20, B.1: ∂ log p/∂θ = +(1/σ²)(y − f)ᵀJ; printed with a minus sign (harmless in the product)."""
+    """E20, B.1, FALSE: ∂ log p/∂θ = −(1/σ²)(y − f)ᵀJ; the sign is plus (harmless in the product)."""
     model, loss, x, y = case("tanh regression, σ² = .37")
     J, f = references.jacobian(model, x), model(x).detach()
     for i in range(len(x)):
         log_p = references.log_likelihood("Quadratic", model(x[i : i + 1])[0], y[i], 0.37)
         score = references.flat_gradient(log_p, model)
         assert relative_error(score, (y[i] - f[i]) @ J[i] / 0.37) < RTOL
+        assert relative_error(-(y[i] - f[i]) @ J[i] / 0.37, score) == pytest.approx(2.0, rel=RTOL)
         assert relative_error(J[i].T @ -loss.score(f[i : i + 1], y[i : i + 1])[0], score) < RTOL
 
 
 def test_categorical_score_products_are_diagonal_only_for_one_hot_labels():
-    """E21, B.3: the score is the row (y/f)ᵀJ; its product is diag(y²/f²) for one-hot y only.
+    """E21, B.3, FALSE: the score's product is diag(y²/f²); for one-hot y only. The score is the row (y/f)ᵀJ.
 
     Its expectation over the model's one-hot labels is diag(1/f). For soft y the diagonal is off by more
     than half of the outer product.
@@ -651,10 +680,14 @@ def test_categorical_score_products_are_diagonal_only_for_one_hot_labels():
 
 
 def test_parameter_gradient_is_a_column_of_jacobian_transpose_times_output_gradient():
-    """E7, §3.1.4: ∇_θ ℓ = J_θᵀ ∂ℓ/∂f, both columns; one [P] vector per example."""
+    """E7, §3.1.4, FALSE: ∇_θ ℓ = J_θᵀ times a row; it is J_θᵀ ∂ℓ/∂f with both as columns."""
     model, loss, x, y = case("softmax at logits")
     J = references.jacobian(model, x)
     rows = references.rows(y, 3, x.dtype)
     exact = references.per_example_gradient(model, "CrossEntropyAtLogits", x, rows)
     column = J.mT @ loss.gradient(model(x).detach(), y)[:, :, None]
     assert relative_error(column[:, :, 0], exact) < RTOL
+    row = loss.gradient(model(x).detach(), y)[0][None]  # [1, k], as Appendix A writes it
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        J[0].mT @ row
+    measured(float("inf"))

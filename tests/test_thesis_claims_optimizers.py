@@ -68,8 +68,8 @@ def dense_input_step(h, g, lr, alpha, shift, penalize_bias):
     return step[:, :-1], step[:, -1]
 
 
-def test_row_17_closed_form_minimises_the_local_criterion(layer):
-    """§6.1: the boxed solution makes the gradient of ℓ_C zero; the data term is a mean, so ε is ε."""
+def test_closed_form_minimises_the_local_criterion(layer):
+    """Row 17, E12, §6.1, true: the boxed step minimises ℓ_C; the data term is a mean, so ε is ε."""
     h, g = layer
     lr, damping = 0.3, 0.2
     dw, db = acp_update(
@@ -79,15 +79,15 @@ def test_row_17_closed_form_minimises_the_local_criterion(layer):
     db.requires_grad_()
     criterion = (h @ dw.mT + db + lr * g).square().sum(1).mean() + damping * dw.square().sum()
     for gradient in torch.autograd.grad(criterion, (dw, db)):
-        assert gradient.abs().max() < 1e-13
+        assert references.measured(gradient.abs().max(), "largest slope at the box") < 1e-13
     elsewhere = (h @ (1.01 * dw).mT + db + lr * g).square().sum(1).mean() + damping * (
         1.01 * dw
     ).square().sum()
     assert elsewhere > criterion
 
 
-def test_row_20_acp_with_the_bias_term_is_the_preconditioned_gradient(layer):
-    """(6.2.4), (6.2.5) = −λ G_in⁻¹ ∇R without damping, and with damping if the bias is not damped."""
+def test_acp_with_the_bias_term_is_the_preconditioned_gradient(layer):
+    """Row 20, eqs. (6.2.4) (6.2.5), true: they are −λ G_in⁻¹ ∇R; with damping, if the bias is not damped."""
     h, g = layer
     for shift in (0.0, 0.1):
         step = acp_update(
@@ -100,8 +100,8 @@ def test_row_20_acp_with_the_bias_term_is_the_preconditioned_gradient(layer):
         assert error(step, dense_input_step(h, g, 0.3, 2.0, shift, penalize_bias=False)) < ROUNDING
 
 
-def test_row_21_tikhonov_rescales(layer):
-    """A ⊗ αI + εI = (A + (ε/α) I) ⊗ αI: the corner of the damped block is 1 + ε/α."""
+def test_tikhonov_rescales(layer):
+    """Row 21, §6.3.2, true: A ⊗ αI + εI = (A + (ε/α) I) ⊗ αI: the corner of the damped block is 1 + ε/α."""
     h, _ = layer
     alpha, damping = 2.0, 0.3
     tilde = torch.cat([h, torch.ones(n, 1, dtype=h.dtype)], 1)
@@ -113,8 +113,11 @@ def test_row_21_tikhonov_rescales(layer):
 
 
 @pytest.mark.parametrize(("shift", "least"), [(1e-3, 0.01), (1e-2, 0.1), (1e-1, 0.5)])
-def test_row_22_printed_damping_is_not_the_tikhonov_step_and_the_exact_form_is(layer, shift, least):
-    """Adding ε/α to C alone damps W but not b; with h̄ of size one the difference is large."""
+def test_printed_damping_is_not_the_tikhonov_step_and_the_exact_form_is(layer, shift, least):
+    """Row 22, E16, §6.3.2, FALSE: adding ε/α to C alone is Tikhonov damping; it damps W but not b.
+
+    With h̄ of size one the difference is large.
+    """
     h, g = layer
     exact = dense_input_step(h, g, 0.3, 2.0, shift, penalize_bias=True)
     printed = acp_update(
@@ -136,8 +139,8 @@ def test_row_22_printed_damping_is_not_the_tikhonov_step_and_the_exact_form_is(l
     assert error(ours, exact) < ROUNDING
 
 
-def test_row_22_optimizer_takes_the_exact_tikhonov_step():
-    """ACP(tikhonov='exact') on a network is −λ (A ⊗ αI + εI)⁻¹ ∇ per layer."""
+def test_optimizer_takes_the_exact_tikhonov_step():
+    """Row 22, E16, §6.3.2, true: ACP(tikhonov='exact') on a network is −λ (A ⊗ αI + εI)⁻¹ ∇ per layer."""
     torch.manual_seed(0)
     model = MLP([n_in, 5, n_out], "tanh", dtype=torch.float64)
     x = torch.rand(n, n_in, dtype=torch.float64)
@@ -173,10 +176,11 @@ def ascending_layer(offset):
 
 
 @pytest.mark.parametrize(("offset", "ascends"), [(1.9, False), (2.1, True)])
-def test_row_23_printed_updates_can_ascend_and_the_bias_term_cures_it(offset, ascends):
-    """The slope along the update turns positive for some g once ‖C^(−1/2) h̄‖ > 2 (ACP) or ‖h̄‖ > 2.
+def test_printed_updates_can_ascend_and_the_bias_term_cures_it(offset, ascends):
+    """Row 23, E17, Algorithms 3 and 4, caveat: descent not guaranteed; with the bias term of (6.2.5) it is.
 
-    With C = 1 both algorithms take the same step. Slope = −λ [u(u + v h̄) + v²], u = centred gradient,
+    The slope along the update turns positive for some g once ‖C^(−1/2) h̄‖ > 2 (ACP) or ‖h̄‖ > 2. With
+    C = 1 both algorithms take the same step. Slope = −λ [u(u + v h̄) + v²], u = centred gradient,
     v = ḡ: as a quadratic form it is indefinite iff h̄² > 4.
     """
     h = ascending_layer(offset)
@@ -202,12 +206,18 @@ def test_row_23_printed_updates_can_ascend_and_the_bias_term_cures_it(offset, as
                 worst_corrected = max(worst_corrected, *slopes)
             else:
                 worst = max(worst, *slopes)
+    if ascends:
+        references.measured(worst, "highest slope, as printed")
+        references.measured(worst_corrected, "highest slope with the bias term")
     assert (worst > 1e-4) == ascends
     assert worst_corrected <= 1e-14
 
 
-def test_row_24_heuristic_bias_step_explodes_as_gradients_vanish(layer):
-    """Δb of Algorithm 4 is λg/α ~ λ/g; the exact Tikhonov corner makes it vanish with g."""
+def test_heuristic_bias_step_explodes_as_gradients_vanish(layer):
+    """Row 24, §6.5.3.3, caveat: the heuristic α is unstable because Δb of Algorithm 4 is λg/α ~ λ/g.
+
+    The exact Tikhonov corner makes it vanish with g.
+    """
     h, g = layer
     printed, exact, corrected = [], [], []
     for scale in (1.0, 1e-1, 1e-2, 1e-3):
@@ -223,12 +233,14 @@ def test_row_24_heuristic_bias_step_explodes_as_gradients_vanish(layer):
         exact.append(acp_update(*grads, tikhonov, **rates, bias_correction=True, corner=shift)[1].norm())
     for small, large in itertools.pairwise(printed):
         assert large / small == pytest.approx(10, rel=1e-9)
+        references.measured(large / small, "growth of Δb as gradients shrink tenfold")
     assert corrected[-1] > 100 * corrected[0]  # the −ΔW h̄ term alone does not cure it
     assert exact[-1] < exact[0] / 10
+    references.measured(exact[-1] / exact[-2], "with the exact corner")
 
 
-def test_row_27_whitening_gives_the_identity_block(layer):
-    """E[h̃_e h̃_eᵀ] = I without damping (erratum E22); with damping the eigenvalues are c/(c + ε)."""
+def test_whitening_gives_the_identity_block(layer):
+    """Row 27, E22, §6.4.2, true: E[h̃_e h̃_eᵀ] = I without damping; with it the eigenvalues are c/(c + ε)."""
     h, _ = layer
     plain = nn.Linear(n_in, n_out, dtype=torch.float64)
     for damping in (0.0, 0.3):
@@ -242,8 +254,8 @@ def test_row_27_whitening_gives_the_identity_block(layer):
         assert error(values, wanted) < ROUNDING
 
 
-def test_row_28_a_gradient_step_of_nnn_is_acp_with_the_bias_term(layer):
-    """One SGD step in (V, d) = eqs. (6.2.4) + (6.2.5), α = 1, with statistics of the same batch."""
+def test_a_gradient_step_of_nnn_is_acp_with_the_bias_term(layer):
+    """Row 28, E17, §6.4.2, true: one SGD step in (V, d) is (6.2.4) and (6.2.5), α = 1, same statistics."""
     h, g = layer
     damping, lr = 0.05, 0.3
     whitened = WhitenedLinear(nn.Linear(n_in, n_out, dtype=torch.float64))
@@ -260,8 +272,11 @@ def test_row_28_a_gradient_step_of_nnn_is_acp_with_the_bias_term(layer):
 
 
 @pytest.mark.parametrize("damping", [0.05, 1.0])
-def test_row_28_natural_nn_is_sgd_on_whitened_layers_through_refreshes(damping):
-    """Ten steps of NaturalNN, whitening every three, against torch's SGD on WhitenedLinear modules."""
+def test_natural_nn_is_sgd_on_whitened_layers_through_refreshes(damping):
+    """Row 28, §6.4.2, true: ten steps of NaturalNN are SGD's on whitened layers, through refreshes.
+
+    Whitening every three, against torch's SGD on WhitenedLinear modules.
+    """
     torch.manual_seed(1)
     model = MLP([n_in, 5, n_out], "tanh", dtype=torch.float64)
     whitened = nn.Sequential(WhitenedLinear(model.linear1), nn.Tanh(), WhitenedLinear(model.linear2))
@@ -283,8 +298,8 @@ def test_row_28_natural_nn_is_sgd_on_whitened_layers_through_refreshes(damping):
         assert error((mine.weight.detach(), mine.bias.detach()), theirs.canonical()) < ROUNDING
 
 
-def test_row_29_rewhitening_keeps_the_function(layer):
-    """V ← W U'⁻¹, d ← b + W μ' changes the parameters and not the function."""
+def test_rewhitening_keeps_the_function(layer):
+    """Row 29, §6.4.2, true: V ← W U'⁻¹, d ← b + W μ' changes the parameters and not the function."""
     h, _ = layer
     plain = nn.Linear(n_in, n_out, dtype=torch.float64)
     whitened = WhitenedLinear(plain)
@@ -356,8 +371,8 @@ LOSSES = {
 
 @pytest.mark.parametrize("case", LOSSES)
 @pytest.mark.parametrize("activation", ["tanh", "sigmoid", "relu"])
-def test_row_33_ubp_without_jacobians_is_ubp(case, activation):
-    """JVP, times D, VJP = per-example Jacobians, to rounding; any activation, any loss."""
+def test_ubp_without_jacobians_is_ubp(case, activation):
+    """Row 33, Algorithm 2, true: JVP, times D, VJP = per-example Jacobians; any activation, any loss."""
     model, loss, x, y, inputs, pre, weights, biases, activations, f = chain(activation, **LOSSES[case])
     term = gauss_newton_term(pre, weights, activations, lambda v: loss.hessian_product(f, y, v))
     ours = updated_backprop_update(
@@ -370,8 +385,11 @@ def test_row_33_ubp_without_jacobians_is_ubp(case, activation):
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("case", LOSSES)
-def test_row_33_optimizer_takes_the_step_of_algorithm_2(case, reduction):
-    """In an ordinary loop, with the targets recovered from the output gradient."""
+def test_optimizer_takes_the_step_of_algorithm_2(case, reduction):
+    """Row 33, E18, Algorithm 2, true: the optimizer takes its step, for losses that are sums or means.
+
+    In an ordinary loop, with the targets recovered from the output gradient.
+    """
     options = LOSSES[case] | {"loss": type(LOSSES[case]["loss"])(reduction)}
     model, loss, x, y, inputs, pre, weights, biases, activations, f = chain("sigmoid", **options)
     optimizer = UpdatedBackprop(model, 0.05, loss=loss)
@@ -408,37 +426,40 @@ def order(residual):
     return math.log2(coarse / fine)
 
 
-def test_row_31_the_expansion_with_the_full_hessian_is_second_order():
-    """Halving the step quarters the error."""
+def test_the_expansion_with_the_full_hessian_is_second_order():
+    """Row 31, E10, §5.2, true: with the full Hessian the expansion is right to second order.
+
+    Halving the step quarters the error.
+    """
     for activation, output in (("tanh", "sigmoid"), ("sigmoid", "tanh")):
         found = order(lambda lr: updated_gradient_residual(lr, "hessian", activation, output, Quadratic()))  # noqa: B023
-        assert found == pytest.approx(2.0, abs=0.02)
+        assert references.measured(found, "order of the error") == pytest.approx(2.0, abs=0.02)
 
 
-def test_row_32_the_expansion_with_gauss_newton_is_first_order_only():
-    """…for a curved output; second order for a linear output with the quadratic loss."""
+def test_the_expansion_with_gauss_newton_is_first_order_only():
+    """Row 32, §5.2, caveat: with Gauss-Newton it is of first order, unless ReLU meets a linear output."""
     curved = order(lambda lr: updated_gradient_residual(lr, "gauss_newton", "tanh", "sigmoid", Quadratic()))
-    assert curved == pytest.approx(1.0, abs=0.05)
+    assert references.measured(curved, "order of the error, curved output") == pytest.approx(1.0, abs=0.05)
     straight = order(
         lambda lr: updated_gradient_residual(lr, "gauss_newton", "relu", "identity", Quadratic())
     )
-    assert straight == pytest.approx(2.0, abs=0.02)
+    assert references.measured(straight, "ReLU, linear output") == pytest.approx(2.0, abs=0.02)
 
 
-def test_row_32_gauss_newton_at_probabilities_can_be_worse_than_nothing():
-    """Softmax cut at the probabilities, at initialisation: the term makes the prediction worse."""
+def test_gauss_newton_at_probabilities_can_be_worse_than_nothing():
+    """Row 32, §5.2, caveat: cut at the softmax's probabilities, at a random start, worse than no term."""
     options = dict(activation="tanh", output="softmax", loss=CrossEntropyAtProbabilities(), classes=True)
     model, loss, x, y, inputs, pre, weights, biases, activations, f = chain(sizes=(5, 6, 4), **options)
     gn = gauss_newton_term(pre, weights, activations, lambda v: loss.hessian_product(f, y, v))
     true = hessian_term(pre, weights, biases, activations, loss, y)
     v = torch.randn(n, 4, dtype=torch.float64)
     residual = (gn(1, v) - true(1, v)).norm() / true(1, v).norm()
-    assert residual > 1
+    assert references.measured(residual, "error of the term, of its norm") > 1
 
 
 @pytest.mark.parametrize(("activation", "least"), [("sigmoid", 5), ("relu", 100)])
-def test_row_34_updates_explode_towards_the_bottom(activation, least):
-    """With a large λ the bottom layer's update grows far beyond the gradient's."""
+def test_updates_explode_towards_the_bottom(activation, least):
+    """Row 34, §5.5, true: with a large λ the bottom layer's update grows far beyond the gradient's."""
     sizes = (5, *[8] * 6, 4)
     model, loss, x, y, inputs, pre, weights, biases, activations, f = chain(activation, sizes=sizes)
     term = gauss_newton_term(pre, weights, activations, lambda v: loss.hessian_product(f, y, v))
@@ -449,7 +470,7 @@ def test_row_34_updates_explode_towards_the_bottom(activation, least):
     ratio = float(ubp[0][0].norm() / (5.0 * model.linear1.weight.grad.norm()))
     top = float(ubp[-1][0].norm() / (5.0 * model.linear7.weight.grad.norm()))
     assert top == pytest.approx(1, rel=1e-12)
-    assert ratio > least
+    assert references.measured(ratio, "bottom update over the gradient's") > least
 
 
 # -- KFAC ------------------------------------------------------------------------------------------------

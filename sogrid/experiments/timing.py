@@ -47,8 +47,8 @@ def step_times(
         progress: Show a bar.
 
     Returns:
-        For each method: ``update_ms`` (median, refresh share included), ``quartiles_ms`` of the step and
-        ``refresh_ms`` (median of one refresh).
+        A row for each method, with ``update_ms`` (median, refresh share included), ``quartiles_ms`` of
+        the step, and ``refresh_ms`` (median of one refresh).
     """
     plan = BENCHMARKS[benchmark]
     task = Task(benchmark, None, None, None, plan.network, plan.loss)
@@ -94,7 +94,7 @@ def clock(
         progress: Show a bar.
 
     Returns:
-        Rows of a table: method, ms per update, quartiles of the step, ratio to SGD, ms per refresh.
+        A table; its columns are method, ms per update, quartiles of the step, ratio to SGD, ms per refresh.
 
     Raises:
         RecordError: If the record is missing, damaged, holds no learning curves or cannot be written.

@@ -155,7 +155,7 @@ def search(
         progress: Title of a progress bar over the trials, or ``None``.
 
     Returns:
-        The plan's entries but for the number of trials; ``"trials"``: one list for each hyperparameter, the
+        The plan's entries but for the number of trials; ``"trials"``, one list for each hyperparameter, the
         trials' ``loss`` (``None`` where it diverged), ``second`` (of training) and ``seed``, in the order
         they began; and ``"provenance"``.
 
