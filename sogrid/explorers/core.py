@@ -98,8 +98,8 @@ def slider(
     """A slider over ascending values, at first at the one nearest to ``start`` (default: the last).
 
     Args:
-        name: See :class:`Control`.
-        label: See :class:`Control`.
+        name: See :class:`~sogrid.explorers.core.Control`.
+        label: See :class:`~sogrid.explorers.core.Control`.
         values: Numbers.
         start: A number.
         words: What the reader sees of the values; default the numbers.
@@ -158,7 +158,7 @@ class Times:
 
 @dataclass(frozen=True, eq=False)
 class Short:
-    """A number as text: see :func:`short`."""
+    """A number as text: see :func:`~sogrid.explorers.core.short`."""
 
     value: Any
 

@@ -35,7 +35,7 @@ def damping_and_alpha(variances: np.ndarray | None = None) -> Explorer:
     """ACP's factor in each eigendirection, and the share of the error it removes, against SGD's.
 
     Args:
-        variances: Eigenvalues of the covariance, descending; default :func:`digit_variances`.
+        variances: Eigenvalues of the covariance, descending; default those of the embedded digits' pixels.
     """
     c = digit_variances() if variances is None else np.asarray(variances, dtype=float)
     directions = np.unique(np.geomspace(1, len(c), 60).round().astype(int))

@@ -118,8 +118,8 @@ class Layerwise(CapturingOptimizer):
             factors g and h of each layer's gradient, and the ``.grad`` of the layers' parameters stays
             ``None``: faster, but gradient clipping, ``GradScaler``, distributed averaging and
             ``create_graph=True`` do not work. A ``.grad`` that appears anyway, from a penalty on a weight
-            say, is an error. Passes accumulate until :meth:`step` or this optimizer's own
-            :meth:`zero_grad`, and until then the minibatch must not be changed in place.
+            say, is an error. Passes accumulate until ``step()`` or this optimizer's own
+            ``zero_grad()``, and until then the minibatch must not be changed in place.
         max_change: κ > 0, the largest change of a layer's pre-activations in one step, in root mean square
             over (the first 32 of) the minibatch and the layer's units; a larger step is shrunk, the whole
             layer's alike. ``None``: no bound, as in the thesis. Kept in the parameter groups, so it may
