@@ -69,8 +69,13 @@ class DeviceFault(RuntimeError):
     """The host would have waited, or a tensor was not where it should be."""
 
 
+_faults: list[str] = []
+"""Those of the case under way: autograd's engine may lose an exception, and says so with another."""
+
+
 def _fault(message: str) -> DeviceFault:
     """The exception; printed too in a backward pass, where an exception aborts under a Python backend."""
+    _faults.append(f"DeviceFault: {message}")
     if torch._C._current_graph_task_id() != -1:
         traceback.print_stack()
         print(f"DeviceFault: {message}", file=sys.stderr, flush=True)
@@ -203,11 +208,12 @@ def main(cases: dict[str, Callable[[], None]]) -> None:
     """Run the cases named on the command line, or all; print [name, traceback or ""] for each, in JSON."""
     print("ready", flush=True)
     for name in sys.argv[1:] or cases:
+        _faults.clear()
         try:
             cases[name]()
             outcome = ""
         except Exception:
-            outcome = traceback.format_exc()
+            outcome = "\n".join([traceback.format_exc(), *_faults])
         print(json.dumps([name, outcome]), flush=True)
 
 
