@@ -8,14 +8,18 @@ cheaper is decided here.
 
 On an accelerator the Tikhonov forms read nothing back to the host: a factorisation that fails there
 yields NaN, which no loss survives unseen. On the CPU, where looking is free, a failure is retried in
-float64 and then raised. The inverse square root and conjugate gradient, which no optimizer's step uses,
-do make the host wait.
+float64 and then raised; :func:`failures_are_nan` has it NaN there too. The inverse square root and
+conjugate gradient, which no optimizer's step uses, do make the host wait.
+
+A hyperparameter is a number, or a tensor ``[...]`` with one for each leading dimension, as in a grid of
+configurations; :func:`matrixwise` and :func:`vectorwise` shape it for what it multiplies.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -30,13 +34,26 @@ __all__ = [
     "add_outer",
     "add_to",
     "conjugate_gradient",
+    "failures_are_nan",
     "inverse_square_root",
+    "matrixwise",
     "mean_eigenvalue",
     "naming_the_damping",
     "shift_diagonal",
     "tikhonov_inverse",
     "tikhonov_solve",
+    "vectorwise",
 ]
+
+
+def matrixwise(value: float | Tensor) -> float | Tensor:
+    """A hyperparameter ``[...]`` as a factor ``[..., 1, 1]`` of matrices; numbers are one for all."""
+    return value[..., None, None] if isinstance(value, Tensor) and value.dim() else value
+
+
+def vectorwise(value: float | Tensor) -> float | Tensor:
+    """The same as a factor ``[..., 1]`` of vectors."""
+    return value[..., None] if isinstance(value, Tensor) and value.dim() else value
 
 
 class Gram(NamedTuple):
@@ -73,13 +90,13 @@ class ThinInverse(NamedTuple):
 
     def __rmatmul__(self, x: Tensor) -> Tensor:
         """X P of ``x: [..., k, m]``, in two thin products."""
-        return self.shrink_(x / self.shift[..., None, None])
+        return self.shrink_(x / matrixwise(self.shift))
 
     def shrink_(self, x: Tensor) -> Tensor:
-        """X (I − δ QᵀQ) of ``x: [..., k, m]``, in its place: what remains of P when δ is divided out."""
-        image = (x @ self.factor.mT).mul_(self.shift[..., None, None])
-        if x.dim() > 2:
-            return x.sub_(image @ self.factor)
+        """X (I − δ QᵀQ) of ``x: [..., k, m]``, what remains of P when δ is divided out; a matrix in place."""
+        image = (x @ self.factor.mT).mul_(matrixwise(self.shift))
+        if image.dim() > 2:
+            return x - image @ self.factor  # which may broadcast
         return x.addmm_(image, self.factor, alpha=-1)  # spares a pass over x
 
     def __matmul__(self, x: Tensor) -> Tensor:
@@ -125,8 +142,7 @@ class Factored:
         """G X of ``x: [..., i, k]``."""
         first = _factor_first(*self.left.shape[-2:], x)
         if isinstance(x, ThinInverse):  # its 1/δ costs nothing in the scale
-            shift = x.shift[..., None, None] if x.shift.dim() else x.shift
-            whole = replace(self, scale=self.scale / shift)
+            whole = replace(self, scale=self.scale / matrixwise(x.shift))
             if not first:
                 return x.shrink_(whole.dense())
             product = replace(whole, right=x.shrink_(self._deviations(fresh=True)), mean=None)
@@ -210,9 +226,10 @@ def add_to(matrix: Tensor, change: Tensor | Factored) -> None:
 def add_outer(matrix: Tensor | Gram, vector: Tensor, weight: float | Tensor = 1.0) -> Tensor | Gram:
     """``matrix + weight · v vᵀ``, weight ≥ 0, for ``vector: [..., m]``; a Gram matrix takes one more row."""
     if isinstance(matrix, Gram):
-        row = abs(weight) ** 0.5 * vector  # abs: below zero by a wrong damping, refused when inverted
-        return Gram(torch.cat([matrix.rows, row.unsqueeze(-2)], -2))
-    return matrix + weight * (vector.unsqueeze(-1) * vector.unsqueeze(-2))
+        # abs: below zero by a wrong damping, refused when inverted
+        row = (vectorwise(abs(weight) ** 0.5) * vector).unsqueeze(-2)
+        return Gram(torch.cat([matrix.rows.expand(*row.shape[:-2], -1, -1), row], -2))
+    return matrix + matrixwise(weight) * (vector.unsqueeze(-1) * vector.unsqueeze(-2))
 
 
 def mean_eigenvalue(matrix: Tensor | Gram) -> Tensor:
@@ -247,6 +264,22 @@ def naming_the_damping(damping: Callable[[float], float | Tensor]) -> Iterator[N
         raise FactorizationError(f"{error}: damping (ε) ≥ {needed:.1e}", error.shift) from None
 
 
+_failures_are_nan: ContextVar[bool] = ContextVar("failures_are_nan", default=False)
+
+
+@contextmanager
+def failures_are_nan() -> Iterator[None]:
+    """Inside, what cannot be inverted is NaN on the CPU as elsewhere, and its neighbours are as without it.
+
+    Of a stack of matrices that is the failing one alone. A thin inverse does not become a dense one then.
+    """
+    token = _failures_are_nan.set(True)
+    try:
+        yield
+    finally:
+        _failures_are_nan.reset(token)
+
+
 def shift_diagonal(matrix: Tensor, damping: float | Tensor) -> Tensor:
     """``matrix + damping · I`` as a new tensor, for a number or a tensor ``[...]`` of leading dimensions."""
     if isinstance(damping, Tensor) and damping.dim() > 0:
@@ -257,24 +290,32 @@ def shift_diagonal(matrix: Tensor, damping: float | Tensor) -> Tensor:
     return shifted
 
 
-def _cholesky(matrix: Tensor, damping: float | Tensor, name: str) -> Tensor:
-    """Lower Cholesky factor of ``matrix + damping · I``; see the module docstring for failures."""
-    factor, info = torch.linalg.cholesky_ex(shift_diagonal(matrix, damping))
-    if matrix.device.type != "cpu":
-        return torch.where((info == 0)[..., None, None], factor, torch.nan)
-    if _succeeded(factor, info):
-        return factor
+def _by_cholesky(
+    solve: Callable[[Tensor], Tensor], matrix: Tensor, damping: float | Tensor, name: str
+) -> Tensor:
+    """``solve(L)``, L Lᵀ = ``matrix + damping · I``; see the module docstring for failures."""
+    factor, sound = _cholesky(shift_diagonal(matrix, damping))
+    solution = solve(factor).to(matrix.dtype)
+    if matrix.device.type != "cpu" or bool(sound.all()):
+        return solution
     shifted = shift_diagonal(matrix.double(), damping)
-    factor, info = torch.linalg.cholesky_ex(shifted)
-    if _succeeded(factor, info):
-        return factor
-    _require_finite(shifted, name)
-    raise _indefinite(torch.linalg.eigvalsh(shifted), matrix.dtype, damping, name)
+    factor, definite = _cholesky(shifted)
+    if not (_failures_are_nan.get() or bool(definite.all())):
+        _require_finite(shifted, name)
+        raise _indefinite(torch.linalg.eigvalsh(shifted), matrix.dtype, damping, name)
+    return torch.where(sound[..., None, None], solution, solve(factor).to(matrix.dtype))
 
 
-def _succeeded(factor: Tensor, info: Tensor) -> bool:
-    """LAPACK reports a NaN pivot, but not always an infinite one."""
-    return bool((info == 0).all()) and bool(torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all())
+def _cholesky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower Cholesky factor, NaN where it fails, and where it does not.
+
+    LAPACK reports a NaN pivot, but not always an infinite one.
+    """
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    sound = (info == 0) & torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all(-1)
+    if matrix.device.type != "cpu" or not bool(sound.all()):
+        factor = torch.where(sound[..., None, None], factor, torch.nan)
+    return factor, sound
 
 
 def _require_finite(matrix: Tensor, name: str) -> None:
@@ -322,7 +363,7 @@ def tikhonov_inverse(
     """
     if isinstance(matrix, Gram):
         return _thin_inverse(matrix, damping, name)
-    return torch.cholesky_inverse(_cholesky(matrix, damping, name)).to(matrix.dtype)
+    return _by_cholesky(torch.cholesky_inverse, matrix, damping, name)
 
 
 def _thin_inverse(matrix: Gram, damping: float | Tensor, name: str) -> Tensor | ThinInverse:
@@ -332,18 +373,18 @@ def _thin_inverse(matrix: Gram, damping: float | Tensor, name: str) -> Tensor | 
     lower, info = torch.linalg.cholesky_ex(shift_diagonal(gram, shift))
     rounding = torch.finfo(rows.dtype).eps * torch.linalg.matrix_norm(gram, torch.inf)
     sound = (info == 0) & (shift > rounding)  # RRᵀ may be definite without δ, RᵀR never is
-    if rows.device.type == "cpu" and not bool(sound.all()):
+    surely = rows.device.type == "cpu" and bool(sound.all())
+    if rows.device.type == "cpu" and not (surely or _failures_are_nan.get()):
         return tikhonov_inverse(matrix.dense(), damping, name)
     factor = torch.linalg.solve_triangular(lower, rows, upper=False) / shift.sqrt()[..., None, None]
-    if rows.device.type != "cpu":
+    if not surely:
         factor = torch.where(sound[..., None, None], factor, torch.nan)
     return ThinInverse(factor, shift)
 
 
 def tikhonov_solve(matrix: Tensor, rhs: Tensor, damping: float | Tensor, name: str = "matrix") -> Tensor:
     """Solve (matrix + damping · I) X = rhs, for ``rhs: [..., m, c]``; see :func:`tikhonov_inverse`."""
-    factor = _cholesky(matrix, damping, name)
-    return torch.cholesky_solve(rhs.to(factor.dtype), factor).to(matrix.dtype)
+    return _by_cholesky(lambda L: torch.cholesky_solve(rhs.to(L.dtype), L), matrix, damping, name)
 
 
 def inverse_square_root(matrix: Tensor, damping: float | Tensor = 0.0, name: str = "matrix") -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from fake_accelerator import DeviceFault, Generator, accelerator, preparing
 from torch import Tensor, nn
 
+from sogrid.experiments.grid import Grid
 from sogrid.kronecker import bordered, bordered_inverse, homogeneous
 from sogrid.linalg import Factored, ThinInverse, inverse_square_root, tikhonov_inverse, tikhonov_solve
 from sogrid.losses import (
@@ -424,11 +425,40 @@ def _():
         assert db.shape == kb.shape == (6, 30)
         gradient = Factored(g, h, 1 / 8)
         dw, db = acp_update(
-            gradient, grad_b, mean, acp_inverse(mean, second_moment(rows), damping), lr=damping[:, None, None]
+            gradient, grad_b, mean, acp_inverse(mean, second_moment(rows), damping), lr=damping
         )
-        kw, kb = kfac_update(gradient, grad_b, *inverses, lr=0.1)
+        kw, kb = kfac_update(gradient, grad_b, *inverses, lr=damping)
         assert dw.dense().shape == kw.dense().shape == (6, 30, 40)
-        assert kb.shape == (6, 30)
+        assert db.shape == kb.shape == (6, 30)
+
+
+def _grid(method: Callable, batch: int) -> None:
+    """Two configurations: a refresh and an update, with nothing said to the host about who diverged."""
+    with accelerator() as device:
+        with preparing():
+            networks = [MLP((40, 5, 3), "sigmoid", device=device) for _ in range(2)]
+            optimizers = [method(network, 0.1 * (k + 1)) for k, network in enumerate(networks)]
+            grid = Grid(networks, optimizers, Quadratic())
+        for shape in ((batch, 40), (2, batch, 40)):
+            x, y = torch.randn(shape, device=device), torch.randn(*shape[:-1], 3, device=device)
+            if grid.keeps_statistics:
+                grid.refresh(x, y)
+            grid.update(x, y)
+        assert grid.evaluate(x[0], y[0])[0].shape == (2,)
+        assert grid.alive.device == grid.lost.device == device
+
+
+for _name, _method in {
+    "sgd": lambda m, lr: torch.optim.SGD(m.parameters(), lr),
+    "centred": CenteredGradientDescent,
+    "acp": lambda m, lr: ACP(m, lr, lr, output_curvature="heuristic"),
+    "acp, exact": lambda m, lr: ACP(m, lr, lr, tikhonov="exact", max_change=lr),
+    "nnn": lambda m, lr: NaturalNN(m, lr, lr),
+    "kfac": lambda m, lr: KFAC(m, lr, lr, loss=Quadratic()),
+    "ubp": lambda m, lr: UpdatedBackprop(m, lr, loss=Quadratic()),
+}.items():
+    for _batch in (4, 100):
+        case(f"a grid of {_name}, batch {_batch}")(functools.partial(_grid, _method, _batch))
 
 
 # --- the detector ----------------------------------------------------------------------------------

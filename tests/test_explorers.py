@@ -15,6 +15,7 @@ import torch
 from book.explorer_records import (
     DOMAIN,
     EXPLORERS,
+    LANDSCAPE,
     curves_record,
     explorer,
     plain,
@@ -24,6 +25,7 @@ from book.explorer_records import (
 )
 
 from sogrid.curvature import empirical_fisher, fisher, gauss_newton, hessian
+from sogrid.experiments.records import Record
 from sogrid.explorers import (
     At,
     Explorer,
@@ -34,6 +36,7 @@ from sogrid.explorers import (
     core,
     damping_and_alpha,
     hyperparameter_interaction,
+    live_landscape,
     race,
     search_replay,
     second_order_by_eye,
@@ -43,6 +46,7 @@ from sogrid.explorers import (
 )
 from sogrid.explorers.core import resolve, short
 from sogrid.explorers.damping import ALPHAS, CURVATURE, DAMPINGS, RATES
+from sogrid.explorers.landscape import RECORD, SETTINGS, record_landscape, train_landscape
 from sogrid.explorers.race import break_even, seconds_per_update
 from sogrid.explorers.replay import acceptance_maps
 from sogrid.explorers.second_order import DATA, MINIMUM, curvature, second_order_steps
@@ -456,3 +460,72 @@ def test_replay_shows_the_trials_so_far_of_both():
     np.testing.assert_allclose(right["x"], runs["biased"]["trials"]["lr"][:5], rtol=1e-6)
     assert ring["x"][0] == pytest.approx(runs["biased"]["trials"]["lr"][4], rel=1e-6)
     assert picture["text"].startswith("Trial 5 of 12")
+
+
+# Live landscape
+
+
+def test_the_landscapes_live_view_trains_what_its_book_view_looks_up():
+    found = explorer("landscape")
+    live = found.widget().explorer
+    assert live is found.live
+    assert live.formula is not None
+    assert found.formula is None
+    for state in some_states(found, 6):
+        assert plain(live.at(**state)) == plain(found.at(**state))
+
+
+def test_a_landscapes_sliders_wait_until_they_are_let_go():
+    controls = explorer("landscape").widget().controls
+    assert not any(controls[name].continuous_update for name in ("damping", "batch", "updates"))
+
+
+def test_a_landscape_draws_its_record_and_rings_the_best(tmp_path):
+    record = record_landscape(tmp_path / "r.json", LANDSCAPE)
+    found = live_landscape(record)
+    state = {"method": 1, "damping": 1, "batch": 0, "updates": 1}
+    (run,) = (r for r in record["runs"] if (r["method"], r["damping"], r["batch"]) == ("acp", 1.0, 20))
+    losses = np.array(run["train"], dtype=float).reshape(2, 2, 3)[1]
+    grid, ring = found.at(**state)["traces"]
+    np.testing.assert_allclose(grid["z"], np.log10(losses), rtol=1e-6)
+    up, across = np.unravel_index(np.nanargmin(losses), losses.shape)
+    assert (ring["x"], ring["y"]) == ([across], [up])
+    text = found.at(**state)["text"]
+    assert text.startswith(f"Best loss {short(losses[up, across])} with λ {short(LANDSCAPE['lr'][across])}, ")
+    assert "no damping" not in text
+    assert found.at(**{**state, "method": 0})["text"].endswith("This optimizer has no damping.")
+
+
+def test_a_landscape_leaves_blank_what_diverged(tmp_path):
+    record = record_landscape(tmp_path / "r.json", LANDSCAPE)
+    for run in record["runs"]:
+        run["train"][-1] = run["train"][2] = None
+    found = live_landscape(record)
+    blank = np.isnan([found.at(updates=i)["traces"][0]["z"] for i in (0, 1)])
+    assert np.argwhere(blank).tolist() == [[0, 0, 2], [1, 1, 2]]
+    assert "1 diverged" in found.at()["text"]
+    record["runs"][0]["train"] = [None] * len(record["runs"][0]["train"])
+    assert "6 diverged" in live_landscape(record).at(method=0, batch=0)["text"]
+
+
+def test_a_landscapes_record_is_taken_up_where_it_stopped(tmp_path, monkeypatch):
+    path, few = tmp_path / "r.json", {**LANDSCAPE, "batch": [20], "methods": ["standard_sgd", "acp"]}
+    whole = record_landscape(path, few)
+    assert [run["damping"] for run in whole["runs"]] == [None, 0.001, 1.0]
+    monkeypatch.setattr("sogrid.explorers.landscape.train_landscape", None)
+    assert record_landscape(path, few) == whole
+
+
+def test_the_books_landscape_is_whole_small_and_what_the_code_trains():
+    """One of its grids trained again, for as long as rounding cannot have mattered yet."""
+    record = Record.read(RECORD)
+    settings = {k: v for k, v in record["settings"].items() if k != "data"}
+    assert settings == SETTINGS
+    found = live_landscape()
+    assert len(found.html()) < 200_000
+    assert found.at()["traces"][0]["z"].shape == (8, 8)
+    run = next(r for r in record["runs"] if (r["method"], r["damping"], r["batch"]) == ("acp", 0.1, 50))
+    early = {**settings, "updates": settings["updates"][:1]}
+    losses = train_landscape(early, "acp", 0.1, 50)[0]
+    recorded = np.array(run["train"], dtype=float).reshape(-1, 8, 8)[0]
+    np.testing.assert_allclose(losses[:, :4], recorded[:, :4], rtol=2e-3)

@@ -12,6 +12,7 @@
 from sogrid.explorers.core import At, Explorer, First, Out, Short, Times, say, select, slider, toggle
 from sogrid.explorers.damping import damping_and_alpha
 from sogrid.explorers.interaction import hyperparameter_interaction
+from sogrid.explorers.landscape import live_landscape
 from sogrid.explorers.race import race
 from sogrid.explorers.replay import search_replay
 from sogrid.explorers.second_order import second_order_by_eye
@@ -25,6 +26,7 @@ __all__ = [
     "Times",
     "damping_and_alpha",
     "hyperparameter_interaction",
+    "live_landscape",
     "race",
     "say",
     "search_replay",

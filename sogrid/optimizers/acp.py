@@ -22,7 +22,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sogrid.linalg import Factored, Gram, ThinInverse, add_outer, naming_the_damping, tikhonov_inverse
+from sogrid.linalg import (
+    Factored,
+    Gram,
+    ThinInverse,
+    add_outer,
+    matrixwise,
+    naming_the_damping,
+    tikhonov_inverse,
+    vectorwise,
+)
 from sogrid.optimizers.base import check_hyperparameter
 from sogrid.optimizers.centered import bias_update, centered_gradient
 from sogrid.optimizers.layerwise import Layerwise, StatisticsBatch
@@ -43,7 +52,7 @@ def acp_inverse(
     Args:
         mean_h: h̄ of the statistics minibatch, ``[..., i]`` (used by the exact form).
         covariance: C, ``[..., i, i]``, or its rows.
-        shift: d = ε/α.
+        shift: d = ε/α, a number or ``[...]``.
         tikhonov: ``"printed"``: (C + dI)⁻¹; ``"exact"``: (M + dI − h̄h̄ᵀ/(1+d))⁻¹, M = C + h̄h̄ᵀ.
         name: Named in errors.
 
@@ -73,13 +82,13 @@ def acp_update(
         grad_b: ∇b, ``[..., o]``, or ``None`` for a layer without bias, which is not centred.
         mean_h: h̄, ``[..., i]``.
         inverse: P, ``[..., i, i]``, of :func:`acp_inverse`.
-        lr: λ.
+        lr: λ, a number or ``[...]``, as are α and d.
         output_curvature: α.
         bias_correction: Add −ΔW h̄ to Δb (eq. 6.2.5).
         corner: d of the exact Tikhonov form, which divides h̄ and Δb by 1 + d; 0 for the printed form.
     """
-    mean_h = mean_h / (1 + corner)
-    dw = -(lr / output_curvature) * centered_gradient(grad_w, grad_b, mean_h) @ inverse
+    mean_h = mean_h / vectorwise(1 + corner)
+    dw = -matrixwise(lr / output_curvature) * centered_gradient(grad_w, grad_b, mean_h) @ inverse
     rate = lr / (output_curvature * (1 + corner))
     return dw, bias_update(grad_b, dw, mean_h, rate, bias_correction)
 
@@ -180,7 +189,7 @@ class ACP(Layerwise):
         with naming_the_damping(lambda shift: shift * scale):
             state = {"inverse": acp_inverse(mean, covariance, shift, group["tikhonov"], name)}
         if group["tikhonov"] == "exact":
-            corner = torch.ones((), dtype=mean.dtype, device=mean.device).mul_(shift)  # as_tensor would sync
+            corner = (torch.ones_like(mean[..., 0]) * shift).to(mean.dtype)  # as_tensor would sync
             state |= {"mean": mean, "corner": corner}
         if alpha is not None:
             state["output_curvature"] = alpha

@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sogrid.linalg import Factored
+from sogrid.linalg import Factored, matrixwise, vectorwise
 from sogrid.optimizers.layerwise import Layerwise
 
 __all__ = ["CenteredGradientDescent", "centered_gradient", "centered_update"]
@@ -46,7 +46,7 @@ def centered_update(
         grad_w: ∇W of the mean loss, ``[..., o, i]``; if it is factored, so is ΔW.
         grad_b: ∇b, ``[..., o]`` or ``None``.
         mean_h: h̄ of the minibatch, ``[..., i]``.
-        lr: λ.
+        lr: λ, or λ ``[...]``.
         bias_correction: Add −ΔW h̄ to Δb, as in eq. (6.2.5).
 
     Example:
@@ -54,7 +54,7 @@ def centered_update(
         >>> dw.tolist(), db.tolist()
         ([[-0.5, 0.5], [-0.0, -0.0]], [-0.5, -0.5])
     """
-    dw = -lr * centered_gradient(grad_w, grad_b, mean_h)
+    dw = -matrixwise(lr) * centered_gradient(grad_w, grad_b, mean_h)
     return dw, bias_update(grad_b, dw, mean_h, lr, bias_correction)
 
 
@@ -68,7 +68,7 @@ def bias_update(
     """Δb = −rate · ∇b, and − ΔW h̄ if ``correction`` (eq. 6.2.5)."""
     if grad_b is None:
         return None
-    db = -rate * grad_b
+    db = -vectorwise(rate) * grad_b
     return db - (dw @ mean_h.unsqueeze(-1)).squeeze(-1) if correction else db
 
 

@@ -29,7 +29,15 @@ from torch import Tensor, nn
 
 from sogrid.capture import CaptureError
 from sogrid.kronecker import homogeneous, homogeneous_gradient, kronecker_solve
-from sogrid.linalg import Factored, Gram, ThinInverse, mean_eigenvalue, naming_the_damping, tikhonov_inverse
+from sogrid.linalg import (
+    Factored,
+    Gram,
+    ThinInverse,
+    matrixwise,
+    mean_eigenvalue,
+    naming_the_damping,
+    tikhonov_inverse,
+)
 from sogrid.losses import CrossEntropyAtLogits, CrossEntropyAtProbabilities, Loss
 from sogrid.optimizers.base import check_count, check_hyperparameter
 from sogrid.optimizers.layerwise import Layerwise
@@ -78,7 +86,7 @@ def kfac_inverses(
     Args:
         a: A, ``[..., i, i]`` (i counts the homogeneous coordinate), or its rows.
         b: B, ``[..., o, o]``, or its rows.
-        damping: ε.
+        damping: ε, a number or ``[...]``.
         pi_correction: Balance the split by the factors' mean eigenvalues.
         name: Named in errors.
 
@@ -114,11 +122,11 @@ def kfac_update(
         grad_b: ∇b, ``[..., o]`` or ``None``.
         a_inverse: ``[..., i + 1, i + 1]``, or ``[..., i, i]`` without a bias.
         b_inverse: ``[..., o, o]``.
-        lr: λ.
+        lr: λ, a number or ``[...]``.
     """
     if grad_b is None:
-        return -lr * kronecker_solve(a_inverse, b_inverse, grad_w), None
-    step = -lr * kronecker_solve(a_inverse, b_inverse, homogeneous_gradient(grad_w, grad_b))
+        return -matrixwise(lr) * kronecker_solve(a_inverse, b_inverse, grad_w), None
+    step = -matrixwise(lr) * kronecker_solve(a_inverse, b_inverse, homogeneous_gradient(grad_w, grad_b))
     return step[..., :-1], step[..., -1]
 
 

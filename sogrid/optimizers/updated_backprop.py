@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vjp
 
 from sogrid.capture import CaptureError, join
-from sogrid.linalg import Factored
+from sogrid.linalg import Factored, matrixwise, vectorwise
 from sogrid.losses import Loss
 from sogrid.optimizers.layerwise import Layerwise
 
@@ -59,7 +59,7 @@ def updated_backprop_update(
         grad_f: ∂ℓ/∂f per example, un-normalised, ``[n, n_f]``.
         curvature: ``(l, v) -> H_l v`` for ``v: [n, n_out]``, of ``gauss_newton_term`` or
             ``hessian_term``; ``None`` drops the term.
-        lr: λ of each layer.
+        lr: λ of each layer, a number or ``[...]``; all tensors may have such leading dimensions.
         slopes: Those of the activations at the pre-activations, if they are there already.
         factored: Leave every ΔW factored.
     """
@@ -69,11 +69,11 @@ def updated_backprop_update(
     for layer in reversed(range(len(weights))):
         h, w = inputs[layer], weights[layer]
         g = slopes[layer].pull(dh)
-        dw = -lr[layer] / len(h) * Factored(g, h)
-        db = -lr[layer] * g.mean(0)
+        dw = -matrixwise(lr[layer]) / h.shape[-2] * Factored(g, h)
+        db = -vectorwise(lr[layer]) * g.mean(-2)
         changes.append((dw if factored else dw.dense(), db))
         if layer > 0:
-            bend = 0 if curvature is None else curvature(layer, h @ dw.mT + db)
+            bend = 0 if curvature is None else curvature(layer, h @ dw.mT + db.unsqueeze(-2))
             dh = (g + bend) @ w + g @ dw
     return changes[::-1]
 
@@ -158,7 +158,8 @@ def hessian_term(
             for w, b, f in zip(
                 weights[layer + 1 :], biases[layer + 1 :], activations[layer + 1 :], strict=True
             ):
-                h = f(torch.nn.functional.linear(h, w, b))
+                a = h @ w.mT
+                h = f(a if b is None else a + b.unsqueeze(-2))
             return loss.value(h, y).sum()
 
         return jvp(grad(risk), (preactivations[layer],), (v,))[1]
@@ -261,6 +262,25 @@ class UpdatedBackprop(Layerwise):
         f, grad_f = join([r.output for r in roots]), join([r.grad for r in roots]) * scale
         self._require_finite("the model's output", grad_f)
         weights, biases = [layer.weight.detach() for layer in layers], [layer.bias for layer in layers]
+        changes = self.update_chain(inputs, a, weights, biases, activations, f, grad_f, lr)
+        if self.gradients == "matrix":
+            self._require_untouched(
+                layers[-1].weight.grad * (lr[-1] * scale / len(f)), changes[-1][0].dense()
+            )
+        yield from zip(layers, changes, strict=True)
+
+    def update_chain(
+        self,
+        inputs: Sequence[Tensor],
+        a: Sequence[Tensor],
+        weights: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        activations: Sequence[Activation],
+        f: Tensor,
+        grad_f: Tensor,
+        lr: Sequence[float | Tensor],
+    ) -> list[tuple[Tensor | Factored, Tensor]]:
+        """Factored (ΔW, Δb) of every layer; see :func:`~sogrid.optimizers.updated_backprop_update`."""
         slopes, y = activation_slopes(activations, a), self.loss.target(f, grad_f)
         curvature = {
             "gauss_newton": lambda: gauss_newton_term(
@@ -269,14 +289,9 @@ class UpdatedBackprop(Layerwise):
             "hessian": lambda: hessian_term(a, weights, biases, activations, self.loss, y),
             "none": lambda: None,
         }[self.curvature]()
-        changes = updated_backprop_update(
+        return updated_backprop_update(
             inputs, a, weights, activations, grad_f, curvature, lr=lr, slopes=slopes, factored=True
         )
-        if self.gradients == "matrix":
-            self._require_untouched(
-                layers[-1].weight.grad * (lr[-1] * scale / len(f)), changes[-1][0].dense()
-            )
-        yield from zip(layers, changes, strict=True)
 
     @staticmethod
     def _require_untouched(expected: Tensor, dw: Tensor) -> None:

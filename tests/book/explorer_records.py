@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -12,10 +14,12 @@ from sogrid.explorers import (
     Explorer,
     damping_and_alpha,
     hyperparameter_interaction,
+    live_landscape,
     race,
     search_replay,
     second_order_by_eye,
 )
+from sogrid.explorers.landscape import record_landscape
 
 DOMAIN = {"lr": [0.001, 10.0], "scale": [1.0, 1000.0]}
 COSTS = {"acp": 13.3, "kfac": 24.4, "kfac_nat": 25.0, "standard_sgd": 5.3}
@@ -78,12 +82,31 @@ def _replay() -> Explorer:
     return search_replay(search_record(*(search(sampler=s, seed=n) for n in range(2) for s in samplers)))
 
 
+LANDSCAPE = {
+    "methods": ["standard_sgd", "acp", "kfac"],
+    "damping": [0.001, 1.0],
+    "batch": [20, 50],
+    "updates": [2, 4],
+    "lr": [0.1, 1.0, 10.0],
+    "scale": [2.0, 16.0],
+    "evaluate_on": 50,
+    "seed": 0,
+}
+
+
+def _landscape() -> Explorer:
+    """Trained here, so that the live view shows the same."""
+    with TemporaryDirectory() as folder:
+        return live_landscape(record_landscape(Path(folder, "landscape.json"), LANDSCAPE))
+
+
 EXPLORERS: dict[str, Callable[[], Explorer]] = {
     "second_order": second_order_by_eye,
     "damping": damping_and_alpha,
     "interaction": _interaction,
     "race": lambda: race(curves_record(), "fig6_2"),
     "replay": _replay,
+    "landscape": _landscape,
 }
 
 

@@ -24,6 +24,7 @@ STEERS = {
     "interaction": "shown",
     "race": "budget",
     "replay": "trial",
+    "landscape": "updates",
 }
 """A slider of each that always changes its picture."""
 
