@@ -141,7 +141,8 @@ def test_figures_follow_the_theme(driver, roots, page):
         ink[theme] = driver.execute_script(INK)
         background = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
         ink[theme].append(background)
-    assert all(light != dark for light, dark in zip(ink["light"], ink["dark"], strict=True))
+    pairs = zip(ink["light"], ink["dark"], strict=True)  # a picture without axes has no ink
+    assert all(light != dark or light is None for light, dark in pairs)
 
 
 @pytest.mark.parametrize("page", PAGES)
