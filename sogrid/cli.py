@@ -297,14 +297,14 @@ def _curve_rows(runs: list[tuple[int, dict[str, Any]]]) -> list[tuple]:
 
 
 def _search_rows(runs: list[tuple[int, dict[str, Any]]]) -> list[tuple]:
+    from sogrid.experiments.tuning import best_so_far, chosen
+
     rows = [("", "method", "sampler", "seed", "trials", "diverged", "best", "settings")]
     for number, run in runs:
         losses = run["trials"]["loss"]
-        finite = [loss for loss in losses if loss is not None]
-        best = losses.index(min(finite)) if finite else None
-        chosen = "" if best is None else _plain({name: run["trials"][name][best] for name in run["domain"]})
-        what = (number, run["method"], run["sampler"], run["seed"], len(losses), len(losses) - len(finite))
-        rows.append((*what, f"{min(finite):.4g}" if finite else "", chosen))
+        diverged = losses.count(None)
+        found = (f"{best_so_far(run)[-1]:.4g}", _plain(chosen(run))) if diverged < len(losses) else ("", "")
+        rows.append((number, run["method"], run["sampler"], run["seed"], len(losses), diverged, *found))
     return rows
 
 

@@ -114,7 +114,7 @@ class Searches:
     plan: Callable[[Profile], tuple[int, int, int]]
 
 
-LANDSCAPE = {"lr": (1e-3, 10.0), "scale": (1.0, 1000.0)}
+LANDSCAPE = BENCHMARKS[SMALL].domain
 EXPERIMENTS: dict[str, Curves | Searches] = {
     "fig2_2_learning_rate_and_scale": Searches(
         "fig2_2", AE, LANDSCAPE, ("random",), lambda profile: (1, *profile.landscape)
@@ -258,9 +258,8 @@ def tune(
     for method in (m for m in known[benchmark] if m in methods or not methods):
         own = {key: ends for key, ends in domain.items() if key in (*METHODS[method].settings, "scale")}
         plans.append(Search(method, own, scale.trials, scale.trial_updates[benchmark], scale.evaluate_on))
-    return _complete(
-        path, path.stem.split(".")[0], settings, _search_jobs(plans, task, path, storage), progress
-    )
+    jobs = _search_jobs(plans, task, path, storage)
+    return _complete(path, f"search_{benchmark}", settings, jobs, progress)
 
 
 def tuned_methods() -> dict[str, list[str]]:
