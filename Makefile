@@ -61,6 +61,9 @@ lab: $(STAMP) ## Open the chapters in JupyterLab
 
 experiments: $(STAMP) ## Run the figures' templates: FIG=fig6_2 (default: all) PROFILE=smoke, laptop or thesis
 	@mkdir -p out
+	@for benchmark in mnist_autoencoder cifar10_classifier; do \
+	  test "$(PROFILE)" != smoke || $(BIN)/python -m sogrid search "$$benchmark" --quiet > out/search.log || exit 1; \
+	done
 	@for template in book/experiments/$(FIG)*.ipynb; do \
 	  test -e "$$template" || { echo "no template in book/experiments begins with $(FIG)" >&2; exit 1; }; \
 	  $(BIN)/papermill "$$template" "out/$$(basename "$$template" .ipynb)-$(PROFILE).ipynb" \
