@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sogrid.capture import Capture, CaptureError, LayerRecord
+from sogrid.capture import Capture, CaptureError, LayerRecord, join
 from sogrid.linalg import Factored, ThinInverse, add_to
 from sogrid.losses import check_reduction
 from sogrid.optimizers.base import CapturingOptimizer, check_count, check_hyperparameter
@@ -486,7 +486,11 @@ class Layerwise(CapturingOptimizer):
         for name, layer, *_ in ready:
             self._check_state(name, layer)
         for layer, (dw, db) in self._changes(ready):
-            self._routes[self._names[layer.weight]] = "factored" if isinstance(dw, Factored) else "formed"
+            name = self._names[layer.weight]
+            bound = self.param_groups[self._homes[name][1]]["max_change"]
+            if bound is not None:
+                dw, db = bounded(dw, db, join(records[name].inputs), bound)
+            self._routes[name] = "factored" if isinstance(dw, Factored) else "formed"
             add_to(layer.weight, dw)
             if db is not None:
                 layer.bias.add_(db)
@@ -502,11 +506,7 @@ class Layerwise(CapturingOptimizer):
         """Each layer's (ΔW, Δb), one layer at a time."""
         for _, layer, group, record, factors in ready:
             state = _packed(self.state.get(layer.weight, {}))
-            change = self.update(*(factors or self._matrices(layer, record)), state, group)
-            if group["max_change"] is not None:
-                h = factors[0].right if factors else torch.cat(record.inputs)
-                change = bounded(*change, h, group["max_change"])
-            yield layer, change
+            yield layer, self.update(*(factors or self._matrices(layer, record)), state, group)
 
     def _check_state(self, name: str, layer: nn.Linear) -> None:
         if self.uses_statistics and not self._fits(layer):

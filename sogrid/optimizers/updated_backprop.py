@@ -184,6 +184,7 @@ class UpdatedBackprop(Layerwise):
         gradients: ``"matrix"``: ``backward`` forms every ``.grad``, which the step only compares with its
             own. ``"factored"``: the graph ends at the model's output, and no ``.grad`` is made, nor one of
             the model's input; see :class:`~sogrid.optimizers.layerwise.Layerwise`.
+        max_change: κ, a bound on the change of pre-activations; see there.
 
     Raises:
         TypeError: If ``loss`` is not a :class:`~sogrid.losses.Loss`.
@@ -203,6 +204,7 @@ class UpdatedBackprop(Layerwise):
         curvature: str = "gauss_newton",
         params=None,
         gradients: str = "matrix",
+        max_change: float | Tensor | None = None,
     ) -> None:
         """See the class."""
         self._require_model(model)
@@ -212,7 +214,13 @@ class UpdatedBackprop(Layerwise):
             raise ValueError(f"curvature must be 'gauss_newton', 'hessian' or 'none', got {curvature!r}")
         self.loss, self.curvature = loss, curvature
         super().__init__(
-            model, lr, reduction=loss.reduction, refresh_every=None, params=params, gradients=gradients
+            model,
+            lr,
+            reduction=loss.reduction,
+            refresh_every=None,
+            params=params,
+            gradients=gradients,
+            max_change=max_change,
         )
 
     def _bind(self) -> None:
@@ -267,7 +275,8 @@ class UpdatedBackprop(Layerwise):
             self._require_untouched(
                 layers[-1].weight.grad * (lr[-1] * scale / len(f)), changes[-1][0].dense()
             )
-        yield from zip(layers, changes, strict=True)
+        for layer, (dw, db) in zip(layers, changes, strict=True):
+            yield layer, (dw, None if self._bias(layer) is None else db)
 
     def update_chain(
         self,

@@ -6,7 +6,7 @@ from torch import nn
 
 from sogrid.losses import Quadratic
 from sogrid.networks import MLP
-from sogrid.optimizers import ACP, KFAC, CenteredGradientDescent, NaturalNN
+from sogrid.optimizers import ACP, KFAC, CenteredGradientDescent, NaturalNN, UpdatedBackprop
 from sogrid.optimizers.layerwise import bounded
 
 METHODS = {
@@ -14,6 +14,7 @@ METHODS = {
     "acp": lambda model, **o: ACP(model, damping=0.01, **o),
     "nnn": lambda model, **o: NaturalNN(model, damping=0.01, **o),
     "kfac": lambda model, **o: KFAC(model, damping=0.01, loss=Quadratic(), **o),
+    "ubp": lambda model, **o: UpdatedBackprop(model, loss=Quadratic(), **o),
 }
 
 

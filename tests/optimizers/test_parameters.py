@@ -346,6 +346,25 @@ def test_a_bias_that_is_not_trained_is_as_none(method, how):
     assert_same(parameters(model)[:1] + parameters(model)[2:], parameters(reference))
 
 
+@each([m for m in OPTIMIZERS if m.kind is UpdatedBackprop])
+@pytest.mark.parametrize("how", ["frozen", "left out", "none"])
+def test_updated_backprop_moves_weights_as_ever_beside_a_bias_that_is_not_trained(method, how):
+    model, reference = network(), network()
+    for chain in (model, reference):
+        chain[0].bias.data.zero_()
+    if how == "none":
+        model[0].bias = None
+    elif how == "frozen":
+        model[0].bias.requires_grad_(False)
+    given = [model[0].weight, *model[2].parameters()] if how == "left out" else None
+    train(model, method(model, params=given), 1)
+    train(reference, method(reference), 1)
+    assert_same(model[0].weight.detach(), reference[0].weight.detach())
+    assert_same(parameters(model)[-2:], parameters(reference)[-2:])
+    if how != "none":
+        assert not model[0].bias.any()
+
+
 @each(LAYERWISE)
 def test_a_frozen_weight_with_a_trained_bias_is_refused_by_name(method):
     model = network()
