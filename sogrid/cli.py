@@ -146,14 +146,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from sogrid.experiments.reproduce import EXPERIMENTS, Curves, record_path, reproduce
+    from sogrid.experiments.reproduce import EXPERIMENTS, Searches, record_path, reproduce
 
     name = _checked(options, "figure", EXPERIMENTS)
     plan = EXPERIMENTS[name]
-    _check_methods(options, plan.methods if isinstance(plan, Curves) else plan.samplers)
+    searches = isinstance(plan, Searches)
+    _check_methods(options, plan.samplers if searches else plan.methods)
     wanted = {key: getattr(options, key) for key in ("profile", "seed", "device", "out", "methods")}
     content = reproduce(name, **wanted, progress=not options.quiet)
-    runs = [run for run in content["runs"] if run["seed"] == options.seed or not isinstance(plan, Curves)]
+    runs = [run for run in content["runs"] if run["seed"] == options.seed or searches]
     print(_runs({**content, "runs": runs}))
     print(f"\nrecord: {record_path(options.out, name, options.profile)}")
     return OK

@@ -150,15 +150,15 @@ def _sgd(model, loss, settings):
     return torch.optim.SGD(model.parameters(), **settings)
 
 
-def _acp(alpha):
-    return lambda model, loss, s: ACP(model, **s, output_curvature=alpha, **STATISTICS)
+def _acp(alpha, **options):
+    return lambda model, loss, s: ACP(model, **s, output_curvature=alpha, **options, **STATISTICS)
 
 
-def _nnn(model, loss, settings):
-    return NaturalNN(model, **settings, **STATISTICS)
+def _nnn(**options):
+    return lambda model, loss, s: NaturalNN(model, **s, **options, **STATISTICS)
 
 
-def _kfac(curvature=None):
+def _kfac(curvature=None, **options):
     """KFAC with √ε added to both factors: the thesis does not say how it damps.
 
     By default with the Gauss-Newton matrix: for one-hot cross-entropy E[g gᵀ], for the quadratic loss
@@ -168,15 +168,17 @@ def _kfac(curvature=None):
     def build(model, loss, settings):
         usual = "fisher_sampled" if isinstance(loss, Quadratic) else "gauss_newton_probabilities"
         fixed = {"loss": loss, "pi_correction": False, "curvature": curvature or usual}
-        return KFAC(model, **settings, **fixed, **STATISTICS)
+        return KFAC(model, **settings, **fixed, **options, **STATISTICS)
 
     return build
 
 
-def _ubp(curvature):
-    return lambda model, loss, s: UpdatedBackprop(model, **s, loss=loss, curvature=curvature, **GRADIENTS)
+def _ubp(curvature, **options):
+    fixed = {"curvature": curvature, **options, **GRADIENTS}
+    return lambda model, loss, s: UpdatedBackprop(model, **s, loss=loss, **fixed)
 
 
+BOUND = {"max_change": 0.1}
 DAMPED = ("lr", "damping")
 METHODS = {
     "standard_sgd": Method(_sgd),
@@ -187,15 +189,20 @@ METHODS = {
     ),
     "acp_fixedalpha": Method(_acp(1.0), settings=DAMPED),
     "acp": Method(_acp("heuristic"), settings=DAMPED),
-    "nnn2": Method(_nnn, settings=DAMPED),
+    "nnn2": Method(_nnn(), settings=DAMPED),
     "kfac": Method(_kfac(), settings=DAMPED),
     "kfac_nat": Method(_kfac("fisher_exact"), settings=DAMPED),
     "jaco_update": Method(_ubp("gauss_newton")),
     "jaco_update_hessian": Method(_ubp("hessian"), tuned_as="jaco_update"),
     "jaco_update_without": Method(_ubp("none"), tuned_as="jaco_update"),
+    "acp_bounded": Method(_acp(1.0, bias_correction=True, **BOUND), None, DAMPED, "acp_fixedalpha"),
+    "nnn2_bounded": Method(_nnn(**BOUND), None, DAMPED, "nnn2"),
+    "kfac_bounded": Method(_kfac(**BOUND), None, DAMPED, "kfac"),
+    "jaco_update_bounded": Method(_ubp("gauss_newton", **BOUND), tuned_as="jaco_update"),
 }
 """The methods of Figs. 5.1 to 6.3, by the thesis's legends.
 
-A fixed α of ACP is 1: with (λ, ε) free it is redundant, since only λ/α and ε/α matter. Two variants of
-updated backpropagation are ours: the true Hessian in the place of Gauss-Newton, and no second term.
+A fixed α of ACP is 1: with (λ, ε) free it is redundant, since only λ/α and ε/α matter. Variants are
+ours: of updated backpropagation with the true Hessian in the place of Gauss-Newton, and with no second
+term; of all second-order methods with a bound on a step (ACP then with the bias term of eq. 6.2.5).
 """

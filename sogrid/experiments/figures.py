@@ -16,11 +16,14 @@ from sogrid.plotting import METHODS, color, figure, style
 __all__ = [
     "SAMPLERS",
     "best_losses",
+    "by_learning_rate",
     "caption",
     "comparison_table",
     "cost_table",
+    "good_learning_rates",
     "landscape",
     "learning_curves",
+    "learning_rate_table",
     "loss_at",
     "milliseconds",
     "runs_by_method",
@@ -249,6 +252,77 @@ def cost_table(record: dict[str, Any], figure_key: str) -> str:
         lines.append(
             f"| {METHODS[row['method']][0]} | {row['update_ms']:.1f} | {row['refresh_ms'] / every:.2f} "
             f"| {row['update_ms'] / sgd:.2f} | {'' if ratio is None else f'{ratio:.2f}'} |"
+        )
+    return "\n".join(lines)
+
+
+# Learning rates
+
+
+def by_learning_rate(record: dict[str, Any]) -> go.Figure:
+    """The last training loss by learning rate, both axes logarithmic, of every method of a sweep's record.
+
+    Lines are means over seeds, with a band of one standard deviation; a learning rate at which a seed
+    diverged has no point.
+    """
+    traces, ends = [], []
+    for method, runs in runs_by_method(record).items():
+        found = _last_losses(runs)
+        at = [lr for lr in found if None not in found[lr]]
+        columns = [found[lr] for lr in at]
+        mean = [fmean(column) for column in columns]
+        if at and len(columns[0]) > 1:
+            traces.append(_band(method, at, columns, mean))
+        look = style(method)
+        traces.append(go.Scatter(x=at, y=mean, mode="lines+markers", **look))
+        best = good_learning_rates(record, method)
+        ends.append(f"{look['name']} {best['loss']:.3g} at {best['lr']:.2g}")
+    return figure(
+        traces,
+        alt=f"Training loss after {_updates(record)} updates by learning rate. The best: {', '.join(ends)}.",
+        xaxis={"title": "learning rate λ", **TICKS},
+        yaxis={"title": f"train loss after {_updates(record)} updates", **TICKS},
+        height=460,
+    )
+
+
+def good_learning_rates(record: dict[str, Any], method: str, margin: float = 0.2) -> dict[str, float]:
+    """Around a sweep's best learning rate, those whose mean last loss is at most 1 + ``margin`` times its.
+
+    Returns:
+        ``lr`` and ``loss`` of the best, ``low`` and ``high``, the first and the last good one next to it
+        without a gap, and ``decades``, log₁₀(high/low).
+    """
+    found = _last_losses(runs_by_method(record)[method])
+    rates = sorted(found)
+    losses = [math.inf if None in found[lr] else fmean(found[lr]) for lr in rates]
+    best = low = high = min(range(len(rates)), key=losses.__getitem__)
+    limit = (1 + margin) * losses[best]
+    while low > 0 and losses[low - 1] <= limit:
+        low -= 1
+    while high < len(rates) - 1 and losses[high + 1] <= limit:
+        high += 1
+    ends = {"low": rates[low], "high": rates[high], "decades": math.log10(rates[high] / rates[low])}
+    return {"lr": rates[best], "loss": losses[best], **ends}
+
+
+def _last_losses(runs: list[dict[str, Any]]) -> dict[float, list[float | None]]:
+    """Learning rate → the last training loss of every seed, ``None`` where it diverged."""
+    found: dict[float, list[float | None]] = {}
+    for run in sorted(runs, key=lambda run: run["settings"]["lr"]):
+        last = run["train"][-1] if run["status"] == "finished" else None
+        found.setdefault(run["settings"]["lr"], []).append(last)
+    return found
+
+
+def learning_rate_table(record: dict[str, Any]) -> str:
+    """Markdown table of a sweep: best loss of each method, and the decades of λ within 20 % of it."""
+    lines = ["| method | best loss | at λ | within 20 % of it | decades |", "|---|---|---|---|---|"]
+    for method in runs_by_method(record):
+        good = good_learning_rates(record, method)
+        lines.append(
+            f"| {METHODS[method][0]} | {good['loss']:.3g} | {good['lr']:.2g} "
+            f"| {good['low']:.2g} to {good['high']:.2g} | {good['decades']:.1f} |"
         )
     return "\n".join(lines)
 

@@ -2,7 +2,8 @@
 
 A template in ``book/experiments/`` names an experiment and a profile; the record it leaves is what the
 book redraws the figure from. Learning curves (Figs. 5.1, 6.1 to 6.3) use the hyperparameters that
-:func:`tune` found; Figs. 2.2 and 4.1 are searches themselves.
+:func:`tune` found; Figs. 2.2 and 4.1 are searches themselves; one experiment of ours asks how wide the
+range of good learning rates is.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ __all__ = [
     "Curves",
     "Profile",
     "Searches",
+    "Sweep",
     "record_path",
     "reproduce",
     "search_path",
@@ -48,6 +50,7 @@ class Profile:
         trial_updates: Of each of its trials: ``{benchmark: parameter updates}``.
         landscape: Random trials of Fig. 2.2, and their updates.
         searches: Searches by each sampler of Fig. 4.1, their trials, and the updates of a trial.
+        sweep: Learning rates of a sweep, and the updates at each.
         full: On the full data set, or on a few of the embedded digits.
         evaluate_on: The training curve is a mean over this many of the first training examples.
     """
@@ -57,6 +60,7 @@ class Profile:
     trial_updates: dict[str, int]
     landscape: tuple[int, int]
     searches: tuple[int, int, int]
+    sweep: tuple[int, int] = (10, 300)
     full: bool = True
     evaluate_on: int = 10_000
 
@@ -65,7 +69,7 @@ AE, CIFAR, SMALL = "mnist_autoencoder", "cifar10_classifier", "mnist_small_autoe
 LAPTOP = Profile({AE: 5_000, CIFAR: 20_000}, 40, {AE: 400, CIFAR: 1_000}, (200, 400), (20, 64, 300))
 PROFILES = {
     "smoke": Profile(
-        {AE: 12, CIFAR: 12}, 2, {AE: 4, CIFAR: 4}, (4, 4), (2, 4, 4), full=False, evaluate_on=400
+        {AE: 12, CIFAR: 12}, 2, {AE: 4, CIFAR: 4}, (4, 4), (2, 4, 4), (2, 4), full=False, evaluate_on=400
     ),
     "laptop": LAPTOP,
     "long": replace(LAPTOP, updates={AE: 100_000, CIFAR: 50_000}),
@@ -114,8 +118,23 @@ class Searches:
     plan: Callable[[Profile], tuple[int, int, int]]
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """Short runs at log-spaced learning rates, everything else as the search chose it.
+
+    Attributes:
+        benchmark: Key of :data:`~sogrid.experiments.benchmarks.BENCHMARKS`.
+        methods: Keys of :data:`~sogrid.experiments.benchmarks.METHODS`.
+        rates: The smallest and the largest.
+    """
+
+    benchmark: str
+    methods: tuple[str, ...]
+    rates: tuple[float, float]
+
+
 LANDSCAPE = BENCHMARKS[SMALL].domain
-EXPERIMENTS: dict[str, Curves | Searches] = {
+EXPERIMENTS: dict[str, Curves | Searches | Sweep] = {
     "fig2_2_learning_rate_and_scale": Searches(
         "fig2_2", AE, LANDSCAPE, ("random",), lambda profile: (1, *profile.landscape)
     ),
@@ -133,6 +152,14 @@ EXPERIMENTS: dict[str, Curves | Searches] = {
     ),
     "fig6_3_cifar10": Curves(
         "fig6_3", CIFAR, ("acp_fixedalpha", "acp", "nnn2", "kfac", "kfac_nat", "bn", "standard_sgd")
+    ),
+    "learning_rates": Sweep(
+        AE,
+        (
+            *("acp_fixedalpha", "nnn2", "kfac", "jaco_update"),
+            *("acp_bounded", "nnn2_bounded", "kfac_bounded", "jaco_update_bounded"),
+        ),
+        (0.01, 10.0),
     ),
 }
 
@@ -196,16 +223,17 @@ def reproduce(
     """
     _require(experiment=(experiment, EXPERIMENTS), profile=(profile, PROFILES))
     plan = EXPERIMENTS[experiment]
-    known = plan.methods if isinstance(plan, Curves) else plan.samplers
+    known = plan.samplers if isinstance(plan, Searches) else plan.methods
     for method in methods:
         _require(method=(method, known))
     task = _task(plan.benchmark, profile, device)
     path = record_path(out, experiment, profile)
     wanted = [m for m in known if m in methods or not methods]
-    if isinstance(plan, Curves):
-        settings, jobs = _curves(plan, task, profile, seed, wanted, Path(out))
-    else:
+    if isinstance(plan, Searches):
         settings, jobs = _searches(plan, task, profile, seed, wanted, path)
+    else:
+        make = _curves if isinstance(plan, Curves) else _sweep
+        settings, jobs = make(plan, task, profile, seed, wanted, Path(out))
     return _complete(path, experiment, settings, jobs, progress)
 
 
@@ -324,22 +352,46 @@ def _curves(
     updates = scale.updates[plan.benchmark]
     points, jobs = _points(plan.benchmark, updates), []
     for method in methods:
-        tuned_as = METHODS[method].tuned_as or method
-        last = updates if tuned_as == method else updates // VARIANTS
+        last = updates if METHODS[method].tuned_as is None else updates // VARIANTS
         options = {"updates": last, "points": [point for point in points if point <= last]}
         options |= {"evaluate_on": scale.evaluate_on, "seed": seed}
-        best = next((chosen(run) for run in found["runs"] if run["method"] == tuned_as), None)
-        if best is None:
-            raise SearchError(
-                f"the hyperparameters of {tuned_as} on {plan.benchmark} have not been searched: run "
-                f"python -m sogrid search {plan.benchmark} --profile {profile} first"
-            )
+        best = _chosen(found, method)
         make = partial(_train, task, method, best, options)
         key = {"method": method, "settings": best, "seed": seed}
         jobs.append(_Job(key, f"{method}.seed{seed}", make))
     how = f"by biased random search ({found['settings']['trials']} trials of "
     how += f"{found['settings']['updates']:,} updates for each method)"
     return {**_common(task, profile), "updates": updates, "hyperparameters": how}, jobs
+
+
+def _sweep(
+    plan: Sweep, task: Task, profile: str, seed: int, methods: Sequence[str], out: Path
+) -> tuple[dict[str, Any], list[_Job]]:
+    count, updates = PROFILES[profile].sweep
+    found, jobs, (low, high) = _tuned(plan.benchmark, profile, out), [], plan.rates
+    options = {"updates": updates, "points": evaluation_points(updates, per_decade=4), "seed": seed}
+    options["evaluate_on"] = PROFILES[profile].evaluate_on
+    for method in methods:
+        for i in range(count):
+            lr = float(f"{low * (high / low) ** (i / (count - 1)):.6g}")
+            settings = {**_chosen(found, method), "lr": lr}
+            make = partial(_train, task, method, settings, options)
+            key = {"method": method, "settings": settings, "seed": seed}
+            jobs.append(_Job(key, f"{method}.lr{lr}.seed{seed}", make))
+    how = "all but the learning rate by biased random search"
+    return {**_common(task, profile), "updates": updates, "hyperparameters": how}, jobs
+
+
+def _chosen(found: dict[str, Any], method: str) -> dict[str, float]:
+    """The hyperparameters that a record of searches has for a method, or for what it is a variant of."""
+    tuned_as, settings = METHODS[method].tuned_as or method, found["settings"]
+    best = next((chosen(run) for run in found["runs"] if run["method"] == tuned_as), None)
+    if best is None:
+        raise SearchError(
+            f"the hyperparameters of {tuned_as} on {settings['benchmark']} have not been searched: run "
+            f"python -m sogrid search {settings['benchmark']} --profile {settings['profile']} first"
+        )
+    return best
 
 
 def _train(task: Task, method: str, settings: dict, options: dict, title: str | None, checkpoint: Checkpoint):

@@ -11,7 +11,7 @@ from searched import leave_searches
 
 from sogrid.experiments.benchmarks import METHODS
 from sogrid.experiments.records import Record
-from sogrid.experiments.reproduce import EXPERIMENTS, PROFILES, VARIANTS, Curves
+from sogrid.experiments.reproduce import EXPERIMENTS, PROFILES, VARIANTS, Curves, Searches
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = sorted((ROOT / "book" / "experiments").glob("*.ipynb"))
@@ -27,7 +27,7 @@ def test_template_runs_and_leaves_a_record(template, tmp_path):
     """As a user does it, from the command line; no SOGRID_DATA, no network, hyperparameters of one's own."""
     plan = EXPERIMENTS[template.stem]
     environment = {k: v for k, v in os.environ.items() if k != "SOGRID_DATA"} | {"OMP_NUM_THREADS": "1"}
-    if isinstance(plan, Curves):
+    if not isinstance(plan, Searches):
         leave_searches(tmp_path, plan.benchmark)
     command = [sys.executable, "-m", "papermill", str(template), str(tmp_path / "out.ipynb")]
     command += ["-p", "profile", "smoke", "-p", "out", str(tmp_path), "--no-progress-bar"]
@@ -41,6 +41,11 @@ def test_template_runs_and_leaves_a_record(template, tmp_path):
             updates = content["settings"]["updates"]
             variant = METHODS[run["method"]].tuned_as is not None
             assert run["update"][-1] == (updates // VARIANTS if variant else updates)
+    elif not isinstance(plan, Searches):
+        rates, updates = PROFILES["smoke"].sweep
+        assert [run["method"] for run in content["runs"]] == [m for m in plan.methods for _ in range(rates)]
+        last = [run["update"][-1] for run in content["runs"] if run["status"] == "finished"]
+        assert set(last) == {updates}
     else:
         searches, trials, updates = plan.plan(PROFILES["smoke"])
         assert len(content["runs"]) == searches * len(plan.samplers)

@@ -7,11 +7,14 @@ import pytest
 
 from sogrid.experiments.figures import (
     best_losses,
+    by_learning_rate,
     caption,
     comparison_table,
     cost_table,
+    good_learning_rates,
     landscape,
     learning_curves,
+    learning_rate_table,
     loss_at,
     search_caption,
     search_scatter,
@@ -209,3 +212,45 @@ def test_the_table_of_searches(searches):
     assert rows[4] == "| biased random search | 2 | 30.50 ± 0.71 | 26.61 ± 0.13 |"
     assert settings_table(searches).splitlines()[2] == "| SGD | 4 | 1 | 30 | λ 0.1, s 10 |"
     assert "24 runs of 300 updates" in search_caption(searches)
+
+
+# Learning rates
+
+RATES = [0.01, 0.1, 1.0, 10.0, 100.0]
+LAST = {
+    "kfac": [[30.0, 30.0], [11.0, 12.0], [10.0, 10.0], [40.0, None], [11.0, 11.0]],
+    "kfac_bounded": [[None, 9.0], [9.0, 9.0], [9.0, 8.0], [8.0, 8.0], [8.0, 9.0]],
+}
+
+
+@pytest.fixture
+def sweep(record):
+    runs = []
+    for (method, rows), seed in product(LAST.items(), (0, 1)):
+        for lr, losses in zip(RATES, rows, strict=True):
+            last = losses[seed]
+            run = {**record["runs"][0], "method": method, "seed": seed, "settings": {"lr": lr, "scale": 3.0}}
+            run |= {"train": [50.0, last], "update": [0, 300], "status": "finished"}
+            runs.append(
+                run | ({"train": [50.0], "update": [0], "status": "diverged"} if last is None else {})
+            )
+    settings = {**record["settings"], "updates": 300}
+    return {"experiment": "learning_rates", "settings": settings, "runs": runs[::-1]}
+
+
+def test_good_learning_rates_are_those_next_to_the_best_without_a_gap(sweep):
+    found = good_learning_rates(sweep, "kfac")
+    assert found == {"lr": 1.0, "loss": 10.0, "low": 0.1, "high": 1.0, "decades": pytest.approx(1)}
+    bounded = good_learning_rates(sweep, "kfac_bounded")
+    assert (bounded["lr"], bounded["low"], bounded["high"]) == (10.0, 0.1, 100.0)
+    assert good_learning_rates(sweep, "kfac", margin=0.1)["low"] == 1.0
+    table = learning_rate_table(sweep).splitlines()
+    assert table[-1] == "| KFAC | 10 | 1 | 0.1 to 1 | 1.0 |"
+
+
+def test_losses_by_learning_rate_have_no_point_where_a_seed_diverged(sweep):
+    drawn = by_learning_rate(sweep)
+    (line,) = [trace for trace in drawn.data if trace.name == "KFAC"]
+    assert list(line.x) == [0.01, 0.1, 1.0, 100.0]
+    assert list(line.y) == [30.0, 11.5, 10.0, 11.0]
+    assert "KFAC 10 at 1" in drawn.layout.meta["alt"]

@@ -3,9 +3,10 @@
 import re
 import signal
 
+import numpy as np
 import pytest
 import torch
-from searched import leave_searches
+from searched import VALUES, leave_searches
 
 from sogrid.experiments import reproduce as module
 from sogrid.experiments.benchmarks import BENCHMARKS, METHODS
@@ -22,6 +23,7 @@ from sogrid.experiments.reproduce import (
     Curves,
     Profile,
     Searches,
+    Sweep,
     reproduce,
     search_path,
     tune,
@@ -33,6 +35,7 @@ from sogrid.optimizers import ACP
 FIG = "fig6_2_mnist_autoencoder"
 FEW = ("standard_sgd", "acp_fixedalpha")
 CURVES = [name for name, plan in EXPERIMENTS.items() if isinstance(plan, Curves)]
+SWEEP = "learning_rates"
 SEARCHES = [name for name, plan in EXPERIMENTS.items() if isinstance(plan, Searches)]
 
 
@@ -40,7 +43,7 @@ SEARCHES = [name for name, plan in EXPERIMENTS.items() if isinstance(plan, Searc
 def small(monkeypatch):
     """The smoke profile with two updates, on 200 digits."""
     updates = {AE: 2, CIFAR: 2}
-    profile = Profile(updates, 2, updates, (2, 1), (2, 4, 1), full=False, evaluate_on=50)
+    profile = Profile(updates, 2, updates, (2, 1), (2, 4, 1), (3, 2), full=False, evaluate_on=50)
     monkeypatch.setitem(module.PROFILES, "smoke", profile)
     monkeypatch.setattr(module, "SMOKE_EXAMPLES", 200)
 
@@ -178,8 +181,9 @@ def test_a_figure_has_the_methods_of_the_thesis_figure(name):
 
 def test_every_figure_of_the_thesis_that_has_experiments_is_there():
     figures = ["fig2_2", "fig4_1", "fig5_1", "fig6_1", "fig6_2", "fig6_3"]
-    assert [plan.figure for plan in EXPERIMENTS.values()] == figures
-    assert all(name.startswith(plan.figure) for name, plan in EXPERIMENTS.items())
+    theirs = {name: plan.figure for name, plan in EXPERIMENTS.items() if not isinstance(plan, Sweep)}
+    assert list(theirs.values()) == figures
+    assert all(name.startswith(figure) for name, figure in theirs.items())
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -189,6 +193,10 @@ def test_a_profile_says_how_far_every_experiment_goes(profile):
         if isinstance(plan, Curves):
             assert scale.updates[plan.benchmark] > 0
             assert scale.trial_updates[plan.benchmark] <= scale.updates[plan.benchmark]
+        elif isinstance(plan, Sweep):
+            rates, updates = scale.sweep
+            assert rates > 1
+            assert updates > 0
         else:
             searches, trials, updates = plan.plan(scale)
             assert min(searches, trials, updates) > 0
@@ -286,8 +294,8 @@ def test_every_method_is_searched_alike(benchmark, monkeypatch, tmp_path):
             assert all(plan.domain[key] == BENCHMARKS[benchmark].domain[key] for key in plan.domain)
 
 
-def test_every_curve_of_the_figures_has_been_searched_or_is_a_variant_of_one_that_has():
-    for name in CURVES:
+def test_every_curve_has_been_searched_or_is_a_variant_of_one_that_has():
+    for name in (*CURVES, SWEEP):
         plan = EXPERIMENTS[name]
         known = tuned_methods()[plan.benchmark]
         assert all((METHODS[method].tuned_as or method) in known for method in plan.methods)
@@ -323,6 +331,24 @@ def test_a_run_of_another_scale_or_of_other_hyperparameters_is_not_taken_over(ti
 def test_another_figures_damaged_record_is_no_hindrance(tiny, tmp_path):
     (tmp_path / "fig6_9.smoke.json").write_text("{")
     assert len(reproduce(FIG, out=tmp_path)["runs"]) == 2
+
+
+# A sweep of learning rates
+
+
+def test_a_sweep_runs_every_method_at_every_rate_with_what_else_was_chosen_for_it(tiny, tmp_path):
+    methods = ["kfac", "kfac_bounded"]
+    content = reproduce(SWEEP, out=tmp_path, methods=methods, seed=1)
+    plan, (count, updates) = EXPERIMENTS[SWEEP], module.PROFILES["smoke"].sweep
+    rates = np.geomspace(*plan.rates, count)
+    found = [(run["method"], run["settings"]["lr"]) for run in content["runs"]]
+    assert [method for method, _ in found] == [m for m in methods for _ in rates]
+    assert [lr for _, lr in found] == pytest.approx([*rates, *rates])
+    for run in content["runs"]:
+        assert (run["seed"], run["update"][-1]) == (1, updates)
+        assert {**run["settings"], "lr": VALUES["lr"]} == VALUES
+    assert content["settings"]["updates"] == updates
+    assert reproduce(SWEEP, out=tmp_path, methods=methods, seed=1)["runs"] == content["runs"]
 
 
 # Figures that are searches
