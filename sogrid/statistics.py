@@ -57,13 +57,13 @@ def output_factor(passes: Sequence[Tensor]) -> Tensor:
 
 
 def second_moment(rows: Tensor) -> Tensor | Gram:
-    """RᵀR of ``rows: [..., n, m]``, kept as its rows where that is the cheaper route (2n < m).
+    """RᵀR of ``rows: [..., n, m]``, kept as its rows where they are fewer (n < m).
 
     A product with the inverse then costs 2nm instead of m² for each row it multiplies, and the inverse
-    itself n³ + n²m instead of m³.
+    itself n³ + n²m instead of m³, in nm numbers of memory instead of m².
     """
     n, m = rows.shape[-2:]
-    return Gram(rows) if 2 * n < m else Gram(rows).dense()
+    return Gram(rows) if n < m else Gram(rows).dense()
 
 
 def squared_gradient_bound(g: Tensor) -> Tensor:

@@ -76,9 +76,9 @@ def test_two_passes_keep_float32_accurate_under_a_large_mean(draw):
 
 
 @leading_dimensions
-def test_rows_are_kept_where_fewer_than_half_the_side(draw, leading):
-    """The crossover 2n = m; on both sides of it, the same matrix."""
-    for n, m, kept in [(3, 6, False), (3, 7, True), (4, 7, False), (1, 2, False), (1, 3, True)]:
+def test_rows_are_kept_where_fewer_than_columns(draw, leading):
+    """The crossover n = m; on both sides of it, the same matrix."""
+    for n, m, kept in [(6, 6, False), (6, 7, True), (8, 7, False), (1, 1, False), (1, 2, True)]:
         rows = draw(*leading, n, m)
         moment = second_moment(rows)
         assert isinstance(moment, Gram) == kept

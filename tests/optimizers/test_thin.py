@@ -1,4 +1,4 @@
-"""Layers wider than twice the minibatch: the thin route takes the dense route's steps, and says so.
+"""Layers wider than the minibatch: the thin route takes the dense route's steps, and says so.
 
 The references write every formula again with whole matrices and ``torch.linalg.inv``.
 """
@@ -155,7 +155,7 @@ def test_steps_are_those_of_whole_matrices(kind, reference, options, bias):
 
 @every_method
 def test_the_route_shows_in_the_state_and_in_the_repr(kind, reference, options):
-    """2n < m counts rows: three probes of the exact Fisher are 15, too many for 25 units."""
+    """n < m counts rows: three probes of the exact Fisher are 15, too many for 12 units."""
     model = network()
     optimizer = kind(model, LR, **options)
     assert "inverses" not in repr(optimizer)
@@ -163,7 +163,7 @@ def test_the_route_shows_in_the_state_and_in_the_repr(kind, reference, options):
     if kind in (ACP, NaturalNN):
         routes = "0 thin, 2 thin, 4 thin"
     elif options["curvature"] == "fisher_exact":
-        routes = "0 thin/dense, 2 thin/dense, 4 thin/dense"
+        routes = "0 thin/thin, 2 thin/dense, 4 thin/dense"
     else:
         routes = "0 thin/thin, 2 thin/thin, 4 thin/dense"
     assert f"\ninverses: {routes}\n" in repr(optimizer)
