@@ -8,9 +8,10 @@ PROFILE = smoke
 VENV = .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.sogrid-installed
+PEERS = $(VENV)/peers
 NOTEBOOKS = find book -name '*.ipynb' ! -path '*/.ipynb_checkpoints/*'
 
-.PHONY: help install book book-fresh test claims lint format lab experiments clean
+.PHONY: help install book book-fresh test claims lint format lab experiments bench clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -46,10 +47,11 @@ test: $(STAMP) ## Run all tests; those of the pages need Chromium and `make book
 claims: $(STAMP) ## Run the tests of the thesis's claims and write what they measure into the book's ledger
 	$(BIN)/python -m pytest -q --ledger book/results/claims.json tests/test_thesis_claims*.py
 
-lint: $(STAMP) ## Check code and notebooks
+lint: $(STAMP) ## Check code, notebooks and spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(NOTEBOOKS) -exec $(BIN)/nbstripout --verify {} +
+	$(BIN)/codespell
 
 format: $(STAMP) ## Format code and notebooks, and strip outputs
 	$(NOTEBOOKS) -exec $(BIN)/nbstripout {} +
@@ -69,6 +71,18 @@ experiments: $(STAMP) ## Run the figures' templates: FIG=fig6_2 (default: all) P
 	  $(BIN)/papermill "$$template" "out/$$(basename "$$template" .ipynb)-$(PROFILE).ipynb" \
 	    -p profile "$(PROFILE)" || exit 1; \
 	done
+
+$(PEERS): pyproject.toml
+	@mkdir -p $(PEERS)
+	@$(BIN)/python -c 'import tomllib; project = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*project["optional-dependencies"]["bench"], sep="\n")' | while read -r package; do \
+	  $(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(PEERS) "$$package" \
+	    || echo "$$package cannot be installed: what needs it will be skipped" >&2; \
+	done
+	@touch $(PEERS)
+
+bench: $(STAMP) $(PEERS) ## Measure what an update costs, ours beside torch's and other libraries', into out/bench.json
+	PYTHONPATH=$(PEERS) $(BIN)/python -m sogrid bench
 
 clean: ## Remove what was built (not .venv)
 	rm -rf _build out .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""The command line: ``python -m sogrid`` with ``reproduce``, ``search``, ``clock`` and ``records``.
+"""The command line, ``python -m sogrid``: ``reproduce``, ``search``, ``clock``, ``bench`` and ``records``.
 
 Torch is imported only by what needs it, so that ``--help`` is quick.
 """
@@ -50,6 +50,12 @@ work on the same studies: start the same command on each.
 CLOCK = """\
 Measure what an update of each method of a figure costs, interleaved in one process, and put the result
 into the figure's record, where it makes the time axis. Do it on an otherwise idle machine.
+"""
+
+BENCH = """\
+Measure what an update of each method costs, in time and memory, beside torch's optimizers and the libraries
+of `make bench`, all interleaved in one process; how that grows; and how soon each gets to the loss of SGD,
+from the learning curves in OUT or the book. The record is OUT/bench.json. Do it on an otherwise idle machine.
 """
 
 PROFILES = """\
@@ -127,6 +133,16 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--quiet", action="store_true", help="no progress bars, only the result")
         command.set_defaults(action=action, parser=command)
 
+    text = "what an update costs, ours beside torch's and other libraries'"
+    command = commands.add_parser("bench", help=text, description=BENCH, **layout)
+    text = "only these: mnist_autoencoder, cifar10_classifier, growth, time_to_loss (default: all)"
+    command.add_argument("--parts", nargs="+", metavar="PART", help=text)
+    command.add_argument("--rounds", type=int, default=30, help="updates timed of each method (default: 30)")
+    command.add_argument("--device", default="cpu", help="where, e.g. cuda (default: cpu)")
+    command.add_argument("--out", default="out", help="folder of the record (default: out)")
+    command.add_argument("--quiet", action="store_true", help="no progress bars, only the result")
+    command.set_defaults(action=_bench, parser=command)
+
     records = commands.add_parser("records", help="list, show or verify records", description="Records.")
     verbs = records.add_subparsers(required=True, metavar="VERB")
     several = {"nargs": "*", "metavar": "FILE", "type": Path}
@@ -146,10 +162,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _reproduce(options: argparse.Namespace) -> int:
-    from sogrid.experiments.reproduce import EXPERIMENTS, Searches, record_path, reproduce
+    from sogrid.experiments.reproduce import COMPARISONS, EXPERIMENTS, Searches, record_path, reproduce
 
-    name = _checked(options, "figure", EXPERIMENTS)
-    plan = EXPERIMENTS[name]
+    plans = EXPERIMENTS | COMPARISONS
+    name = _checked(options, "figure", plans)
+    plan = plans[name]
     searches = isinstance(plan, Searches)
     _check_methods(options, plan.samplers if searches else plan.methods)
     wanted = {key: getattr(options, key) for key in ("profile", "seed", "device", "out", "methods")}
@@ -181,6 +198,25 @@ def _clock(options: argparse.Namespace) -> int:
     rows = clock(path, device=options.device, progress=not options.quiet)
     print(_table([("  method", "ms per update", "quartiles", "ratio to SGD", "ms per refresh"), *rows]))
     print(f"\nrecord: {path}")
+    return OK
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from sogrid.experiments.bench import PARTS, bench, report
+
+    fail, parts = options.parser.error, options.parts or PARTS
+    for part in parts:
+        if part not in PARTS:
+            fail(f"--parts: there are {', '.join(PARTS)}, got {part!r}")
+    if options.rounds < 2:
+        fail(f"--rounds must be 2 or more, got {options.rounds}")
+    if problem := _device_problem(options.device):
+        fail(f"--device {options.device!r} cannot be used here: {problem}")
+    wanted = {key: getattr(options, key) for key in ("rounds", "device", "out")}
+    content = bench(parts=parts, **wanted, progress=not options.quiet)
+    for title, rows in report(content).items():
+        print(f"{title}\n{_table(rows)}\n")
+    print(f"record: {Path(options.out) / 'bench.json'}")
     return OK
 
 

@@ -45,6 +45,7 @@ METHODS = {
     "standard_sgd": ("SGD", "grey", "solid"),
     "momentum": ("SGD with momentum", "grey", "dash"),
     "adam": ("Adam", "grey", "dot"),
+    "muon": ("Muon", "grey", "dashdot"),
     "jaco_update": ("updated backpropagation", "pink", "solid"),
     "jaco_update_hessian": ("the same with the true Hessian", "pink", "dash"),
     "jaco_update_without": ("the same without second term", "pink", "dot"),

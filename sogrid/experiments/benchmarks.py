@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sogrid.experiments.data import Dataset
+from sogrid.experiments.muon import MuonAndAdam
 from sogrid.losses import CrossEntropyAtLogits, Loss, Quadratic
 from sogrid.networks import MLP, cifar10_classifier, mnist_autoencoder
 from sogrid.optimizers import ACP, KFAC, CenteredGradientDescent, NaturalNN, UpdatedBackprop
@@ -150,6 +151,16 @@ def _sgd(model, loss, settings):
     return torch.optim.SGD(model.parameters(), **settings)
 
 
+def _momentum(model, loss, settings):
+    """Dampened, so that the learning rate means what it does for SGD."""
+    return torch.optim.SGD(model.parameters(), **settings, momentum=0.9, dampening=0.9)
+
+
+def _adaptive(optimizer):
+    """The learning rate is given in hundredths: that of Adam and Muon is the step itself, in each weight."""
+    return lambda model, loss, s: optimizer(model.parameters(), lr=s["lr"] / 100)
+
+
 def _acp(alpha, **options):
     return lambda model, loss, s: ACP(model, **s, output_curvature=alpha, **options, **STATISTICS)
 
@@ -199,10 +210,14 @@ METHODS = {
     "nnn2_bounded": Method(_nnn(**BOUND), None, DAMPED, "nnn2"),
     "kfac_bounded": Method(_kfac(**BOUND), None, DAMPED, "kfac"),
     "jaco_update_bounded": Method(_ubp("gauss_newton", **BOUND), tuned_as="jaco_update"),
+    "momentum": Method(_momentum),
+    "adam": Method(_adaptive(torch.optim.Adam)),
+    "muon": Method(_adaptive(MuonAndAdam)),
 }
-"""The methods of Figs. 5.1 to 6.3, by the thesis's legends.
+"""The methods of Figs. 5.1 to 6.3, by the thesis's legends, and three of torch's to compare them with.
 
 A fixed α of ACP is 1: with (λ, ε) free it is redundant, since only λ/α and ε/α matter. Variants are
 ours: of updated backpropagation with the true Hessian in the place of Gauss-Newton, and with no second
 term; of all second-order methods with a bound on a step (ACP then with the bias term of eq. 6.2.5).
+All are searched over the same domain; Adam's and Muon's ``lr`` is 100 times what torch calls so.
 """

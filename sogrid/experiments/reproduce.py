@@ -27,6 +27,7 @@ from sogrid.experiments.training import evaluation_points, run
 from sogrid.experiments.tuning import Search, SearchError, chosen, open_storage, search
 
 __all__ = [
+    "COMPARISONS",
     "EXPERIMENTS",
     "PROFILES",
     "Curves",
@@ -162,6 +163,8 @@ EXPERIMENTS: dict[str, Curves | Searches | Sweep] = {
         (0.01, 10.0),
     ),
 }
+COMPARISONS = {"time_to_loss": Curves("fig6_2", AE, ("momentum", "adam", "muon"))}
+"""Learning curves that no figure of the thesis has; ``python -m sogrid bench`` reads them."""
 
 
 def record_path(out: str | Path, experiment: str, profile: str) -> Path:
@@ -204,7 +207,7 @@ def reproduce(
     Other seeds or methods may be run by other processes at the same time.
 
     Args:
-        experiment: Key of :data:`EXPERIMENTS`.
+        experiment: Key of :data:`EXPERIMENTS` or :data:`COMPARISONS`.
         profile: Key of :data:`PROFILES`.
         seed: Of weights, data order and statistics; of searches, the first of their seeds.
         device: Where to train.
@@ -221,8 +224,9 @@ def reproduce(
         SearchError: If there are no hyperparameters for a method, or a study is of another plan.
         ValueError: For an unknown experiment, profile or method.
     """
-    _require(experiment=(experiment, EXPERIMENTS), profile=(profile, PROFILES))
-    plan = EXPERIMENTS[experiment]
+    plans = EXPERIMENTS | COMPARISONS
+    _require(experiment=(experiment, plans), profile=(profile, PROFILES))
+    plan = plans[experiment]
     known = plan.samplers if isinstance(plan, Searches) else plan.methods
     for method in methods:
         _require(method=(method, known))
@@ -293,7 +297,7 @@ def tune(
 def tuned_methods() -> dict[str, list[str]]:
     """Benchmark → the methods that its figures compare and that have hyperparameters of their own."""
     found: dict[str, list[str]] = {}
-    for plan in EXPERIMENTS.values():
+    for plan in (EXPERIMENTS | COMPARISONS).values():
         for method in plan.methods if isinstance(plan, Curves) else ():
             names = found.setdefault(plan.benchmark, [])
             if method not in names and METHODS[method].tuned_as is None:

@@ -22,10 +22,64 @@ from sogrid.experiments.benchmarks import BATCH, BENCHMARKS, METHODS, REFRESH_EV
 from sogrid.experiments.records import Record, RecordError, provenance
 from sogrid.losses import Loss, Quadratic
 
-__all__ = ["clock", "step_times"]
+__all__ = ["Contestant", "clock", "contestant", "minibatch", "race", "step_times"]
 
 ROUNDS, WARM_UP = 30, 3
 SETTINGS = {"lr": 1e-8, "damping": 1.0, "scale": 2.0}
+
+
+class Contestant:
+    """A network and its optimizer, in a race of step times.
+
+    What is driven in another way than torch's optimizers and ours fills in the verbs anew.
+
+    Args:
+        model: The network.
+        optimizer: One with ``uses_statistics`` is refreshed.
+        loss: Training loss.
+    """
+
+    refresh_updates = False
+    """Whether a refresh is a whole update at the same time."""
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss) -> None:
+        """See the class."""
+        self.model, self.optimizer, self.loss = model, optimizer, loss
+
+    @property
+    def keeps_statistics(self) -> bool:
+        """Whether there is anything to refresh."""
+        return getattr(self.optimizer, "uses_statistics", False)
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        """One update from a minibatch."""
+        _update(self.model, self.optimizer, self.loss, x, y)
+
+    def refresh(self, x: Tensor, y: Tensor) -> None:
+        """Statistics from a minibatch of their own."""
+        self.optimizer.refresh(lambda: self.loss(self.model(x), y))
+
+    def zero_grad(self) -> None:
+        """Free the gradients."""
+        self.optimizer.zero_grad()
+
+
+def contestant(task: Task, method: str, device: str = "cpu") -> Contestant:
+    """A method of ours or torch's; ``"acp matrix"`` is ``"acp"`` with ``gradients="matrix"``."""
+    name, _, gradients = method.partition(" ")
+    settings = {key: SETTINGS[key] for key in (*METHODS[name].settings, "scale")}
+    model, optimizer = METHODS[name].build(task, settings, torch.Generator().manual_seed(0), device)
+    if gradients:
+        optimizer.gradients = gradients
+    return Contestant(model, optimizer, task.loss)
+
+
+def minibatch(entry: Contestant, batch: int = BATCH, device: str = "cpu") -> tuple[Tensor, Tensor]:
+    """Random inputs ``[batch, ·]`` of a contestant's network, and targets; values do not matter for time."""
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(batch, entry.model[0].in_features, generator=generator).to(device)
+    y = torch.randint(0, 10, (batch,), generator=generator).to(device)
+    return x, x if isinstance(entry.loss, Quadratic) else y
 
 
 def step_times(
@@ -52,33 +106,49 @@ def step_times(
     """
     plan = BENCHMARKS[benchmark]
     task = Task(benchmark, None, None, None, plan.network, plan.loss)
-    contestants = {}
-    for method in methods:
-        name, _, gradients = method.partition(" ")
-        settings = {key: SETTINGS[key] for key in (*METHODS[name].settings, "scale")}
-        generator = torch.Generator().manual_seed(0)
-        model, optimizer = contestants[method] = METHODS[name].build(task, settings, generator, device)
-        if gradients:
-            optimizer.gradients = gradients
-    generator = torch.Generator().manual_seed(1)
-    x = torch.rand(BATCH, contestants[methods[0]][0][0].in_features, generator=generator).to(device)
-    y = torch.randint(0, 10, (BATCH,), generator=generator).to(device)
-    y = x if isinstance(plan.loss, Quadratic) else y
-    steps, refreshes = ({method: [] for method in methods} for _ in range(2))
+    contestants = {method: contestant(task, method, device) for method in methods}
+    batch = minibatch(contestants[methods[0]], device=device)
+    return race(contestants, batch, rounds=rounds, progress=progress)
+
+
+def race(
+    contestants: dict[str, Contestant],
+    batch: tuple[Tensor, Tensor],
+    statistics: tuple[Tensor, Tensor] | None = None,
+    *,
+    rounds: int = ROUNDS,
+    progress: bool = False,
+) -> list[dict[str, Any]]:
+    """Let contestants take turns.
+
+    Args:
+        contestants: By name.
+        batch: ``(x, y)`` of every update.
+        statistics: ``(x, y)`` of every refresh; default those of the update.
+        rounds: Each times one update, and one refresh, of everyone.
+        progress: Show a bar.
+
+    Returns:
+        Rows as of :func:`step_times`. Where a refresh is an update at the same time, ``refresh_ms`` is what
+        it takes longer than an update.
+    """
+    statistics = batch if statistics is None else statistics
+    steps, refreshes = ({name: [] for name in contestants} for _ in range(2))
     for i in tqdm(range(WARM_UP + rounds), desc="rounds", disable=not progress, leave=False):
-        for method, (model, optimizer) in contestants.items():
-            if getattr(optimizer, "uses_statistics", False):
-                cost = _clock(lambda m=model, o=optimizer: o.refresh(lambda: plan.loss(m(x), y)), x)
-                refreshes[method].append(cost) if i >= WARM_UP else None
-            cost = _clock(lambda m=model, o=optimizer: _update(m, o, plan.loss, x, y), x)
-            steps[method].append(cost) if i >= WARM_UP else None
+        for name, entry in contestants.items():
+            if entry.keeps_statistics:
+                cost = _clock(lambda e=entry: e.refresh(*statistics), batch[0])
+                refreshes[name].append(cost) if i >= WARM_UP else None
+            cost = _clock(lambda e=entry: e.update(*batch), batch[0])
+            steps[name].append(cost) if i >= WARM_UP else None
     rows = []
-    for method in methods:
-        refresh = median(refreshes[method]) if refreshes[method] else 0.0
-        low, middle, high = quantiles(steps[method], n=4, method="inclusive")
+    for name, entry in contestants.items():
+        low, middle, high = quantiles(steps[name], n=4, method="inclusive")
+        refresh = median(refreshes[name]) if refreshes[name] else 0.0
+        refresh -= middle if entry.refresh_updates else 0.0
         update = middle + refresh / REFRESH_EVERY
         row = {"update_ms": update, "quartiles_ms": [low, high], "refresh_ms": refresh}
-        rows.append({"method": method, **row})
+        rows.append({"method": name, **row})
     return rows
 
 

@@ -1,0 +1,465 @@
+"""The cost table: what an update costs, in time and memory, ours beside torch's and the peers'.
+
+Everything is measured in one process, in interleaved rounds (:func:`~sogrid.experiments.timing.race`):
+``python -m sogrid bench``, or ``make bench``, which also installs the peers. Its parts:
+
+* *costs* of the two benchmarks' networks: milliseconds per update with the share of the refresh, the ratio to
+  SGD, memory, and the share of the machine's GEMM rate that a step reaches on its own FLOPs;
+* *growth* of ACP's and KFAC's ratio to SGD with width, depth, batch and statistics batch;
+* *time to loss*: updates from the records of learning curves, times the milliseconds measured here.
+
+FLOPs are those of the matrix products that one update (not the refresh) really makes, counted by torch's
+dispatcher: two for each multiplication, nothing for elementwise work. For a layer of o × i weights, n
+examples, and q rows of statistics these are
+
+======================  ==============================================================================
+SGD, centred GD         6noi: forward, ∇W, and the gradient passed on, which the first layer spares (4noi)
+ACP, NNN                + the factor h times P, if n ≤ o, else ∇W times P: 4qi (thin, q < i) or 2i² for
+                        each of its n or o rows
+KFAC                    the same with i + 1 for i, and g times B⁻¹, if n ≤ i, else the gradient times it:
+                        4qo (thin, q < o) or 2o² for each of n or i + 1 rows
+UBP                     4noi: forward and ΔW; and but for the first layer 2noi + 4n²(i + o) to pass on the
+                        updated gradient, and 4noi of each layer above, twice swept through
+======================  ==============================================================================
+
+where factors are multiplied first because that is cheaper (:class:`~sogrid.linalg.Factored`). The GEMM rate
+is that of float32; Muon's Newton-Schulz products are in bfloat16, so that it may reach more than all of it.
+
+Memory is counted too: *state* is the bytes of the tensors in ``state_dict``; *held* is what the allocator
+holds beyond the parameters after a refresh and an update, gradients cleared, which also sees what a peer
+keeps elsewhere; *peak* is the most it held meanwhile.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import accumulate, pairwise
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from sogrid.experiments.benchmarks import BATCH, BENCHMARKS, REFRESH_EVERY, Task
+from sogrid.experiments.peers import PEERS
+from sogrid.experiments.records import RESULTS, Record, RecordError, provenance
+from sogrid.experiments.reproduce import AE, CIFAR, COMPARISONS, EXPERIMENTS, Curves, record_path
+from sogrid.experiments.timing import ROUNDS, SETTINGS, Contestant, contestant, minibatch, race
+from sogrid.losses import Quadratic
+from sogrid.networks import MLP
+
+__all__ = ["PARTS", "bench", "costs", "flops", "growth", "memory", "report", "time_to_loss"]
+
+aten = torch.ops.aten
+
+SGD = "standard_sgd"
+TORCH = (SGD, "momentum", "adam", "muon")
+OURS = ("centered_gradient_descent", "acp_fixedalpha", "acp", "nnn2", "kfac")
+BOUNDED = ("acp_bounded", "nnn2_bounded", "kfac_bounded")
+MATRIX = ("acp matrix", "kfac matrix")
+METHODS = {
+    AE: (*TORCH, *OURS, "jaco_update", *BOUNDED, "jaco_update_bounded", *MATRIX),
+    CIFAR: (*TORCH, *OURS, "kfac_nat", *BOUNDED, *MATRIX),
+}
+"""``matrix``: the step starts from ``.grad``, as that of every peer. The exact Fisher of 784 outputs would be
+as many backward passes: it is on the classifier alone."""
+
+AIMS = {
+    AE: {
+        "centered_gradient_descent": 1.08,
+        **{"acp_fixedalpha": 1.25, "acp_bounded": 1.25, "acp": 1.30, "nnn2": 1.30, "nnn2_bounded": 1.30},
+        **{"kfac": 1.55, "kfac_bounded": 1.55, "jaco_update": 3.6, "jaco_update_bounded": 3.6},
+    },
+    CIFAR: {
+        **{"acp_fixedalpha": 1.60, "acp_bounded": 1.60, "acp": 1.60, "nnn2": 1.70, "nnn2_bounded": 1.70},
+        **{"kfac": 1.90, "kfac_bounded": 1.90},
+    },
+}
+"""Ratios to SGD that this package has set itself."""
+
+GROWTH = {"width": 512, "depth": 4, "batch": 200, "statistics": 200}
+POINTS = {
+    "width": (128, 256, 512, 1024),
+    "depth": (2, 4, 8, 16),
+    "batch": (50, 100, 200, 400, 800),
+    "statistics": (50, 100, 200, 400, 800),
+}
+GROWN = (SGD, "acp", "kfac")
+
+SOUGHT = 2_000
+"""The loss that is sought is SGD's after so many updates."""
+
+PARTS = (AE, CIFAR, "growth", "time_to_loss")
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # torch's profiler announces itself otherwise
+
+
+class Products(Contestant):
+    """The matrix products of an SGD step, at its shapes and with nothing else: the GEMM rate.
+
+    Args:
+        model: Its linear layers count.
+        batch: n.
+        device: Where.
+    """
+
+    def __init__(self, model: nn.Module, batch: int = BATCH, device: str = "cpu") -> None:
+        """See the class."""
+        super().__init__(model, None, None)
+        self.products, self.flops = [], 0
+        for k, layer in enumerate(m for m in model.modules() if isinstance(m, nn.Linear)):
+            n_out, n_in = layer.weight.shape
+            h, g, w = (torch.rand(s, device=device) for s in ((batch, n_in), (batch, n_out), (n_out, n_in)))
+            pairs = [(h, w.mT), (g.mT, h), (g, w)][: 3 if k else 2]
+            self.products += [(a, b, torch.empty(len(a), b.shape[1], device=device)) for a, b in pairs]
+            self.flops += 2 * len(pairs) * batch * n_in * n_out
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        for a, b, out in self.products:
+            torch.mm(a, b, out=out)
+
+
+def flops(work: Callable[[], Any]) -> int:
+    """FLOPs of the matrix products that ``work`` makes; see the module.
+
+    Example:
+        >>> flops(lambda: torch.ones(2, 3) @ torch.ones(3, 5))
+        60
+    """
+    with _Counter() as counter:
+        work()
+    return counter.total
+
+
+class _Counter(TorchDispatchMode):
+    """Adds up torch's formulas. Its ``FlopCounterMode`` also follows modules, which UBP's step forbids."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        operation = func._overloadpacket
+        formula = flop_registry.get(aten.addmm if operation is aten.addmm_ else operation)
+        self.total += formula(*args, **kwargs, out_val=out) if formula else 0
+        return out
+
+
+def memory(make: Callable[[], Contestant], batch: tuple[Tensor, Tensor]) -> tuple[Contestant, int, int]:
+    """A contestant, and the bytes that it *held* and had at its *peak*; see the module.
+
+    Args:
+        make: Makes it.
+        batch: ``(x, y)`` of its refresh and its update.
+    """
+    gc.collect()  # what is freed meanwhile would count
+    with profile(profile_memory=True) as profiled:
+        entry = make()
+        if entry.keeps_statistics:
+            entry.refresh(*batch)
+        entry.update(*batch)
+        entry.zero_grad()
+        gc.collect()
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    levels = list(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    parameters = _bytes(entry.model.parameters())
+    return entry, levels[-1] - parameters, max(levels) - parameters
+
+
+@contextmanager
+def _frozen() -> Iterator[None]:
+    """Inside, garbage is sought only among what is made inside, which is quick."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of the storages of tensors, each counted once."""
+    storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in tensors)}
+    return sum(storages.values())
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    """Those in nested dictionaries and lists."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | list | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(inner)
+
+
+def costs(
+    benchmark: str, *, rounds: int = ROUNDS, device: str = "cpu", progress: bool = False
+) -> dict[str, Any]:
+    """The cost table of a benchmark's network.
+
+    Args:
+        benchmark: ``"mnist_autoencoder"`` or ``"cifar10_classifier"``.
+        rounds: See :func:`~sogrid.experiments.timing.race`.
+        device: Where.
+        progress: Show a bar.
+
+    Returns:
+        ``"rows"`` of :func:`~sogrid.experiments.timing.race` with, added: ``ratio`` to SGD's ``update_ms``;
+        ``flop``; ``gemm_share``; ``state_bytes`` (``None`` for a peer, which has it elsewhere),
+        ``held_bytes`` and ``peak_bytes``, all three beyond the parameters. ``"gemm_gflops"``: the rate of
+        ``torch.mm`` at the shapes of the network's forward and backward products. ``"peers"``: their
+        versions. ``"skipped"``: why peers are missing, by name.
+    """
+    plan = BENCHMARKS[benchmark]
+    task = Task(benchmark, None, None, None, plan.network, plan.loss)
+    first = contestant(task, SGD, device)
+    batch = minibatch(first, device=device)
+    hyper = {key: SETTINGS[key] for key in ("lr", "damping")}
+    entries, facts, skipped, versions = {}, {}, {}, {}
+
+    def enter(name: str, make: Callable[[], Contestant]) -> None:
+        entry, held, peak = memory(make, batch)
+        own = None if name in PEERS else _bytes(_tensors(entry.optimizer.state_dict()))
+        facts[name] = {"flop": flops(lambda: entry.update(*batch)), "state_bytes": own}
+        facts[name] |= {"held_bytes": held, "peak_bytes": peak}
+        entries[name] = entry
+
+    products = Products(first.model, device=device)
+    with warnings.catch_warnings(action="ignore"), _frozen():  # the peers use what torch deprecates
+        for name in METHODS[benchmark]:
+            enter(name, lambda name=name: contestant(task, name, device))
+        for name, kind in PEERS.items():
+            try:
+                enter(name, lambda kind=kind: kind(contestant(task, SGD, device).model, plan.loss, **hyper))
+                versions[name] = kind.version()
+            except Exception as error:  # whatever goes wrong in another's code is that row's affair
+                skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+        rows = race({"gemm": products, **entries}, batch, rounds=rounds, progress=progress)
+    gemm, *rows = rows
+    rate = products.flops / gemm["update_ms"]
+    sgd = next(row["update_ms"] for row in rows if row["method"] == SGD)
+    for row in rows:
+        row |= {"ratio": row["update_ms"] / sgd, **facts[row["method"]]}
+        step = row["update_ms"] - row["refresh_ms"] / REFRESH_EVERY
+        row["gemm_share"] = row["flop"] / step / rate
+    return {"rows": rows, "gemm_gflops": rate / 1e6, "peers": versions, "skipped": skipped}
+
+
+def growth(
+    *,
+    points: dict[str, Sequence[int]] = POINTS,
+    rounds: int = ROUNDS,
+    device: str = "cpu",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """How the ratio to SGD of the same size grows, along one axis at a time.
+
+    Args:
+        points: Axis → where; the others stay as in ``GROWTH``: a sigmoid network of ``depth`` square layers,
+            the examples of an update and those of a refresh.
+        rounds: See :func:`~sogrid.experiments.timing.race`.
+        device: Where.
+        progress: Show a bar for each point.
+
+    Returns:
+        ``"rows"``: axis, ``at``, ``sgd_ms``, and ``ratio``, by method. ``"base"``: ``GROWTH``.
+    """
+    rows = []
+    for axis, values in points.items():
+        for at in values:
+            size = {**GROWTH, axis: at}
+            widths = [size["width"]] * (size["depth"] + 1)
+            network = lambda widths=widths, **options: MLP(widths, output="sigmoid", **options)  # noqa: E731
+            task = Task(f"{axis} {at}", None, None, None, network, Quadratic())
+            entries = {name: contestant(task, name, device) for name in GROWN}
+            batch, statistics = (minibatch(entries[SGD], size[k], device) for k in ("batch", "statistics"))
+            sgd, *others = race(entries, batch, statistics, rounds=rounds, progress=progress)
+            ratio = {row["method"]: row["update_ms"] / sgd["update_ms"] for row in others}
+            rows.append({"axis": axis, "at": at, "sgd_ms": sgd["update_ms"], "ratio": ratio})
+    return {"rows": rows, "base": GROWTH}
+
+
+def time_to_loss(
+    update_ms: dict[str, float], *, out: str | Path = "out", profile: str = "laptop", sought: int = SOUGHT
+) -> dict[str, Any]:
+    """How soon each method has the training loss that SGD has after 2,000 updates, on the autoencoder.
+
+    From the records of learning curves in ``out``, or else of the book: every method with the best of as many
+    trials of a search over the same domain. Between two evaluations the logarithm of the loss is taken to be
+    linear in that of the update.
+
+    Args:
+        update_ms: Milliseconds per update, by method.
+        out: Folder of the records.
+        profile: Of the records.
+        sought: SGD's updates.
+
+    Returns:
+        ``"loss"`` that is sought, a mean over SGD's seeds; ``"rows"``: method, ``updates`` of each seed
+        (``None`` where it never gets there), ``seconds`` and ``sooner``, the ratio of SGD's seconds, of their
+        mean if all get there; ``"missing"``: methods without curves; ``"settings"`` of the records.
+    """
+    methods, runs, settings = [], {}, {}
+    for name, plan in (EXPERIMENTS | COMPARISONS).items():
+        if isinstance(plan, Curves) and plan.benchmark == AE:
+            methods += [method for method in plan.methods if method in update_ms and method not in methods]
+            places = (record_path(folder, name, profile) for folder in (out, RESULTS))
+            if (path := next((place for place in places if place.exists()), None)) is not None:
+                content = Record.read(path)
+                settings[name] = content["settings"]
+                for run in content["runs"]:
+                    runs.setdefault(run["method"], {}).setdefault(run["seed"], run)
+    losses = [loss for run in runs.get(SGD, {}).values() if (loss := _loss_at(run, sought)) is not None]
+    if not losses:
+        raise RecordError(
+            f"no record in {out} or of the book has SGD's loss after {sought:,} updates: run "
+            f"python -m sogrid reproduce fig6_2 --profile {profile}"
+        )
+    loss, rows = sum(losses) / len(losses), []
+    for method in (m for m in methods if m in runs):
+        updates = [_updates_to(run, loss) for run in runs[method].values()]
+        row = {"method": method, "updates": updates, "seconds": None, "sooner": None}
+        if None not in updates:
+            row["seconds"] = sum(updates) / len(updates) * update_ms[method] / 1e3
+            row["sooner"] = sought * update_ms[SGD] / 1e3 / row["seconds"]
+        rows.append(row)
+    missing = [method for method in methods if method not in runs]
+    return {"loss": loss, "sought": sought, "rows": rows, "missing": missing, "settings": settings}
+
+
+def _segments(run: dict[str, Any]) -> Iterable[tuple[tuple[float, float], tuple[float, float]]]:
+    """Neighbouring points (log update, log loss) of a curve; its update 0 has no logarithm."""
+    points = [(log(u), log(v)) for u, v in zip(run["update"], run["train"], strict=True) if u > 0]
+    return pairwise(points)
+
+
+def _loss_at(run: dict[str, Any], update: int) -> float | None:
+    """The training loss there; ``None`` if the curve ends before."""
+    for (u, v), (u_next, v_next) in _segments(run):
+        if u <= log(update) <= u_next:
+            return exp(v + (v_next - v) * (log(update) - u) / (u_next - u))
+    return None
+
+
+def _updates_to(run: dict[str, Any], loss: float) -> float | None:
+    """Updates until the training loss is that for the first time; ``None`` if it never is."""
+    for (u, v), (u_next, v_next) in _segments(run):
+        if v_next <= log(loss):
+            return exp(u_next if v <= v_next else u + (u_next - u) * max(0, v - log(loss)) / (v - v_next))
+    return None
+
+
+def bench(
+    *,
+    parts: Sequence[str] = PARTS,
+    rounds: int = ROUNDS,
+    device: str = "cpu",
+    out: str | Path = "out",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Measure the cost table, or parts of it, and return the content of its record, ``<out>/bench.json``.
+
+    Each part is added to the record when it is done, with machine, date, and the load that it began under; of
+    a part that is there more than once, the last counts.
+
+    Args:
+        parts: Of :data:`PARTS`.
+        rounds: See :func:`~sogrid.experiments.timing.race`.
+        device: Where.
+        out: Folder of the record.
+        progress: Show bars.
+
+    Raises:
+        RecordError: If the record is damaged or cannot be written; for ``"time_to_loss"`` also if there are
+            no step times of the autoencoder in it, or no learning curves.
+        ValueError: For an unknown part.
+    """
+    for part in parts:
+        if part not in PARTS:
+            raise ValueError(f"part must be one of {PARTS}, got {part!r}")
+    record = Record(Path(out) / "bench.json", "bench", {"batch": BATCH, "refresh_every": REFRESH_EVERY})
+    options = {"rounds": rounds, "device": device, "progress": progress}
+    for part in (part for part in PARTS if part in parts):
+        run = {"part": part}
+        with suppress(AttributeError, OSError):  # Windows has no such thing
+            run["load"] = round(os.getloadavg()[0], 2)
+        if part == "growth":
+            run |= growth(**options)
+        elif part == "time_to_loss":
+            table = latest(record.content).get(AE)
+            if table is None:
+                raise RecordError(f"{record.path} has no step times: measure {AE} first")
+            run |= time_to_loss({row["method"]: row["update_ms"] for row in table["rows"]}, out=out)
+        else:
+            run |= costs(part, **options)
+        record.add({**run, "rounds": rounds, "provenance": provenance(device)})
+    return record.content
+
+
+def latest(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The parts of a record, the last of each."""
+    return {run["part"]: run for run in content["runs"]}
+
+
+def report(content: dict[str, Any]) -> dict[str, list[tuple[str, ...]]]:
+    """The tables of a record, to be printed: title → rows of cells, the first one the head."""
+    tables = {}
+    for part, run in latest(content).items():
+        machine = run["provenance"]["machine"]
+        where = f"{run['provenance']['date']}, {machine['processor']}, {machine['threads']} threads"
+        load = f", load {run['load']}" if "load" in run else ""
+        show = {"growth": _growth_table, "time_to_loss": _time_table}.get(part, _cost_table)
+        title, rows = show(run)
+        tables[f"{title} ({where}{load})"] = rows
+        if run.get("skipped"):
+            tables[f"{part}: skipped"] = list(run["skipped"].items())
+    return tables
+
+
+def _cost_table(run: dict[str, Any]) -> tuple[str, list[tuple[str, ...]]]:
+    head = "method, ms per update, quartiles, ratio, aim, ms per refresh, GFLOP, of GEMM rate"
+    rows = [tuple(f"{head}, state MB, held MB, peak MB".split(", "))]
+    for row in run["rows"]:
+        own = row["state_bytes"]
+        rows.append(
+            (
+                row["method"],
+                f"{row['update_ms']:.2f}",
+                "{:.2f} to {:.2f}".format(*row["quartiles_ms"]),
+                f"{row['ratio']:.2f}",
+                str(AIMS[run["part"]].get(row["method"], "")),
+                f"{row['refresh_ms']:.1f}",
+                f"{row['flop'] / 1e9:.2f}",
+                f"{row['gemm_share']:.2f}",
+                "" if own is None else f"{own / 1e6:.1f}",
+                f"{row['held_bytes'] / 1e6:.1f}",
+                f"{row['peak_bytes'] / 1e6:.1f}",
+            )
+        )
+    return f"{run['part']}: GEMM {run['gemm_gflops']:.0f} GFLOP/s", rows
+
+
+def _growth_table(run: dict[str, Any]) -> tuple[str, list[tuple[str, ...]]]:
+    rows = [("axis", "at", "SGD ms", *(f"{name} ratio" for name in run["rows"][0]["ratio"]))]
+    for row in run["rows"]:
+        ratios = (f"{ratio:.2f}" for ratio in row["ratio"].values())
+        rows.append((row["axis"], str(row["at"]), f"{row['sgd_ms']:.2f}", *ratios))
+    base = ", ".join(f"{axis} {at}" for axis, at in run["base"].items())
+    return f"growth of the ratio to SGD, else {base}", rows
+
+
+def _time_table(run: dict[str, Any]) -> tuple[str, list[tuple[str, ...]]]:
+    rows = [("method", "updates, by seed", "seconds", "sooner than SGD")]
+    for row in run["rows"]:
+        updates = ", ".join("never" if u is None else f"{u:,.0f}" for u in row["updates"])
+        ends = ("" if row[key] is None else f"{row[key]:.1f}" for key in ("seconds", "sooner"))
+        rows.append((row["method"], updates, *ends))
+    rows += [(method, "no curves yet", "", "") for method in run["missing"]]
+    return f"time to SGD's loss after {run['sought']:,} updates, {run['loss']:.3g}", rows

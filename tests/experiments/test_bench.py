@@ -1,0 +1,436 @@
+"""The cost table: what is counted and measured, and the peers that take part."""
+
+import re
+import sys
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from sogrid import cli
+from sogrid.experiments import bench as module
+from sogrid.experiments import timing
+from sogrid.experiments.bench import bench, costs, flops, growth, latest, memory, report, time_to_loss
+from sogrid.experiments.benchmarks import BATCH, BENCHMARKS, REFRESH_EVERY, Task
+from sogrid.experiments.muon import MuonAndAdam
+from sogrid.experiments.peers import PEERS
+from sogrid.experiments.records import Record, RecordError
+from sogrid.experiments.reproduce import AE, CIFAR, record_path
+from sogrid.experiments.timing import Contestant, contestant, minibatch, race
+from sogrid.losses import CrossEntropyAtLogits, Quadratic
+from sogrid.networks import MLP
+from sogrid.optimizers import KFAC
+
+SGD = "standard_sgd"
+MODULES = "asdl.precondition", "singd.optim.optimizer", "curvlinops", "nngeometry.metrics"
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Both benchmarks with networks of five units, and growth of three."""
+    for name, sizes, output in ((AE, [6, 5, 6], "sigmoid"), (CIFAR, [6, 5, 10], "identity")):
+        network = lambda sizes=sizes, output=output, **o: MLP(sizes, output=output, **o)  # noqa: E731
+        monkeypatch.setitem(timing.BENCHMARKS, name, replace(BENCHMARKS[name], network=network))
+    monkeypatch.setattr(timing, "WARM_UP", 1)
+
+
+@pytest.fixture
+def few(monkeypatch):
+    """Of ours and torch's, three."""
+    monkeypatch.setattr(module, "METHODS", dict.fromkeys((AE, CIFAR), (SGD, "adam", "acp_fixedalpha")))
+
+
+@pytest.fixture
+def no_peers(monkeypatch):
+    for name in MODULES:
+        monkeypatch.setitem(sys.modules, name, None)
+
+
+def task(sizes, loss=None):
+    output = "identity" if isinstance(loss, CrossEntropyAtLogits) else "sigmoid"
+    network = lambda **options: MLP(sizes, **{"output": output, **options})  # noqa: E731
+    return Task("case", None, None, None, network, loss or Quadratic())
+
+
+# FLOPs
+
+
+def documented(method, sizes, n, q):
+    """The table of the module's docstring."""
+    layers, total = list(zip(sizes[1:], sizes, strict=False)), 0
+    for k, (o, i) in enumerate(layers):
+        total += (6 if k and method != "jaco_update" else 4) * n * o * i
+        if method in ("acp", "acp_fixedalpha", "nnn2"):
+            total += min(n, o) * (4 * q * i if q < i else 2 * i**2)
+        if method == "kfac":
+            i += 1
+            total += min(n, o) * (4 * q * i if q < i else 2 * i**2)
+            total += min(n, i) * (4 * q * o if q < o else 2 * o**2)
+        if method == "jaco_update" and k:
+            total += 2 * n * o * i + 4 * n**2 * (i + o) + sum(4 * n * a * b for a, b in layers[k + 1 :])
+    return total
+
+
+@pytest.mark.parametrize("method", [SGD, "centered_gradient_descent", "acp", "nnn2", "kfac", "jaco_update"])
+@pytest.mark.parametrize(("n", "q"), [(20, 20), (20, 7), (35, 20), (20, 60)])
+def test_an_update_makes_the_products_that_are_documented(method, n, q):
+    sizes = [64, 48, 40, 64]
+    entry = contestant(task(sizes), method)
+    if entry.keeps_statistics:
+        entry.refresh(*minibatch(entry, q))
+    counted = flops(lambda: entry.update(*minibatch(entry, n)))
+    biases = 4 * n * sum(sizes) if method in ("nnn2", "kfac") else 0  # Δb is a product of its own
+    assert 0 <= counted - documented(method, sizes, n, q) <= biases
+
+
+def test_products_are_those_of_sgd():
+    entry = contestant(task([64, 48, 40, 64]), SGD)
+    batch = minibatch(entry, 20)
+    products = module.Products(entry.model, 20)
+    assert products.flops == flops(lambda: products.update(*batch)) == flops(lambda: entry.update(*batch))
+
+
+def test_muon_and_adam_are_torchs():
+    torch.manual_seed(0)
+    model, twin = (MLP([4, 3, 2], generator=torch.Generator().manual_seed(0)) for _ in range(2))
+    ours = MuonAndAdam(model.parameters(), lr=0.01)
+    weights, biases = ([p for p in twin.parameters() if p.dim() == d] for d in (2, 1))
+    theirs = [
+        torch.optim.Muon(weights, lr=0.01, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Adam(biases, lr=0.01),
+    ]
+    for _ in range(3):
+        x = torch.randn(5, 4)
+        for net, optimizers in ((model, [ours]), (twin, theirs)):
+            net.zero_grad()
+            net(x).square().sum().backward()
+            [optimizer.step() for optimizer in optimizers]
+    for p, p_twin in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, p_twin, rtol=0, atol=0)
+    assert {id(p) for g in ours.param_groups for p in g["params"]} == {id(p) for p in model.parameters()}
+
+
+# Rounds
+
+
+class Ticking(Contestant):
+    """Its updates take so many seconds of a clock that stands still otherwise, its refreshes thrice that."""
+
+    keeps_statistics = True
+
+    def __init__(self, now, seconds, refresh_updates=False):
+        self.now, self.seconds, self.refresh_updates = now, seconds, refresh_updates
+        self.seen = {}
+
+    def update(self, x, y):
+        self.seen["update"] = len(x)
+        self.now[0] += self.seconds
+
+    def refresh(self, x, y):
+        self.seen["refresh"] = len(x)
+        self.now[0] += 3 * self.seconds
+
+
+def test_a_refresh_that_is_an_update_too_counts_as_what_it_adds(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(timing, "perf_counter", lambda: now[0])
+    entries = {"alone": Ticking(now, 1), "both": Ticking(now, 1, refresh_updates=True)}
+    batch, statistics = ((torch.ones(n, 1), torch.ones(n, 1)) for n in (5, 7))
+    alone, both = race(entries, batch, statistics, rounds=4)
+    assert (alone["refresh_ms"], both["refresh_ms"]) == (3000, 2000)
+    assert alone["update_ms"] == 1000 + 3000 / REFRESH_EVERY
+    assert both["update_ms"] == 1000 + 2000 / REFRESH_EVERY
+    assert entries["both"].seen == {"update": 5, "refresh": 7}
+
+
+# Memory
+
+
+def test_memory_is_what_the_tensors_say():
+    case = task([300, 200, 300])
+    entry = contestant(case, SGD)
+    batch, parameters = minibatch(entry, 40), module._bytes(entry.model.parameters())
+    for method, copies in ((SGD, 0), ("momentum", 1), ("adam", 2)):
+        entry, held, peak = memory(lambda method=method: contestant(case, method), batch)
+        own = module._bytes(module._tensors(entry.optimizer.state_dict()))
+        assert own == pytest.approx(copies * parameters, abs=100)
+        assert held == pytest.approx(own, abs=2000)
+        assert peak >= held + parameters, "gradients are there in between"
+
+
+def test_memory_of_ours_is_its_statistics_and_what_the_capture_keeps():
+    case = task([300, 200, 300])
+    batch = minibatch(contestant(case, SGD), 40)
+    entry, held, _ = memory(lambda: contestant(case, "acp matrix"), batch)
+    thin = 4 * 40 * (300 + 200)
+    assert module._bytes(module._tensors(entry.optimizer.state_dict())) == pytest.approx(thin, rel=0.01)
+    assert thin <= held <= 2.5 * thin
+
+
+# The cost table
+
+
+@pytest.mark.parametrize("benchmark", [AE, CIFAR])
+def test_every_method_has_a_row_and_every_peer_one_or_a_reason(small, benchmark):
+    table = costs(benchmark, rounds=2)
+    rows = {row["method"]: row for row in table["rows"]}
+    assert set(rows) == {*module.METHODS[benchmark], *PEERS} - set(table["skipped"])
+    assert set(table["skipped"]) <= set(PEERS)
+    assert set(table["peers"]) == set(PEERS) - set(table["skipped"])
+    assert rows[SGD]["ratio"] == 1
+    assert rows[SGD]["state_bytes"] == 0
+    assert table["gemm_gflops"] > 0
+    for name, row in rows.items():
+        assert row["update_ms"] > 0
+        assert row["gemm_share"] > 0
+        assert row["flop"] >= rows[SGD]["flop"] if name != "jaco_update" else row["flop"] > 0
+        assert (row["state_bytes"] is None) == (name in PEERS)
+        assert 0 <= row["held_bytes"] <= row["peak_bytes"]
+
+
+def test_a_peer_that_is_not_there_is_skipped_by_name_with_the_reason(small, few, no_peers, tmp_path):
+    content = bench(parts=[AE], rounds=2, out=tmp_path, progress=False)
+    (run,) = content["runs"]
+    assert Record.read(tmp_path / "bench.json") == content
+    assert set(run["skipped"]) == set(PEERS)
+    assert run["skipped"]["singd"].startswith("ModuleNotFoundError: ")
+    assert "singd" in run["skipped"]["singd"]
+    (title, rows), (other, reasons) = report(content).items()
+    assert title.startswith("mnist_autoencoder: GEMM ")
+    assert [row[0] for row in rows[1:]] == list(module.METHODS[AE])
+    assert other == "mnist_autoencoder: skipped"
+    assert dict(reasons) == run["skipped"]
+
+
+def test_a_peer_that_fails_is_skipped_too(small, few, no_peers, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("no such kernel\nand more")
+
+    monkeypatch.setitem(module.PEERS, "singd", broken)
+    assert costs(AE, rounds=2)["skipped"]["singd"] == "RuntimeError: no such kernel"
+
+
+# Peers
+
+
+def peer(name, model, loss, **options):
+    """A peer, or the test is skipped with the reason."""
+    try:
+        return PEERS[name](model, loss, **options)
+    except ImportError as error:
+        pytest.skip(f"{name} cannot be imported: {error}")
+
+
+def examples(loss, n=64):
+    x = torch.rand(n, 20, generator=torch.Generator().manual_seed(0))
+    return x, x if isinstance(loss, Quadratic) else x[:, :10].argmax(1)
+
+
+def network(loss):
+    sizes, output = ([20, 15, 20], "sigmoid") if isinstance(loss, Quadratic) else ([20, 15, 10], "identity")
+    return MLP(sizes, output=output, scale=4.0, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("loss", [Quadratic(), CrossEntropyAtLogits()], ids=repr)
+@pytest.mark.parametrize("name", PEERS)
+def test_a_peer_moves_the_parameters_and_the_loss_falls(name, loss):
+    model, (x, y) = network(loss), examples(loss)
+    entry = peer(name, model, loss, lr=0.05, damping=0.1)
+    start, old = loss(model(x), y).item(), [p.detach().clone() for p in model.parameters()]
+    entry.refresh(x, y)
+    moved = [not torch.equal(p, q) for p, q in zip(model.parameters(), old, strict=True)]
+    assert all(moved) if entry.refresh_updates else not any(moved)
+    for _ in range(20):
+        entry.update(x, y)
+    assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), old, strict=True))
+    assert loss(model(x), y).item() < 0.95 * start
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["asdfghjkl", "curvlinops", "nngeometry"])
+def test_a_peer_takes_the_step_of_kfac(name):
+    """Ours, damped in the peer's way; ASDL has no column for the bias in its input factor."""
+    loss, damping, lr = CrossEntropyAtLogits(), 0.3, 0.05
+    first, (x, y) = network(loss).double(), examples(loss)
+    x, steps = x.double(), []
+
+    def restart(model):
+        model.load_state_dict(first.state_dict())
+
+    model, theirs = network(loss).double(), network(loss).double()
+    restart(theirs)
+    entry = peer(name, theirs, loss, lr=lr, damping=damping)
+    entry.refresh(x, y)
+    restart(theirs)
+    entry.update(x, y)
+    restart(model)
+    plain = name == "curvlinops"
+    options = {"curvature": "gauss_newton_probabilities", "pi_correction": not plain, "refresh_every": None}
+    optimizer = KFAC(model, lr, damping**2 if plain else damping, loss=loss, **options)
+    optimizer.refresh(lambda: loss(model(x), y))
+    loss(model(x), y).backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    optimizer.step()
+    if name == "asdfghjkl":
+        steps = _without_bias_column(first, loss, x, y, grads, lr, damping)
+    else:
+        steps = [p.detach() - q for p, q in zip(model.parameters(), first.parameters(), strict=True)]
+    for p, q, step in zip(theirs.parameters(), first.parameters(), steps, strict=True):
+        torch.testing.assert_close(p.detach() - q.detach(), step.detach(), rtol=1e-6, atol=1e-9)
+
+
+def _without_bias_column(model, loss, x, y, grads, lr, damping):
+    """−λ B⁻¹ ∇W A⁻¹ and −λ B⁻¹ ∇b, with damping split between A and B by π."""
+    h, steps = x, []
+    for k in range(0, len(model), 2):
+        a = model[k](h).detach().requires_grad_()
+        (g,) = torch.autograd.grad(loss(model[k + 1 :](a), y) * len(x), a)
+        factors = [(rows.mT @ rows).detach() / len(x) for rows in (h, g)]
+        means = [factor.trace() / len(factor) for factor in factors]
+        pi = (means[0] / means[1]).sqrt()
+        shifts = damping**0.5 * pi, damping**0.5 / pi
+        a_inverse, b_inverse = (
+            torch.linalg.inv(factor + shift * torch.eye(len(factor), dtype=factor.dtype))
+            for factor, shift in zip(factors, shifts, strict=True)
+        )
+        steps += [-lr * b_inverse @ grads[k] @ a_inverse, -lr * b_inverse @ grads[k + 1]]
+        h = model[k + 1](a).detach()
+    return steps
+
+
+def test_what_make_bench_installs_has_every_peer():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    names = {re.split("==", package)[0] for package in project["optional-dependencies"]["bench"]}
+    assert {kind.distribution for kind in PEERS.values()} <= names
+
+
+# Growth
+
+
+def test_growth_goes_along_one_axis_at_a_time(small, monkeypatch):
+    seen, inner = [], module.race
+
+    def watched(entries, batch, statistics, **options):
+        model = entries["acp"].model
+        seen.append((model[0].out_features, len(model) // 2, len(batch[0]), len(statistics[0])))
+        return inner(entries, batch, statistics, **options)
+
+    monkeypatch.setattr(module, "race", watched)
+    monkeypatch.setattr(module, "GROWTH", {"width": 4, "depth": 2, "batch": 8, "statistics": 6})
+    points = {"width": (3, 4), "depth": (3,), "batch": (5,), "statistics": (7,)}
+    rows = growth(points=points, rounds=2)["rows"]
+    assert seen == [(3, 2, 8, 6), (4, 2, 8, 6), (4, 3, 8, 6), (4, 2, 5, 6), (4, 2, 8, 7)]
+    assert [(row["axis"], row["at"]) for row in rows] == [(a, at) for a, ats in points.items() for at in ats]
+    assert all(set(row["ratio"]) == {"acp", "kfac"} and row["sgd_ms"] > 0 for row in rows)
+
+
+# Time to loss
+
+UPDATES = [0, 1, 10, 100, 1000, 10_000]
+
+
+def leave_curves(out, name, curves):
+    """Records of curves with loss c · u^−p: ``{(method, seed): (c, p)}``."""
+    record = Record(record_path(out, name, "laptop"), name, {"benchmark": AE})
+    for (method, seed), (c, p) in curves.items():
+        train = [c, *(c * u**-p for u in UPDATES[1:])]
+        record.add({"method": method, "seed": seed, "update": UPDATES, "train": train, "status": "finished"})
+
+
+@pytest.fixture
+def no_book(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "book")
+
+
+def test_time_to_loss_is_read_off_the_curves(no_book, tmp_path):
+    curves = {(SGD, 0): (80, 0.5), ("acp", 0): (80, 1.0), ("acp", 1): (160, 1.0), ("kfac", 0): (80, 0.1)}
+    leave_curves(tmp_path, "fig6_2_mnist_autoencoder", curves)
+    leave_curves(tmp_path, "time_to_loss", {("adam", 0): (80, 0.5)})
+    ms = {SGD: 10.0, "acp": 20.0, "kfac": 30.0, "adam": 12.0, "muon": 50.0}
+    found = time_to_loss(ms, out=tmp_path, sought=400)
+    assert found["loss"] == pytest.approx(4)
+    rows = {row["method"]: row for row in found["rows"]}
+    assert rows[SGD]["updates"] == pytest.approx([400])
+    assert rows[SGD]["sooner"] == pytest.approx(1)
+    assert rows["acp"]["updates"] == pytest.approx([20, 40])
+    assert rows["acp"]["seconds"] == pytest.approx(30 * 0.02)
+    assert rows["acp"]["sooner"] == pytest.approx(400 * 10 / (30 * 20))
+    assert rows["kfac"] == {"method": "kfac", "updates": [None], "seconds": None, "sooner": None}
+    assert rows["adam"]["sooner"] == pytest.approx(10 / 12)
+    assert found["missing"] == ["muon"]
+    assert set(found["settings"]) == {"fig6_2_mnist_autoencoder", "time_to_loss"}
+
+
+def test_the_first_crossing_counts_even_if_the_loss_rises_again():
+    run = {"update": [0, 1, 10, 100], "train": [9.0, 8.0, 1.0, 5.0]}
+    assert 1 < module._updates_to(run, 2.0) < 10
+    assert module._updates_to(run, 0.5) is None
+    assert module._updates_to({"update": [0, 1, 10], "train": [9.0, 1.0, 0.5]}, 2.0) == pytest.approx(1)
+    assert module._loss_at(run, 1000) is None
+
+
+def test_without_sgds_curve_one_is_told_what_to_run(no_book, tmp_path):
+    leave_curves(tmp_path, "time_to_loss", {("adam", 0): (80, 0.5)})
+    with pytest.raises(RecordError, match=r"python -m sogrid reproduce fig6_2 --profile laptop"):
+        time_to_loss({SGD: 1.0, "adam": 1.0}, out=tmp_path)
+
+
+def test_the_books_curves_are_there():
+    found = time_to_loss({SGD: 10.0, "acp": 12.0}, out="nowhere")
+    assert {row["method"] for row in found["rows"]} >= {SGD, "acp"}
+    acp = next(row for row in found["rows"] if row["method"] == "acp")
+    assert acp["sooner"] > 1
+
+
+# The record
+
+
+def test_parts_are_added_and_the_last_of_each_counts(
+    small, few, no_peers, no_book, tmp_path, capsys, monkeypatch
+):
+    leave_curves(tmp_path, "fig6_2_mnist_autoencoder", {(SGD, 0): (80, 0.5), ("acp", 0): (80, 1.0)})
+    arguments = ["bench", "--rounds", "2", "--out", str(tmp_path), "--quiet"]
+    monkeypatch.setattr(growth, "__kwdefaults__", {**growth.__kwdefaults__, "points": {"width": (3,)}})
+    assert cli.main(arguments) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    content = Record.read(tmp_path / "bench.json")
+    assert [run["part"] for run in content["runs"]] == list(module.PARTS)
+    for run in content["runs"]:
+        assert run["provenance"]["machine"]["threads"] == torch.get_num_threads()
+        assert run["rounds"] == 2
+    assert content["settings"] == {"batch": BATCH, "refresh_every": REFRESH_EVERY}
+    for title in ("mnist_autoencoder: GEMM", "cifar10_classifier: GEMM", "growth of", "time to SGD's loss"):
+        assert f"\n{title}" in f"\n{out}"
+    assert re.search(r"acp_fixedalpha .* 1\.25 ", out)
+    assert "no curves yet" in out
+    assert out.endswith(f"record: {tmp_path / 'bench.json'}\n")
+    assert cli.main([*arguments, "--parts", "growth"]) == 0
+    again = Record.read(tmp_path / "bench.json")
+    assert [run["part"] for run in again["runs"]] == [*module.PARTS, "growth"]
+    assert latest(again)["growth"] == again["runs"][-1]
+    assert cli.main(["records", "show", str(tmp_path / "bench.json")]) == 0
+    assert cli.main(["records", "list", str(tmp_path / "bench.json")]) == 0
+
+
+def test_time_to_loss_needs_step_times(tmp_path):
+    with pytest.raises(RecordError, match=f"measure {AE} first"):
+        bench(parts=["time_to_loss"], out=tmp_path)
+
+
+def test_unknown_parts_are_refused(tmp_path, capsys):
+    with pytest.raises(ValueError, match="part must be one of"):
+        bench(parts=["cost"], out=tmp_path)
+    for wrong, message in (
+        (["--parts", "cost"], "--parts: there are mnist_autoencoder"),
+        (["--rounds", "1"], "--rounds must be 2 or more"),
+        (["--device", "abacus"], "--device 'abacus' cannot be used here"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["bench", *wrong])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
