@@ -7,6 +7,8 @@
 * Kernels see ``SOGRID_BOOK=1``: a figure or an explorer gives its static view.
 * A page's text stays hidden until its formulas are typeset, so that it does not move under the reader.
 * sphinx-thebe writes its script twice on every page, although the book does not use it: it is removed.
+* A screen reader reads the line that shows hidden code as it is, not as myst-nb names it, and finds the items
+  of the bibliography's list.
 """
 
 from __future__ import annotations
@@ -24,6 +26,10 @@ from sphinx.config import Config
 WATCHED = ("sogrid", "book/results", "requirements.txt")
 VERSIONS = ("ipywidgets", "numpy", "plotly", "torch")
 KEEP = 2
+SPOKEN = {
+    '<summary aria-label="Toggle hidden content">': "<summary>",
+    'role="doc-biblioentry"': 'role="listitem"',
+}
 
 
 def inputs_hash(root: Path) -> str:
@@ -94,6 +100,14 @@ def remove_thebe(app: Sphinx, pagename: str, templatename: str, context: dict, d
     ]
 
 
+def tidy_body(app: Sphinx, pagename: str, templatename: str, context: dict, doctree) -> None:
+    """Put right what screen readers hear."""
+    body = context.get("body", "")
+    for old, new in SPOKEN.items():
+        body = body.replace(old, new)
+    context["body"] = body
+
+
 def setup(app: Sphinx) -> dict:
     os.environ["SOGRID_BOOK"] = "1"
     # Set by a script, so that a reader without scripts sees the page; sogrid-book.js takes it away.
@@ -104,4 +118,5 @@ def setup(app: Sphinx) -> dict:
     app.connect("config-inited", set_cache)
     app.connect("builder-inited", copy_vendor)
     app.connect("html-page-context", remove_thebe, priority=900)
+    app.connect("html-page-context", tidy_body)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -2,11 +2,10 @@
 
 import html
 import json
-import os
 import time
-from pathlib import Path
 
 import pytest
+from book.axe import serious_findings
 from book.explorer_page import write_page
 from book.explorer_records import EXPLORERS, explorer, plain, some_states
 from book.screenshots import DESKTOP, PHONE, chromium, find_chromium, resize, set_theme, settle
@@ -419,12 +418,6 @@ def test_screen_readers_hear_what_is_seen(driver, show):
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_finds_nothing_serious(driver, open_page, theme):
-    """axe-core, where there is one: ``SOGRID_AXE=path/to/axe.min.js``."""
-    path = os.environ.get("SOGRID_AXE", "node_modules/axe-core/axe.min.js")
-    if not Path(path).is_file():
-        pytest.skip("no axe-core: set SOGRID_AXE to its axe.min.js")
     open_page()
     set_theme(driver, theme)
-    driver.execute_script(Path(path).read_text(encoding="utf-8"))
-    found = driver.execute_async_script("axe.run().then((r) => arguments[0](r.violations))")
-    assert not [(v["id"], v["nodes"][0]["html"]) for v in found if v["impact"] in ("serious", "critical")]
+    assert not serious_findings(driver)

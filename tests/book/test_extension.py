@@ -75,6 +75,18 @@ def test_thebe_is_taken_off_the_page(extension):
     assert context["script_files"] == scripts[2:]
 
 
+def test_screen_readers_hear_what_is_there(extension):
+    summary, entry = (
+        '<summary aria-label="Toggle hidden content">',
+        '<div class="citation" role="doc-biblioentry">',
+    )
+    context = {"body": f"{summary}\n<p>Show code cell source</p>{entry}"}
+    extension.tidy_body(None, "page", "page.html", context, None)
+    assert context["body"] == (
+        '<summary>\n<p>Show code cell source</p><div class="citation" role="listitem">'
+    )
+
+
 def test_a_missing_package_is_named(extension):
     with pytest.raises(RuntimeError, match="no-such-package"):
         extension.package_folder("no-such-package")

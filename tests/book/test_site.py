@@ -7,6 +7,7 @@ import threading
 import time
 
 import pytest
+from book.axe import serious_findings
 from book.screenshots import DESKTOP, HTML, PHONE, chromium, find_chromium, pages, resize, set_theme, settle
 from selenium.webdriver import Keys
 
@@ -88,12 +89,21 @@ const figures = [...document.querySelectorAll(".sogrid-figure")];
 const skip = "pre, code, script, style, noscript, textarea, .sogrid-figure script";
 const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
 const raw = [];
+const cut = [];
+const scrolls = (e) => e && (/auto|scroll/.test(getComputedStyle(e).overflowX) || scrolls(e.parentElement));
+const place = document.createRange();
 while (walker.nextNode()) {
   const { data, parentElement } = walker.currentNode;
   if (/\\$|\\\\[([]/.test(data) && !parentElement.closest(skip)) raw.push(data.trim().slice(0, 80));
+  if (!data.trim() || !parentElement.closest("main")) continue;
+  if (parentElement.closest("details:not([open])")) continue;
+  place.selectNodeContents(walker.currentNode);
+  const { right, width } = place.getBoundingClientRect();
+  if (width && right > innerWidth + 1 && !scrolls(parentElement)) cut.push(data.trim().slice(0, 80));
 }
 return {
   raw,
+  cut,
   misspelt: [...document.querySelectorAll("mjx-merror")].map((e) => e.textContent),
   figures: figures.map((f) => ({
     label: f.querySelector("[aria-label]")?.getAttribute("aria-label") ?? "",
@@ -115,6 +125,7 @@ def test_page_reads_well(driver, roots, page, metrics):
     facts = driver.execute_script(FACTS)
     assert not facts["raw"], "mathematics that was not typeset"
     assert not facts["misspelt"]
+    assert not facts["cut"], "text beyond the edge of the page"
     assert facts["width"] <= 0, "the page scrolls sideways"
     assert facts["plotly"] == (1 if facts["figures"] else facts["plotly"])
     for figure in facts["figures"]:
@@ -143,6 +154,14 @@ def test_figures_follow_the_theme(driver, roots, page):
         ink[theme].append(background)
     pairs = zip(ink["light"], ink["dark"], strict=True)  # a picture without axes has no ink
     assert all(light != dark or light is None for light, dark in pairs)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_axe_finds_nothing_serious(driver, roots, page):
+    open_page(driver, f"{roots['file']}/{page}", DESKTOP)
+    for theme in ("light", "dark"):
+        set_theme(driver, theme)
+        assert not serious_findings(driver), theme
 
 
 @pytest.mark.parametrize("page", PAGES)

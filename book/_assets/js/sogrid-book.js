@@ -79,14 +79,20 @@
     return element;
   }
 
-  /* Paper is white: a page is printed in the light theme, whatever the screen shows. */
+  /* Paper is white: a page is printed in the light theme, whatever the screen shows. And it is narrower than a
+   * screen: figures can be scaled. */
   let screen = null;
+  const drawings = () => document.querySelectorAll(".sogrid-plot svg.main-svg");
   addEventListener("beforeprint", () => {
     screen = document.documentElement.dataset.theme;
     document.documentElement.dataset.theme = "light";
+    for (const svg of drawings()) {
+      svg.setAttribute("viewBox", `0 0 ${svg.getAttribute("width")} ${svg.getAttribute("height")}`);
+    }
   });
   addEventListener("afterprint", () => {
     document.documentElement.dataset.theme = screen;
+    for (const svg of drawings()) svg.removeAttribute("viewBox");
   });
 
   /* The text appears when its formulas are typeset (or after three seconds), and does not move then. */

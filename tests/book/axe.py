@@ -1,0 +1,36 @@
+"""axe-core in the browser: what is wrong for readers who do not see, or who see little contrast."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+RUN = """
+const article = document.querySelector("article.bd-article") ?? document;
+axe.run(article, { resultTypes: ["violations"] }).then((r) => arguments[0](r.violations));
+"""
+
+
+@cache
+def source() -> str:
+    """The script: of the file that SOGRID_AXE names, or of the installed package axe-core-python."""
+    file = os.environ.get("SOGRID_AXE") or Path(find_spec("axe_core_python").origin).with_name("axe.min.js")
+    return Path(file).read_text(encoding="utf-8")
+
+
+def serious_findings(driver) -> list[tuple[str, int, str]]:
+    """Serious and critical findings in the text of the open page: (rule, how often, an element).
+
+    What the theme puts around the text is not looked at.
+    """
+    driver.execute_script(source())
+    driver.set_script_timeout(300)
+    found = driver.execute_async_script(RUN)
+    driver.set_script_timeout(60)
+    return [
+        (v["id"], len(v["nodes"]), v["nodes"][0]["html"])
+        for v in found
+        if v["impact"] in ("serious", "critical")
+    ]
