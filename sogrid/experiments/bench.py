@@ -14,8 +14,8 @@ examples, and q rows of statistics these are
 
 ======================  ==============================================================================
 SGD, centred GD         6noi: forward, ∇W, and the gradient passed on, which the first layer spares (4noi)
-ACP, NNN                + the factor h times P, if n ≤ o, else ∇W times P: 4qi (thin, q < i) or 2i² for
-                        each of its n or o rows
+ACP, NNN                and the factor h times P, if n ≤ o, else ∇W times P: 4qi (thin, q < i) or 2i²
+                        for each of its n or o rows
 KFAC                    the same with i + 1 for i, and g times B⁻¹, if n ≤ i, else the gradient times it:
                         4qo (thin, q < o) or 2o² for each of n or i + 1 rows
 UBP                     4noi: forward and ΔW; and but for the first layer 2noi + 4n²(i + o) to pass on the

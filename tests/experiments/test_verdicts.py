@@ -127,7 +127,10 @@ def test_a_test_error_that_still_falls_decides_nothing_but_a_longer_run_may():
     assert verdict(record, "test error", longer).verdict == "holds with a caveat"
 
 
-@pytest.mark.parametrize(("acp", "expected"), [(CLEAR, "holds"), ([5.4, 5.5, 5.3], "holds with a caveat")])
+@pytest.mark.parametrize(
+    ("acp", "expected"),
+    [(CLEAR, "holds"), ([5.4, 5.5, 5.3], "holds with a caveat"), ([5.0, 7.2, 5.5], "does not hold")],
+)
 def test_a_large_margin_is_a_fifth(acp, expected):
     ends = {"acp_fixedalpha": acp, "mean_only_bn": FAR, "centered_gradient_descent": [7.0] * 3}
     assert verdict(curves("fig6_1_centering", ends), "large margin").verdict == expected
