@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from itertools import zip_longest
 from statistics import fmean, stdev
 from typing import Any
 
@@ -17,6 +18,7 @@ __all__ = [
     "SAMPLERS",
     "best_losses",
     "by_learning_rate",
+    "by_point",
     "caption",
     "comparison_table",
     "cost_table",
@@ -56,9 +58,9 @@ def learning_curves(
 ) -> go.Figure:
     """Learning curves of every method of a record, both axes logarithmic, from update (second) one.
 
-    Lines are ours, the mean over seeds with a band of one standard deviation where there are several, up
-    to the first seed's end if one diverged (a cross); open markers are the thesis's values up to the end
-    of our axis. Seconds are updates times what an update costs, if the record has that (``clock``).
+    Lines are ours, the mean over seeds with a band of one standard deviation where there are several; if
+    one diverged (a cross), the line goes on with the others. Open markers are the thesis's values up to
+    the end of our axis. Seconds are updates times what an update costs, if the record has that (``clock``).
 
     Args:
         record: Content of a record.
@@ -75,8 +77,11 @@ def learning_curves(
         if len(runs) > 1:
             traces.append(_band(method, at, columns, mean))
         traces.append(go.Scatter(x=at, y=mean, mode="lines", **style(method)))
-        if any(run["status"] != "finished" for run in runs):
-            traces.append(_marker(method, at[-1:], mean[-1:], "x", f"{METHODS[method][0]}, a seed diverged"))
+        for lost in (len(run[y]) - 1 for run in runs if run["status"] != "finished"):
+            where = slice(lost, lost + 1)
+            traces.append(
+                _marker(method, at[where], mean[where], "x", f"{METHODS[method][0]}, a seed diverged")
+            )
         ends.append(f"{METHODS[method][0]} {mean[-1]:.3g}")
         last = max(last, at[-1])
     for method, runs in runs_by_method(longer or {"runs": []}).items():
@@ -119,19 +124,24 @@ def _updates(record: dict[str, Any]) -> int:
 def _columns(
     record: dict[str, Any], method: str, runs: list[dict[str, Any]], x: str, y: str
 ) -> tuple[list[float], list[list[float]]]:
-    """Abscissae, from one on, and at each the values of all seeds."""
-    columns = [list(column) for column in zip(*(run[y] for run in runs), strict=False)]
+    """Abscissae, from one on, and at each the values of all seeds that got there."""
     cost = milliseconds(record).get(method)
     if x == "second" and cost is not None:
-        at = [update * cost / 1000 for update in runs[0]["update"]]
+        at = [values[0] * cost / 1000 for values in by_point(runs, "update")]
     else:
-        at = [fmean(values) for values in zip(*(run[x] for run in runs), strict=False)]
-    return [v + 1 for v in at[: len(columns)]], columns
+        at = [fmean(values) for values in by_point(runs, x)]
+    return [v + 1 for v in at], by_point(runs, y)
+
+
+def by_point(runs: list[dict[str, Any]], key: str) -> list[list[float]]:
+    """At each evaluation, one after the other, the values of all seeds that got there."""
+    return [[v for v in values if v is not None] for values in zip_longest(*(run[key] for run in runs))]
 
 
 def _band(method: str, at: list[float], columns: list[list[float]], mean: list[float]) -> go.Scatter:
-    upper = [m + stdev(column) for m, column in zip(mean, columns, strict=True)]
-    lower = [max(m - stdev(column), m / 10) for m, column in zip(mean, columns, strict=True)]
+    spread = [stdev(column) if len(column) > 1 else 0.0 for column in columns]
+    upper = [m + s for m, s in zip(mean, spread, strict=True)]
+    lower = [max(m - s, m / 10) for m, s in zip(mean, spread, strict=True)]
     look = {"fill": "toself", "fillcolor": color(method, 0.2), "line": {"width": 0}, "hoverinfo": "skip"}
     return go.Scatter(
         x=at + at[::-1], y=upper + lower[::-1], legendgroup=method, showlegend=False, mode="lines", **look

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from sogrid.experiments.figures import milliseconds, runs_by_method
+from sogrid.experiments.figures import by_point, milliseconds, runs_by_method
 from sogrid.experiments.reference import thesis_values
 from sogrid.explorers.core import At, Explorer, First, Short, select, short, slider, toggle
 from sogrid.plotting import COLORS, METHODS, style
@@ -64,7 +64,7 @@ def within(at: np.ndarray, budget: float) -> int:
 
 
 def race(record: dict[str, Any], figure_key: str | None = None) -> Explorer:
-    """Learning curves up to a budget, means over seeds. Axes begin at one, as the thesis's.
+    """Learning curves up to a budget, means over the seeds that got there. Axes begin at one.
 
     Args:
         record: Content of a record of learning curves; seconds are updates times what one costs.
@@ -79,11 +79,8 @@ def race(record: dict[str, Any], figure_key: str | None = None) -> Explorer:
         raise ValueError("this record holds no learning curves")
     methods, cost = list(runs), seconds_per_update(record)
     curves = [c for c in CURVES if all(run.get(c) for of in runs.values() for run in of)]
-    means = {
-        m: [[fmean(values) for values in zip(*(run[c] for run in of), strict=False)] for c in curves]
-        for m, of in runs.items()
-    }
-    update = {m: np.array(of[0]["update"][: len(means[m][0])]) for m, of in runs.items()}
+    means = {m: [[fmean(values) for values in by_point(of, c)] for c in curves] for m, of in runs.items()}
+    update = {m: np.array([values[0] for values in by_point(of, "update")]) for m, of in runs.items()}
     priced = [m for m in PRICED if m in runs]
     shares = SHARES if priced else (1.0,)
     factor = {m: np.array(shares if m in priced else [1.0] * len(shares))[:, None] for m in methods}

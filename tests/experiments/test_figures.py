@@ -111,11 +111,12 @@ def test_a_longer_run_goes_on_where_ours_end(record):
     assert thin.line.width == 1
 
 
-def test_curves_end_with_a_cross_where_a_seed_diverged(record):
+def test_a_cross_is_where_a_seed_diverged_and_the_others_go_on(record):
     last = record["runs"][3]
     last |= {"status": "diverged", **{k: last[k][:2] for k in ("update", "second", "train", "test")}}
     figure = learning_curves(record, x="update", y="train")
-    assert list(lines(figure, "SGD")[0].x) == [1, 301]
+    assert list(lines(figure, "SGD")[0].x) == [1, 301, 1001, 3001]
+    assert list(lines(figure, "SGD")[0].y) == [100, 42, 20, 10]
     (cross,) = (trace for trace in figure.data if trace.marker.symbol == "x")
     assert (cross.x, cross.y) == ((301,), (42,))
 

@@ -230,7 +230,12 @@ def test_instability_is_a_rise_of_the_loss():
     assert verdict(record, "unstable").verdict == "does not hold"
     record["runs"][0]["train"][3] = 40.0
     assert verdict(record, "unstable").verdict == "holds"
-    assert verdict(curves("fig6_3_x", {**ends, "acp": [3.0, math.inf]}), "unstable").verdict == "holds"
+    lost = curves("fig6_3_x", {**ends, "acp": [3.0, math.inf]})
+    assert verdict(lost, "unstable").verdict == "holds"
+    lost["runs"][1] |= {"update": [0, 1], "train": [9.0, 8.0]}  # gradients are not small then
+    found = verdict(lost, "unstable")
+    assert found.verdict == "does not hold"
+    assert "diverged: 0, and at the very start 1" in found.numbers
 
 
 @pytest.mark.parametrize(("ms", "expected"), [(8, "does not hold"), (60, "holds")])
