@@ -41,7 +41,7 @@ WORDS = {"lr": "λ", "damping": "ε", "scale": "s"}
 AXES = {"update": "update", "second": "second of training"}
 QUANTITIES = {"train": ("train_mse", "train_cross_entropy"), "test": ("test_mse",)}
 SAMPLERS = {"grid": "grid search", "random": "random search", "biased": "biased random search"}
-TICKS = {"type": "log", "dtick": "D2", "minor": {"dtick": "D1"}}
+TICKS = {"type": "log", "dtick": "D2", "minor": {"dtick": "D1"}, "exponentformat": "power"}
 
 
 # Learning curves
