@@ -184,8 +184,8 @@ def _interaction(record: Record, longer: Record | None) -> tuple[str, str]:
         HOLDS if correlation > 0.5 else CAVEAT if correlation > 0.2 else FAILS,
         f"of the 20 best of {len(trials['loss'])} runs, the logarithms correlate at {correlation:.2f}, with "
         f"slope {direction[1] / direction[0]:.2g} (thesis: {thesis_facts('fig2_2')['ridge']['slope']}); they "
-        f"have λ {10 ** lr.min():.2g} to {10 ** lr.max():.2g}, s {10 ** scale.min():.2g} to "
-        f"{10 ** scale.max():.2g}",
+        f"have λ {10 ** lr.min():.2g} to {10 ** lr.max():.2g}, s {10 ** scale.min():.3g} to "
+        f"{10 ** scale.max():.3g}",
     )
 
 
