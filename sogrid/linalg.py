@@ -178,7 +178,7 @@ class Factored:
 
     def dense(self) -> Tensor:
         """The matrix itself."""
-        if self.left.dim() > 2:
+        if max(self.left.dim(), self.right.dim()) > 2:
             return self.scale * self.left.mT @ self._deviations()
         return self.add_to(self.left.new_empty(self.left.shape[-1], self.right.shape[-1]), beta=0)
 

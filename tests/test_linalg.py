@@ -491,6 +491,19 @@ def test_factors_broadcast(draw, n):
         assert relative_error(weight[k], one) < RTOL
 
 
+@pytest.mark.parametrize("n", [2, 9])
+def test_one_factor_may_be_shared(draw, n):
+    """By a whole grid, as the inputs of a first layer are; the matrix, and its products from both sides."""
+    shared, own, x = draw(n, 4), draw(3, n, 6), draw(5, 6)
+    gradient = Factored(own, shared, 0.5)
+    for k in range(3):
+        one = 0.5 * own[k].mT @ shared
+        assert relative_error(gradient.dense()[k], one) < RTOL
+        assert relative_error(gradient.mT.dense()[k], one.mT) < RTOL
+        assert relative_error(whole(x @ gradient)[k], x @ one) < RTOL
+        assert relative_error(whole(gradient.mT @ x.mT)[k], one.mT @ x.mT) < RTOL
+
+
 def test_numpy_numbers_scale_factors(draw):
     gradient, matrix = factored(draw, 2, 4, 6)
     assert relative_error((np.float64(-2.0) * gradient).dense(), -2 * matrix) < RTOL

@@ -217,7 +217,10 @@ class Grid:
         seen = self.stack.trace(x)
         f = seen.f.detach()
         self.mark(self.loss(f, y).isfinite(), OVERFLOWN)
+        bound = self.group.get("max_change")
         for layer, (dw, db) in enumerate(self._changes(seen, self.loss.gradient(f, y))):
+            if bound is not None:
+                dw, db = bounded(dw, db, seen.inputs[layer], bound)
             add_to(self.stack.weights[layer], dw)
             self.stack.biases[layer] += db
         self.group["updates"] += 1
@@ -233,9 +236,7 @@ class Grid:
         for h, g, state in zip(seen.inputs, seen.pull(grad_f), self.state, strict=True):
             grad_w, grad_b = Factored(g, h, 1 / n), g.mean(-2)
             if isinstance(self.optimizer, Layerwise):
-                change = self.optimizer.update(grad_w, grad_b, h.mean(-2), state, self.group)
-                bound = self.group["max_change"]
-                yield change if bound is None else bounded(*change, h, bound)
+                yield self.optimizer.update(grad_w, grad_b, h.mean(-2), state, self.group)
             else:  # torch's follows the loss as it is reduced
                 rate = lr if self.loss.reduction == "mean" else lr * n
                 yield -matrixwise(rate) * grad_w, -vectorwise(rate) * grad_b
