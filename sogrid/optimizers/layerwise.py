@@ -25,14 +25,14 @@ import torch
 from torch import Tensor, nn
 
 from sogrid.capture import Capture, CaptureError, LayerRecord, join
-from sogrid.linalg import Factored, ThinInverse, add_to
+from sogrid.linalg import Factored, ThinInverse, add_to, matrixwise, vectorwise
 from sogrid.losses import check_reduction
 from sogrid.optimizers.base import CapturingOptimizer, check_count, check_hyperparameter
 from sogrid.statistics import Statistics, refresh_due
 
 __all__ = ["Layerwise", "StatisticsBatch", "bounded"]
 
-BOUND_EXAMPLES = 32
+BOUND_EXAMPLES = 16
 """A minibatch's change is bounded on so many of its examples."""
 
 Gradients = tuple[Tensor | Factored, Tensor | None, Tensor | None]
@@ -67,15 +67,15 @@ def bounded(
     Args:
         dw: ΔW, ``[..., o, i]``.
         db: Δb, ``[..., o]`` or ``None``.
-        h: Inputs of the layer, ``[..., n, i]``, of which the first 32 count.
+        h: Inputs of the layer, ``[..., n, i]``, of which the first 16 count.
         max_change: κ.
     """
     change = h[..., :BOUND_EXAMPLES, :] @ dw.mT
     if db is not None:
         change = change + db.unsqueeze(-2)
-    rms = change.square().mean((-2, -1)).sqrt()
-    share = (max_change / rms).clamp(max=1)
-    return share[..., None, None] * dw, None if db is None else share[..., None] * db
+    most = max_change * (change.shape[-2] * change.shape[-1]) ** 0.5
+    share = (most / torch.linalg.vector_norm(change, dim=(-2, -1))).clamp(max=1)
+    return matrixwise(share) * dw, None if db is None else vectorwise(share) * db
 
 
 SHIFT = "_shift"
@@ -121,7 +121,7 @@ class Layerwise(CapturingOptimizer):
             say, is an error. Passes accumulate until ``step()`` or this optimizer's own
             ``zero_grad()``, and until then the minibatch must not be changed in place.
         max_change: κ > 0, the largest change of a layer's pre-activations in one step, in root mean square
-            over (the first 32 of) the minibatch and the layer's units; a larger step is shrunk, the whole
+            over (the first 16 of) the minibatch and the layer's units; a larger step is shrunk, the whole
             layer's alike. ``None``: no bound, as in the thesis. Kept in the parameter groups, so it may
             decay like a learning rate. Cheap with factored gradients.
         **hyperparameters: The method's own, kept in the parameter groups.
@@ -412,10 +412,11 @@ class Layerwise(CapturingOptimizer):
     def _arm(self) -> None:
         """Tell the capture what the next pass must leave behind."""
         bound = {name for name, _, group in self._walk() if group["max_change"] is not None}
-        self._capture.keep = self._wanted() | bound
+        wanted = self._wanted()
+        self._capture.keep = wanted | bound
         self._capture.keep_roots = False
         self._capture.factored = self._given if self.gradients == "factored" else frozenset()
-        self._capture.probe = self.probe()
+        self._capture.probe = self.probe() if wanted else None
 
     # -- step ------------------------------------------------------------------------------------------
 

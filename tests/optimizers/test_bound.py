@@ -7,7 +7,7 @@ from torch import nn
 from sogrid.losses import Quadratic
 from sogrid.networks import MLP
 from sogrid.optimizers import ACP, KFAC, CenteredGradientDescent, NaturalNN, UpdatedBackprop
-from sogrid.optimizers.layerwise import bounded
+from sogrid.optimizers.layerwise import BOUND_EXAMPLES, bounded
 
 METHODS = {
     "centred": lambda model, **o: CenteredGradientDescent(model, **o),
@@ -55,7 +55,7 @@ def step(method, x, *, lr=10.0, bias=True, **options):
     return [(h, m.weight.detach() - w, None if b is None else m.bias.detach() - b) for h, m, w, b in before]
 
 
-def rms(h, dw, db, examples=32):
+def rms(h, dw, db, examples=BOUND_EXAMPLES):
     """rms_{i,j} (ΔW h_i + Δb)_j by a loop over examples."""
     rows = [dw @ row + (0 if db is None else db) for row in h[:examples]]
     return torch.stack(rows).square().mean().sqrt()
@@ -123,6 +123,20 @@ def test_only_the_first_examples_count(generator):
     assert rms(h, small, small_b, 100).item() != pytest.approx(0.1, rel=1e-3)
     stacked = bounded(torch.stack([dw, 2 * dw]), torch.stack([db, 2 * db]), torch.stack([h, h]), 0.1)
     torch.testing.assert_close(stacked[0], torch.stack([small, small]), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("max_change", [None, 0.1])
+def test_probes_are_pulled_back_for_statistics_alone(x, max_change, monkeypatch):
+    """A bound keeps inputs at every update, which must not cost a backward pass for KFAC's probes."""
+    pulled, probe = [], KFAC.probe
+    monkeypatch.setattr(KFAC, "probe", lambda self: lambda f: pulled.append(f) or probe(self)(f))
+    model = network()
+    optimizer = KFAC(model, 0.1, 0.1, loss=Quadratic(), refresh_every=3, max_change=max_change)
+    for _ in range(7):
+        optimizer.zero_grad()
+        Quadratic()(model(x), x).backward()
+        optimizer.step()
+    assert len(pulled) == 3
 
 
 @pytest.mark.parametrize("wrong", [0, -1.0, float("nan"), float("inf")])
