@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "what an update costs, ours beside torch's and other libraries'"
     command = commands.add_parser("bench", help=text, description=BENCH, **layout)
-    text = "only these: mnist_autoencoder, cifar10_classifier, growth, time_to_loss (default: all)"
+    text = "only these: mnist_autoencoder, cifar10_classifier, growth, compile, time_to_loss (default: all)"
     command.add_argument("--parts", nargs="+", metavar="PART", help=text)
     command.add_argument("--rounds", type=int, default=30, help="updates timed of each method (default: 30)")
     command.add_argument("--device", default="cpu", help="where, e.g. cuda (default: cpu)")

@@ -6,6 +6,7 @@ Everything is measured in one process, in interleaved rounds (:func:`~sogrid.exp
 * *costs* of the two benchmarks' networks: milliseconds per update with the share of the refresh, the ratio to
   SGD, memory, and the share of the machine's GEMM rate that a step reaches on its own FLOPs;
 * *growth* of ACP's and KFAC's ratio to SGD with width, depth, batch and statistics batch;
+* *compile*: whether ``torch.compile`` of the update pays;
 * *time to loss*: updates from the records of learning curves, times the milliseconds measured here.
 
 FLOPs are those of the matrix products that one update (not the refresh) really makes, counted by torch's
@@ -56,7 +57,7 @@ from sogrid.experiments.timing import ROUNDS, SETTINGS, Contestant, contestant, 
 from sogrid.losses import Quadratic
 from sogrid.networks import MLP
 
-__all__ = ["PARTS", "bench", "costs", "flops", "growth", "memory", "report", "time_to_loss"]
+__all__ = ["PARTS", "bench", "compiled", "costs", "flops", "growth", "memory", "report", "time_to_loss"]
 
 aten = torch.ops.aten
 
@@ -97,7 +98,9 @@ GROWN = (SGD, "acp", "kfac")
 SOUGHT = 2_000
 """The loss that is sought is SGD's after so many updates."""
 
-PARTS = (AE, CIFAR, "growth", "time_to_loss")
+COMPILED = ("acp", "acp matrix", "kfac", "kfac matrix")
+
+PARTS = (AE, CIFAR, "growth", "compile", "time_to_loss")
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # torch's profiler announces itself otherwise
 
@@ -286,6 +289,44 @@ def growth(
     return {"rows": rows, "base": GROWTH}
 
 
+def compiled(*, rounds: int = ROUNDS, device: str = "cpu", progress: bool = False) -> dict[str, Any]:
+    """Whether ``torch.compile`` of ``update``, the equation itself, pays: each method beside itself compiled.
+
+    On the CIFAR-10 network, where a step is least of all matrix products. A graph is made for each layer.
+
+    Args:
+        rounds: See :func:`~sogrid.experiments.timing.race`.
+        device: Where.
+        progress: Show a bar.
+
+    Returns:
+        ``"rows"``: method, ``update_ms``, ``compiled_ms`` and their ``ratio``, less than one if it pays.
+        ``"skipped"``: why a method is missing, by name.
+    """
+    plan = BENCHMARKS[CIFAR]
+    task = Task(CIFAR, None, None, None, plan.network, plan.loss)
+    entries, skipped = {}, {}
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=64), warnings.catch_warnings(action="ignore"):
+        for name in COMPILED:
+            plain, entry = contestant(task, name, device), contestant(task, name, device)
+            batch = minibatch(entry, device=device)
+            entry.optimizer.update = torch.compile(entry.optimizer.update, dynamic=False)
+            try:
+                entry.refresh(*batch)
+                entry.update(*batch)
+            except Exception as error:  # no C++ compiler, say
+                skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            else:
+                entries |= {name: plain, f"{name} compiled": entry}
+        times = race(entries, batch, rounds=rounds, progress=progress)
+    rows = []
+    for plain, other in zip(times[::2], times[1::2], strict=True):
+        row = {"method": plain["method"], "update_ms": plain["update_ms"], "compiled_ms": other["update_ms"]}
+        rows.append({**row, "ratio": row["compiled_ms"] / row["update_ms"]})
+    return {"rows": rows, "skipped": skipped}
+
+
 def time_to_loss(
     update_ms: dict[str, float], *, out: str | Path = "out", profile: str = "laptop", sought: int = SOUGHT
 ) -> dict[str, Any]:
@@ -390,8 +431,8 @@ def bench(
         run = {"part": part}
         with suppress(AttributeError, OSError):  # Windows has no such thing
             run["load"] = round(os.getloadavg()[0], 2)
-        if part == "growth":
-            run |= growth(**options)
+        if part in ("growth", "compile"):
+            run |= {"growth": growth, "compile": compiled}[part](**options)
         elif part == "time_to_loss":
             table = latest(record.content).get(AE)
             if table is None:
@@ -415,8 +456,8 @@ def report(content: dict[str, Any]) -> dict[str, list[tuple[str, ...]]]:
         machine = run["provenance"]["machine"]
         where = f"{run['provenance']['date']}, {machine['processor']}, {machine['threads']} threads"
         load = f", load {run['load']}" if "load" in run else ""
-        show = {"growth": _growth_table, "time_to_loss": _time_table}.get(part, _cost_table)
-        title, rows = show(run)
+        show = {"growth": _growth_table, "compile": _compile_table, "time_to_loss": _time_table}
+        title, rows = show.get(part, _cost_table)(run)
         tables[f"{title} ({where}{load})"] = rows
         if run.get("skipped"):
             tables[f"{part}: skipped"] = list(run["skipped"].items())
@@ -453,6 +494,13 @@ def _growth_table(run: dict[str, Any]) -> tuple[str, list[tuple[str, ...]]]:
         rows.append((row["axis"], str(row["at"]), f"{row['sgd_ms']:.2f}", *ratios))
     base = ", ".join(f"{axis} {at}" for axis, at in run["base"].items())
     return f"growth of the ratio to SGD, else {base}", rows
+
+
+def _compile_table(run: dict[str, Any]) -> tuple[str, list[tuple[str, ...]]]:
+    rows = [("method", "ms per update", "compiled", "ratio")]
+    numbers = ("update_ms", "compiled_ms", "ratio")
+    rows += [(row["method"], *(f"{row[key]:.2f}" for key in numbers)) for row in run["rows"]]
+    return f"compile: torch.compile of the update on {CIFAR}", rows
 
 
 def _time_table(run: dict[str, Any]) -> tuple[str, list[tuple[str, ...]]]:

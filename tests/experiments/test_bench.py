@@ -12,7 +12,17 @@ import torch
 from sogrid import cli
 from sogrid.experiments import bench as module
 from sogrid.experiments import timing
-from sogrid.experiments.bench import bench, costs, flops, growth, latest, memory, report, time_to_loss
+from sogrid.experiments.bench import (
+    bench,
+    compiled,
+    costs,
+    flops,
+    growth,
+    latest,
+    memory,
+    report,
+    time_to_loss,
+)
 from sogrid.experiments.benchmarks import BATCH, BENCHMARKS, REFRESH_EVERY, Task
 from sogrid.experiments.muon import MuonAndAdam
 from sogrid.experiments.peers import PEERS
@@ -385,6 +395,29 @@ def test_the_books_curves_are_there():
     assert acp["sooner"] > 1
 
 
+# torch.compile
+
+
+def test_compiled_updates_race_with_their_plain_selves(small, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda update, dynamic: update)
+    found = compiled(rounds=2)
+    assert [row["method"] for row in found["rows"]] == list(module.COMPILED)
+    for row in found["rows"]:
+        assert row["ratio"] == row["compiled_ms"] / row["update_ms"] > 0
+    assert found["skipped"] == {}
+
+
+def test_what_cannot_be_compiled_is_skipped_with_the_reason(small, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", lambda update, dynamic: fail)
+    assert compiled(rounds=2) == {
+        "rows": [],
+        "skipped": dict.fromkeys(module.COMPILED, "RuntimeError: no compiler"),
+    }
+
+
 # The record
 
 
@@ -394,6 +427,7 @@ def test_parts_are_added_and_the_last_of_each_counts(
     leave_curves(tmp_path, "fig6_2_mnist_autoencoder", {(SGD, 0): (80, 0.5), ("acp", 0): (80, 1.0)})
     arguments = ["bench", "--rounds", "2", "--out", str(tmp_path), "--quiet"]
     monkeypatch.setattr(growth, "__kwdefaults__", {**growth.__kwdefaults__, "points": {"width": (3,)}})
+    monkeypatch.setattr(torch, "compile", lambda update, dynamic: update)
     assert cli.main(arguments) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -403,7 +437,13 @@ def test_parts_are_added_and_the_last_of_each_counts(
         assert run["provenance"]["machine"]["threads"] == torch.get_num_threads()
         assert run["rounds"] == 2
     assert content["settings"] == {"batch": BATCH, "refresh_every": REFRESH_EVERY}
-    for title in ("mnist_autoencoder: GEMM", "cifar10_classifier: GEMM", "growth of", "time to SGD's loss"):
+    for title in (
+        "mnist_autoencoder: GEMM",
+        "cifar10_classifier: GEMM",
+        "growth of",
+        "compile:",
+        "time to SGD's loss",
+    ):
         assert f"\n{title}" in f"\n{out}"
     assert re.search(r"acp_fixedalpha .* 1\.25 ", out)
     assert "no curves yet" in out

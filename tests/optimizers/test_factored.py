@@ -348,6 +348,20 @@ def test_a_compiled_model(method):
 
 
 @each(WITHOUT_CHAIN)
+def test_a_compiled_update(method):
+    """The equation alone is compiled; the other route is not."""
+
+    def loop(model, optimizer):
+        if optimizer.gradients == "factored":
+            optimizer.update = torch.compile(optimizer.update, backend="aot_eager")
+        wide_steps(model, optimizer)
+
+    with torch._dynamo.config.patch(recompile_limit=64):
+        assert_same_steps(method, wide, loop)
+    torch._dynamo.reset()
+
+
+@each(WITHOUT_CHAIN)
 def test_torch_func_sees_the_ordinary_layer(method):
     model = network()
     optimizer = method(model)
