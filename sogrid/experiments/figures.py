@@ -326,8 +326,8 @@ def _last_losses(runs: list[dict[str, Any]]) -> dict[float, list[float | None]]:
 
 
 def learning_rate_table(record: dict[str, Any]) -> str:
-    """Markdown table of a sweep: best loss of each method, and the decades of λ within 20 % of it."""
-    lines = ["| method | best loss | at λ | within 20 % of it | decades |", "|---|---|---|---|---|"]
+    """Markdown table of a sweep: best loss of each method, and the decades of λ within 20% of it."""
+    lines = ["| method | best loss | at λ | within 20% of it | decades |", "|---|---|---|---|---|"]
     for method in runs_by_method(record):
         good = good_learning_rates(record, method)
         lines.append(

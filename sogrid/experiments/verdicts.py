@@ -357,11 +357,11 @@ def _fisher_beats_gauss_newton(record: Record, longer: Record | None) -> tuple[s
     nat, gn = (_updates_to(record, m, 0.01, "train_error") for m in ("kfac_nat", "kfac"))
     if nat and gn:
         verdict = HOLDS if nat < 0.9 * gn else CAVEAT if nat < gn else FAILS
-        reached = f"1 % training error after {nat:,.0f} updates against {gn:,.0f}"
+        reached = f"1% training error after {nat:,.0f} updates against {gn:,.0f}"
     else:
         verdict = _judge(ends["kfac_nat"], ends["kfac"])
         reached = ", ".join(
-            f"{_name(m)} {f'gets to 1 % training error at {u:,.0f}' if u else 'never gets to 1 %'}"
+            f"{_name(m)} {f'gets to 1% training error at {u:,.0f}' if u else 'never gets to 1%'}"
             for m, u in (("kfac_nat", nat), ("kfac", gn))
         )
     return verdict, (

@@ -221,7 +221,7 @@ def test_fisher_and_gauss_newton_are_compared_where_they_reach_one_percent():
     assert "after 1,250 updates against 3,200" in found.numbers
     assert verdict(record, "recompute").verdict == "holds with a caveat"
     slower = curves("fig6_3_cifar10", {**ends, "kfac": FAR}, clock=clock)
-    assert "KFAC never gets to 1 %" in verdict(slower, "than with the Gauss-Newton").numbers
+    assert "KFAC never gets to 1%" in verdict(slower, "than with the Gauss-Newton").numbers
 
 
 def test_instability_is_a_rise_of_the_loss():
