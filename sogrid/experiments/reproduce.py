@@ -143,7 +143,12 @@ EXPERIMENTS: dict[str, Curves | Searches | Sweep] = {
         "fig4_1", SMALL, LANDSCAPE, ("grid", "random", "biased"), lambda profile: profile.searches
     ),
     "fig5_1_updated_backpropagation": Curves(
-        "fig5_1", AE, ("standard_sgd", "jaco_update", "jaco_update_hessian", "jaco_update_without")
+        "fig5_1",
+        AE,
+        (
+            *("standard_sgd", "jaco_update", "jaco_update_hessian", "jaco_update_without"),
+            "jaco_update_bounded",
+        ),
     ),
     "fig6_1_centering": Curves(
         "fig6_1", AE, ("standard_sgd", "mean_only_bn", "centered_gradient_descent", "acp_fixedalpha")
@@ -160,7 +165,7 @@ EXPERIMENTS: dict[str, Curves | Searches | Sweep] = {
             *("acp_fixedalpha", "nnn2", "kfac", "jaco_update"),
             *("acp_bounded", "nnn2_bounded", "kfac_bounded", "jaco_update_bounded"),
         ),
-        (0.01, 10.0),
+        (0.1, 100.0),
     ),
 }
 COMPARISONS = {"time_to_loss": Curves("fig6_2", AE, ("momentum", "adam", "muon"))}
