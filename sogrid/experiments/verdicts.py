@@ -265,8 +265,8 @@ def _gauss_newton_suffices(record: Record, longer: Record | None) -> tuple[str, 
         ]
         for variant in ("", "_hessian", "_without")
     )
-    worse = _judge(hessian, gn) == HOLDS
-    return FAILS if worse else CAVEAT if math.inf in gn or len(gn) < 2 else HOLDS, (
+    worse, useless = _judge(hessian, gn) == HOLDS, fmean(without) < fmean(gn)
+    return FAILS if worse else CAVEAT if useless or math.inf in gn or len(gn) < 2 else HOLDS, (
         f"same settings, after {last:,} updates: Gauss-Newton {_value(gn)}, Hessian {_value(hessian)}, no "
         f"second term {_value(without)}"
     )

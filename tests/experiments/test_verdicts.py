@@ -174,6 +174,8 @@ def test_variants_are_compared_where_they_end():
     found = verdict(record, "as well as the Hessian")
     assert found.verdict == "holds"
     assert "after 1,000 updates" in found.numbers
+    harm = curves("fig5_1_x", dict.fromkeys(ends, FAR) | {"jaco_update_without": CLEAR})
+    assert verdict(harm, "as well as the Hessian").verdict == "holds with a caveat"
     for run in record["runs"]:
         if run["method"] == "jaco_update_hessian":
             run["train"] = [v / 2 for v in run["train"]]
