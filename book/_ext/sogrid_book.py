@@ -4,6 +4,8 @@
   page runs on (the package, the stored results, the requirements): a change there re-runs the pages.
 * ``plotly.min.js`` and MathJax are copied from the installed wheels into the site, so that a built page
   needs no network and no large file is in git.
+* Where ``SOGRID_REPOSITORY`` names the book's home on GitHub, as when it is published, pages have launch
+  buttons for Binder and Colab.
 * Kernels see ``SOGRID_BOOK=1``: a figure or an explorer gives its static view.
 * A page's text stays hidden until its formulas are typeset, so that it does not move under the reader.
 * sphinx-thebe writes its script twice on every page, although the book does not use it: it is removed.
@@ -63,6 +65,15 @@ def set_cache(app: Sphinx, config: Config) -> None:
         shutil.rmtree(old)
 
 
+def set_launch_buttons(app: Sphinx, config: Config) -> None:
+    """Launch buttons that open a page's notebook where the book lives; none if it is not known."""
+    if repository := os.environ.get("SOGRID_REPOSITORY"):
+        options = config.html_theme_options
+        options |= {"repository_url": repository, "repository_branch": "main"}
+        services = {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com"}
+        options["launch_buttons"] = {**options.get("launch_buttons", {}), **services}
+
+
 def copy_vendor(app: Sphinx) -> None:
     """Copy plotly.js and MathJax to ``_static/vendor``, where they are new or have changed."""
     if app.builder.format != "html":
@@ -116,6 +127,7 @@ def setup(app: Sphinx) -> dict:
     app.add_js_file("js/sogrid-formulas.js", priority=850, loading_method="defer")
     app.add_js_file("js/sogrid-explorers.js", priority=900, loading_method="defer")
     app.connect("config-inited", set_cache)
+    app.connect("config-inited", set_launch_buttons)
     app.connect("builder-inited", copy_vendor)
     app.connect("html-page-context", remove_thebe, priority=900)
     app.connect("html-page-context", tidy_body)

@@ -1,6 +1,7 @@
 """What a build does when a page raises, and when something changes that pages run on: a book of one page."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,11 +33,13 @@ def write(book: Path, code: str) -> None:
     nbformat.write(nbformat.v4.new_notebook(cells=list(cells)), book / "book/page.ipynb")
 
 
-def build(book: Path) -> int:
+def build(book: Path, **variables: str) -> int:
     """As `make book` does it."""
     command = [Path(sys.executable).with_name("jupyter-book"), "build", ".", "-W", "-n", "--keep-going"]
-    environment = {k: v for k, v in os.environ.items() if k != "SOGRID_BOOK"}
-    return subprocess.run(command, cwd=book, env=environment, capture_output=True, check=False).returncode
+    environment = {k: v for k, v in os.environ.items() if k not in ("SOGRID_BOOK", "SOGRID_REPOSITORY")}
+    return subprocess.run(
+        command, cwd=book, env=environment | variables, capture_output=True, check=False
+    ).returncode
 
 
 def test_a_page_runs_again_when_what_it_runs_on_has_changed(book):
@@ -55,3 +58,18 @@ def test_a_page_that_raises_fails_every_build(book):
     assert build(book)
     write(book, "1 / 1")
     assert build(book) == 0
+
+
+def test_a_published_page_opens_in_binder_and_colab(book):
+    write(book, "1")
+    assert build(book) == 0
+    page = book / "_build/html/book/page.html"
+    services = "mybinder.org", "colab.research.google.com"
+    assert not any(service in page.read_text() for service in services)
+    assert build(book, SOGRID_REPOSITORY="https://github.com/someone/sogrid") == 0
+    links = re.findall(r'href="(https://[^"]+)"', page.read_text())
+    wanted = (
+        "https://mybinder.org/v2/gh/someone/sogrid/main?urlpath=lab/tree/book/page.ipynb",
+        "https://colab.research.google.com/github/someone/sogrid/blob/main/book/page.ipynb",
+    )
+    assert set(wanted) <= set(links)
