@@ -381,7 +381,7 @@ def search_scatter(record: dict[str, Any], seed: int = 0) -> go.Figure:
             traces.append(trace.update(xaxis=f"x{number}", yaxis="y", showlegend=False))
         low, high = (math.log10(v) for v in run["domain"]["lr"])
         margin = 0.04 * (high - low)
-        axis = {"title": f"learning rate<br>{SAMPLERS[sampler]}", "type": "log", "dtick": 2, "tick0": low}
+        axis = {"title": f"learning rate<br>{SAMPLERS[sampler]}", "type": "log", "dtick": 2, "tick0": low + 1}
         span = {"domain": [left, left + width], "range": [low - margin, high + margin]}
         layout[f"xaxis{number}"] = {**axis, **span, "anchor": "y", "tickangle": 0}
     best = ", ".join(f"{SAMPLERS[s]} {min(best_so_far(run)):.3g}" for s, run in runs.items())

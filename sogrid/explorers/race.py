@@ -152,7 +152,7 @@ def race(record: dict[str, Any], figure_key: str | None = None) -> Explorer:
 
 def _price(share: float, cost: dict[str, float], priced: list[str]) -> str:
     """A cost of KFAC's update in words: of what it was, and of SGD's."""
-    words = f"{100 * share:.0f} %"
+    words = f"{100 * share:.0f}%"
     if not priced or "standard_sgd" not in cost:
         return words
     return f"{words}, {short(share * cost[priced[0]] / cost['standard_sgd'])} × SGD"

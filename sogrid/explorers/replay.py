@@ -112,7 +112,7 @@ def search_replay(record: dict[str, Any], searches: int = 3) -> Explorer:
         "zmax": 100,
         "colorscale": [[0, "rgba(23, 84, 251, 0)"], [1, "rgba(23, 84, 251, 0.5)"]],
         "showscale": False,
-        "hovertemplate": "kept with probability %{z} %<extra></extra>",
+        "hovertemplate": "kept with probability %{z}%<extra></extra>",
         "xaxis": "x2",
         "yaxis": "y",
     }
@@ -179,7 +179,7 @@ def search_replay(record: dict[str, Any], searches: int = 3) -> Explorer:
         },
         text=say(
             f"Trial {{trial}} of {count}: biased random search proposed λ {{lr}}, s {{scale}}, where it "
-            "keeps {kept}\u00a0% of proposals; loss {loss}. Best so far {best}, {beside} {other}.",
+            "keeps {kept}% of proposals; loss {loss}. Best so far {best}, {beside} {other}.",
             trial=Short(shown),
             lr=here("lr"),
             scale=here("scale"),
