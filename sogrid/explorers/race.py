@@ -214,7 +214,7 @@ def _verdict(
     if not priced or not rivals:
         return []
     never = " KFAC does not lead here at any cost."
-    cheap = " KFAC leads here below {}\u00a0% of what its update costs."
+    cheap = " KFAC leads here below {}% of what its update costs."
     sentences = []
     for i in range(len(means[priced[0]])):
         others = [(at[m][1, 0], means[m][i]) for m in rivals]
