@@ -361,9 +361,13 @@ def _fisher_beats_gauss_newton(record: Record, longer: Record | None) -> tuple[s
     else:
         verdict = _judge(ends["kfac_nat"], ends["kfac"])
         reached = ", ".join(
-            f"{_name(m)} {f'gets to 1% training error at {u:,.0f}' if u else 'never gets to 1%'}"
+            f"{_name(m)} {f'gets to 1% training error at {u:,.0f}' if u else 'does not get to 1%'}"
             for m, u in (("kfac_nat", nat), ("kfac", gn))
         )
+    if longer:
+        late = (_updates_to(longer, m, 0.01, "train_error") for m in ("kfac_nat", "kfac"))
+        late = " and ".join("not" if u is None else f"at {u:,.0f}" for u in late)
+        reached += f", in the longer runs {late} of {_last(longer):,}"
     return verdict, (
         f"{reached} (thesis: 8,800 against 34,000); cross-entropy {_value(ends['kfac_nat'])} against "
         f"{_value(ends['kfac'])} after {_last(record):,} updates"
@@ -388,13 +392,15 @@ def _heuristic_is_unstable(record: Record, longer: Record | None) -> tuple[str, 
             ratios += [after / before for before, after in pairwise(late)]
         return max(ratios)
 
-    ends = [run["update"][-1] for run in runs_by_method(record)["acp"] if run["status"] != "finished"]
+    runs = [run for each in (record, longer or {"runs": []}) for run in runs_by_method(each).get("acp", [])]
+    ends = [run["update"][-1] for run in runs if run["status"] != "finished"]
     lost = [u for u in ends if u >= _last(record) / 20]  # before that, gradients are not small
     heuristic, fixed = rise("acp"), rise("acp_fixedalpha")
     early = f", and at the very start {len(ends) - len(lost)}" * (len(ends) > len(lost))
+    late = f" of {len(runs)} (at update {', '.join(f'{u:,}' for u in lost)})" if lost else f" of {len(runs)}"
     return HOLDS if lost or heuristic > 1.5 * fixed else FAILS, (
         f"the largest rise of the training loss from one evaluation to the next is {heuristic:.2g}-fold, "
-        f"with a fixed α {fixed:.2g}-fold; runs that diverged: {len(lost)}{early}"
+        f"with a fixed α {fixed:.2g}-fold; runs that diverged: {len(lost)}{late}{early}"
     )
 
 
