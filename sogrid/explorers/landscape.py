@@ -231,7 +231,7 @@ def _picture(
         },
         "text": say(
             f"Best loss {{best}} with λ {{lr}}, s {{scale}}; {{good}} of {len(lr) * len(scale)} are within "
-            "20\u00a0% of it, {diverged} diverged.{no_damping}",
+            "20% of it, {diverged} diverged.{no_damping}",
             best=Short(seen["best"]),
             lr=Short(At(np.array(lr), seen["across"])),
             scale=Short(At(np.array(scale), seen["up"])),
