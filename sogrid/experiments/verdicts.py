@@ -397,10 +397,10 @@ def _heuristic_is_unstable(record: Record, longer: Record | None) -> tuple[str, 
     lost = [u for u in ends if u >= _last(record) / 20]  # before that, gradients are not small
     heuristic, fixed = rise("acp"), rise("acp_fixedalpha")
     early = f", and at the very start {len(ends) - len(lost)}" * (len(ends) > len(lost))
-    late = f" of {len(runs)} (at update {', '.join(f'{u:,}' for u in lost)})" if lost else f" of {len(runs)}"
+    when = f" (at update {', '.join(f'{u:,}' for u in lost)})" * bool(lost)
     return HOLDS if lost or heuristic > 1.5 * fixed else FAILS, (
         f"the largest rise of the training loss from one evaluation to the next is {heuristic:.2g}-fold, "
-        f"with a fixed α {fixed:.2g}-fold; runs that diverged: {len(lost)}{late}{early}"
+        f"with a fixed α {fixed:.2g}-fold; runs that diverged: {len(lost)} of {len(runs)}{when}{early}"
     )
 
 
