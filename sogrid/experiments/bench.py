@@ -52,7 +52,15 @@ from torch.utils.flop_counter import flop_registry
 from sogrid.experiments.benchmarks import BATCH, BENCHMARKS, REFRESH_EVERY, Task
 from sogrid.experiments.peers import PEERS
 from sogrid.experiments.records import RESULTS, Record, RecordError, provenance
-from sogrid.experiments.reproduce import AE, CIFAR, COMPARISONS, EXPERIMENTS, Curves, record_path
+from sogrid.experiments.reproduce import (
+    AE,
+    CIFAR,
+    COMPARISONS,
+    EXPERIMENTS,
+    Curves,
+    record_path,
+    tuned_methods,
+)
 from sogrid.experiments.timing import ROUNDS, SETTINGS, Contestant, contestant, minibatch, race
 from sogrid.losses import Quadratic
 from sogrid.networks import MLP
@@ -347,10 +355,10 @@ def time_to_loss(
         (``None`` where it never gets there), ``seconds`` and ``sooner``, the ratio of SGD's seconds, of their
         mean if all get there; ``"missing"``: methods without curves; ``"settings"`` of the records.
     """
-    methods, runs, settings = [], {}, {}
+    methods = [method for method in tuned_methods()[AE] if method in update_ms]  # variants end sooner
+    runs, settings = {}, {}
     for name, plan in (EXPERIMENTS | COMPARISONS).items():
         if isinstance(plan, Curves) and plan.benchmark == AE:
-            methods += [method for method in plan.methods if method in update_ms and method not in methods]
             places = (record_path(folder, name, profile) for folder in (out, RESULTS))
             if (path := next((place for place in places if place.exists()), None)) is not None:
                 content = Record.read(path)
