@@ -20,17 +20,19 @@ SITE_BYTES = 25_000_000
 
 
 class Contents(HTMLParser):
-    """What a page can be linked by (``anchors``), what it links, and its images' alternative texts."""
+    """What a page can be linked by (``anchors``), what it links, its images' alternative texts, its icons."""
 
     def __init__(self, text: str):
         super().__init__()
-        self.anchors, self.links, self.images = set(), set(), []
+        self.anchors, self.links, self.images, self.icons = set(), set(), [], set()
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         attributes = dict(attrs)
         self.anchors |= {attributes[key] for key in ("id", "name") if attributes.get(key)}
         self.links |= {attributes[key] for key in ("href", "src") if attributes.get(key)}
+        if tag == "link" and "icon" in (attributes.get("rel") or "").split():
+            self.icons.add(attributes["href"])
         if tag == "img":
             self.images.append((attributes.get("src", ""), attributes.get("alt") or ""))
 
@@ -53,6 +55,13 @@ def test_links_inside_the_site_lead_somewhere(page):
         if not target.is_file() or (anchor and anchor not in contents(target).anchors):
             lost.append(link)
     assert not lost
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_names_its_icon(page):
+    """A browser asks the server's root for one otherwise, in vain."""
+    (icon,) = contents(HTML / page).icons
+    assert (HTML / page).parent.joinpath(icon).is_file()
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -62,8 +62,6 @@ def trouble(messages, root):
         elif method == "Network.loadingFailed" and not params.get("canceled"):
             found.append(f"{params['errorText']}: {urls.get(params['requestId'], '?')[:200]}")
         elif method == "Network.responseReceived" and params["response"]["status"] >= 400:
-            if params["response"]["url"] == f"{root}/favicon.ico":
-                continue  # the browser's own idea, on jupyter-book's redirect page, which names no icon
             found.append(f"{params['response']['status']}: {params['response']['url'][:200]}")
     return found
 
