@@ -8,8 +8,8 @@ cheaper is decided here.
 
 On an accelerator the Tikhonov forms read nothing back to the host: a factorisation that fails there
 yields NaN, which no loss survives unseen. On the CPU, where looking is free, a failure is retried in
-float64 and then raised; :func:`failures_are_nan` has it NaN there too. The inverse square root and
-conjugate gradient, which no optimizer's step uses, do make the host wait.
+float64 and then raised; :func:`failures_are_nan` has it NaN there too. What decomposes into eigenvectors
+(:func:`truncated`, the inverse square root) and conjugate gradient do make the host wait.
 
 A hyperparameter is a number, or a tensor ``[...]`` with one for each leading dimension, as in a grid of
 configurations; :func:`matrixwise` and :func:`vectorwise` shape it for what it multiplies.
@@ -42,6 +42,7 @@ __all__ = [
     "shift_diagonal",
     "tikhonov_inverse",
     "tikhonov_solve",
+    "truncated",
     "vectorwise",
 ]
 
@@ -230,6 +231,32 @@ def add_outer(matrix: Tensor | Gram, vector: Tensor, weight: float | Tensor = 1.
         row = (vectorwise(abs(weight) ** 0.5) * vector).unsqueeze(-2)
         return Gram(torch.cat([matrix.rows.expand(*row.shape[:-2], -1, -1), row], -2))
     return matrix + matrixwise(weight) * (vector.unsqueeze(-1) * vector.unsqueeze(-2))
+
+
+def truncated(matrix: Tensor | Gram, rank: int, name: str = "matrix") -> Tensor | Gram:
+    """The nearest positive semi-definite matrix of that rank, by its rows (Eckart & Young 1936).
+
+    It keeps the directions of the largest eigenvalues, which are what a damped inverse differs from I/δ in:
+    with P and P_k the inverses of all and of this, ‖P_k − P‖ = σ/(δ(σ + δ)) for the first σ left out.
+
+    Args:
+        matrix: ``[..., m, m]``, positive semi-definite. Of one known by its rows, their small product is
+            decomposed.
+        rank: Of a rank that cannot be higher, the matrix is returned as it is.
+        name: Named in the error.
+
+    Raises:
+        FactorizationError: On the CPU, if the matrix is not finite.
+    """
+    known = isinstance(matrix, Gram)
+    square = matrix.rows @ matrix.rows.mT if known else matrix
+    if rank >= square.shape[-1]:
+        return matrix
+    if square.device.type == "cpu":
+        _require_finite(square, name)
+    values, vectors = torch.linalg.eigh(square)
+    values, top = values[..., -rank:], vectors[..., -rank:].mT
+    return Gram(top @ matrix.rows if known else top * values.clamp(min=0).sqrt().unsqueeze(-1))
 
 
 def mean_eigenvalue(matrix: Tensor | Gram) -> Tensor:

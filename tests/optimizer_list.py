@@ -71,6 +71,7 @@ OPTIMIZERS = [
     Method("acp, heuristic", ACP, {"lr": 0.1, "damping": 0.5, "output_curvature": "heuristic"}),
     Method("acp, exact Tikhonov", ACP, {"lr": 0.1, "damping": 0.5, "tikhonov": "exact"}),
     Method("acp, averaging", ACP, {"lr": 0.1, "damping": 0.5, "averaging": 0.6, "refresh_every": 2}),
+    Method("acp, rank 2", ACP, {"lr": 0.1, "damping": 0.5, "rank": 2, "averaging": 0.6}),
     Method("kfac, exact fisher", KFAC, {"lr": 0.1, "curvature": "fisher_exact"}),
     Method("kfac, sampled fisher", KFAC, {"lr": 0.1, "curvature": "fisher_sampled", "refresh_every": 2}),
     Method("kfac, gauss-newton", KFAC, {"lr": 0.1, "curvature": "gauss_newton_probabilities"}),

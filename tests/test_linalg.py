@@ -22,6 +22,7 @@ from sogrid.linalg import (
     shift_diagonal,
     tikhonov_inverse,
     tikhonov_solve,
+    truncated,
 )
 
 RTOL = 1e-12  # of the norm, float64 rounding times a condition number of at most 1e3
@@ -158,6 +159,35 @@ def test_a_thin_inverse_multiplies_as_the_matrix_does(draw, shape, damping):
     assert relative_error(x.mT @ thin, x.mT @ expected) < RTOL
     assert torch.equal(gram.rows, rows)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("damping", [1e-2, 1.0])
+@pytest.mark.parametrize("shape", [(3, 20), (2, 3, 4, 9)], ids=str)
+def test_the_inverse_of_a_cut_matrix_errs_by_the_first_direction_left_out(draw, shape, damping):
+    """‖P_k − P‖ = σ/(δ(σ + δ)), the least that any matrix of that rank allows."""
+    gram = Gram(draw(*shape))
+    values = torch.linalg.eigvalsh(gram.dense()).flip(-1)
+    whole = torch.linalg.inv(shift_diagonal(gram.dense(), damping))
+    for rank in range(1, shape[-2]):
+        for matrix in (gram, gram.dense()):
+            cut = truncated(matrix, rank)
+            assert cut.rows.shape[-2] == rank
+            error = torch.linalg.matrix_norm(tikhonov_inverse(cut, damping).dense() - whole, 2)
+            first = values[..., rank]
+            assert relative_error(error, first / (damping * (first + damping))) < 1e-9
+
+
+def test_what_has_no_higher_rank_is_left_as_it_is(draw):
+    gram = Gram(draw(3, 7))
+    assert truncated(gram, 3) is gram
+    square = draw(4, 4)
+    assert truncated(square, 4) is square
+
+
+def test_a_matrix_that_is_not_finite_is_not_cut():
+    for matrix in (Gram(torch.full((3, 5), torch.nan)), torch.full((5, 5), torch.inf)):
+        with pytest.raises(FactorizationError, match="layer 'a': the matrix to factorise"):
+            truncated(matrix, 2, "layer 'a'")
 
 
 def test_thin_inverses_broadcast_over_leading_dimensions(draw):

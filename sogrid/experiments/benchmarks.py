@@ -189,7 +189,7 @@ def _ubp(curvature, **options):
     return lambda model, loss, s: UpdatedBackprop(model, **s, loss=loss, **fixed)
 
 
-BOUND = {"max_change": 0.1}
+BOUND, LOW_RANK = {"max_change": 0.1}, {"rank": 100}
 DAMPED = ("lr", "damping")
 METHODS = {
     "standard_sgd": Method(_sgd),
@@ -210,6 +210,9 @@ METHODS = {
     "nnn2_bounded": Method(_nnn(**BOUND), None, DAMPED, "nnn2"),
     "kfac_bounded": Method(_kfac(**BOUND), None, DAMPED, "kfac"),
     "jaco_update_bounded": Method(_ubp("gauss_newton", **BOUND), tuned_as="jaco_update"),
+    "acp_low_rank": Method(_acp(1.0, **LOW_RANK), None, DAMPED, "acp_fixedalpha"),
+    "nnn2_low_rank": Method(_nnn(**LOW_RANK), None, DAMPED, "nnn2"),
+    "kfac_low_rank": Method(_kfac(**LOW_RANK), None, DAMPED, "kfac"),
     "momentum": Method(_momentum),
     "adam": Method(_adaptive(torch.optim.Adam)),
     "muon": Method(_adaptive(MuonAndAdam)),
@@ -218,6 +221,7 @@ METHODS = {
 
 A fixed α of ACP is 1: with (λ, ε) free it is redundant, since only λ/α and ε/α matter. Variants are
 ours: of updated backpropagation with the true Hessian in the place of Gauss-Newton, and with no second
-term; of all second-order methods with a bound on a step (ACP then with the bias term of eq. 6.2.5).
+term; of all second-order methods with a bound on a step (ACP then with the bias term of eq. 6.2.5); of the
+amortised ones with statistics of rank 100, half that of their minibatches.
 All are searched over the same domain; Adam's and Muon's ``lr`` is 100 times what torch calls so.
 """

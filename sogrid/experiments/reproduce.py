@@ -168,8 +168,11 @@ EXPERIMENTS: dict[str, Curves | Searches | Sweep] = {
         (0.1, 100.0),
     ),
 }
-COMPARISONS = {"time_to_loss": Curves("fig6_2", AE, ("momentum", "adam", "muon"))}
-"""Learning curves that no figure of the thesis has; ``python -m sogrid bench`` reads them."""
+COMPARISONS = {
+    "time_to_loss": Curves("fig6_2", AE, ("momentum", "adam", "muon")),
+    "low_rank": Curves("fig6_3", CIFAR, ("acp_low_rank", "nnn2_low_rank", "kfac_low_rank")),
+}
+"""Learning curves that no figure of the thesis has, for ``python -m sogrid bench`` and the page on costs."""
 
 
 def record_path(out: str | Path, experiment: str, profile: str) -> Path:

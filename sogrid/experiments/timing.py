@@ -65,12 +65,15 @@ class Contestant:
 
 
 def contestant(task: Task, method: str, device: str = "cpu") -> Contestant:
-    """A method of ours or torch's; ``"acp matrix"`` is ``"acp"`` with ``gradients="matrix"``."""
-    name, _, gradients = method.partition(" ")
+    """A method of ours or torch's; see :func:`step_times`."""
+    name, *options = method.split(" ")
     settings = {key: SETTINGS[key] for key in (*METHODS[name].settings, "scale")}
     model, optimizer = METHODS[name].build(task, settings, torch.Generator().manual_seed(0), device)
-    if gradients:
-        optimizer.gradients = gradients
+    if options == ["matrix"]:
+        optimizer.gradients = "matrix"
+    elif options:
+        for group in optimizer.param_groups:
+            group["rank"] = int(options[1])
     return Contestant(model, optimizer, task.loss)
 
 
@@ -95,7 +98,7 @@ def step_times(
     Args:
         benchmark: Key of :data:`~sogrid.experiments.benchmarks.BENCHMARKS`.
         methods: Keys of :data:`~sogrid.experiments.benchmarks.METHODS`; ``"acp matrix"`` is ``"acp"``
-            with ``gradients="matrix"``.
+            with ``gradients="matrix"``, ``"acp rank 100"`` with that ``rank``.
         rounds: Each times one update, and one refresh, of every method.
         device: Where.
         progress: Show a bar.

@@ -151,6 +151,8 @@ class KFAC(Layerwise):
         params: What to train, as in torch; default all trainable parameters.
         gradients: ``"matrix"`` or ``"factored"``; see :class:`~sogrid.optimizers.layerwise.Layerwise`.
         max_change: κ, a bound on the change of pre-activations; see there.
+        rank: Keep so many leading directions of each matrix of the statistics; ``None``: all, exact. See
+            there.
 
     Raises:
         TypeError: If ``loss`` is not a :class:`~sogrid.losses.Loss`.
@@ -179,6 +181,7 @@ class KFAC(Layerwise):
         params=None,
         gradients: str = "matrix",
         max_change: float | Tensor | None = None,
+        rank: int | None = None,
     ) -> None:
         """See the class."""
         self._require_loss(loss)
@@ -204,6 +207,7 @@ class KFAC(Layerwise):
             params=params,
             gradients=gradients,
             max_change=max_change,
+            rank=rank,
         )
 
     def check_hyperparameters(self, group):  # noqa: D102

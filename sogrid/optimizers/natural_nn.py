@@ -92,6 +92,8 @@ class NaturalNN(Layerwise):
         params: What to train, as in torch; default all trainable parameters.
         gradients: ``"matrix"`` or ``"factored"``; see :class:`~sogrid.optimizers.layerwise.Layerwise`.
         max_change: κ, a bound on the change of pre-activations; see there.
+        rank: Keep so many leading directions of each matrix of the statistics; ``None``: all, exact. See
+            there.
 
     Raises:
         ValueError: As in :class:`~sogrid.optimizers.layerwise.Layerwise`.
@@ -112,6 +114,7 @@ class NaturalNN(Layerwise):
         params=None,
         gradients: str = "matrix",
         max_change: float | Tensor | None = None,
+        rank: int | None = None,
     ) -> None:
         """See the class."""
         super().__init__(
@@ -125,6 +128,7 @@ class NaturalNN(Layerwise):
             params=params,
             gradients=gradients,
             max_change=max_change,
+            rank=rank,
         )
 
     def check_hyperparameters(self, group):  # noqa: D102

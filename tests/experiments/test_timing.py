@@ -93,6 +93,20 @@ def test_both_routes_of_a_method_can_be_timed(small, monkeypatch, method):
     assert gradients == {"matrix": False, "factored": True}
 
 
+@pytest.mark.parametrize("method", ["acp", "nnn2_bounded", "kfac"])
+def test_a_method_can_be_timed_at_another_rank(small, monkeypatch, method):
+    ranks, inner = [], timing._update
+
+    def watched(model, optimizer, *rest):
+        inner(model, optimizer, *rest)
+        state = optimizer.state[model[0].weight]
+        ranks.append(len(state.get("inverse", state.get("a_inverse"))))
+
+    monkeypatch.setattr(timing, "_update", watched)
+    step_times("mnist_autoencoder", [f"{method} rank 2"], rounds=2)
+    assert set(ranks) == {2}
+
+
 def test_a_share_of_the_refresh_is_in_the_update(hands):
     """One backward pass for each update; a refresh, of ten seconds, every hundred updates."""
     sgd, acp = step_times(NAME, [SGD, REFRESHED], rounds=4)

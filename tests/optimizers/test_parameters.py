@@ -524,6 +524,8 @@ def test_bad_dampings_are_refused_by_name(method, value):
         (ACP, {"output_curvature": True}, r"output_curvature \(α\) must be a number"),
         (ACP, {"output_curvature": "guess"}, r"output_curvature \(α\) must be a number or 'heuristic'"),
         (ACP, {"curvature_floor": 0.0}, "curvature_floor must be positive"),
+        (ACP, {"rank": 0}, "rank must be a positive integer"),
+        (KFAC, {"loss": LOSS, "rank": 2.0}, "rank must be a positive integer"),
         (ACP, {"tikhonov": "other"}, "tikhonov must be 'printed' or 'exact'"),
         (ACP, {"averaging": 1.0}, r"averaging \(ρ\) must be zero or more and below 1"),
         (ACP, {"averaging": -0.1}, r"averaging \(ρ\) must be zero or more"),

@@ -128,6 +128,12 @@ METHODS = {
 every_method = pytest.mark.parametrize(("kind", "reference", "options"), METHODS.values(), ids=METHODS)
 
 
+def cut(matrix, rank):
+    """The nearest matrix of that rank, from a singular value decomposition."""
+    u, s, vt = torch.linalg.svd(matrix)
+    return u[:, :rank] * s[:rank] @ vt[:rank]
+
+
 # --- the tests -------------------------------------------------------------------------------------
 
 
@@ -236,6 +242,39 @@ def test_without_damping_the_error_names_one_that_gives_a_thin_inverse(kind, opt
     train(model, optimizer, [1])
     assert "0 thin" in repr(optimizer)
     assert all(bool(torch.isfinite(p).all()) for p in parameters(model))
+
+
+RANKED = {name: METHODS[name] for name in ("acp", "acp, heuristic", "nnn", "kfac, empirical", "kfac, no π")}
+
+
+@pytest.mark.parametrize(("kind", "reference", "options"), RANKED.values(), ids=RANKED)
+@pytest.mark.parametrize("averaging", [0.0, 1e-15], ids=["of rows", "of a matrix"])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_a_step_of_low_rank_is_that_of_the_matrices_cut(
+    monkeypatch, kind, reference, options, averaging, rank
+):
+    model, twin, options = network(), network(), {"damping": 0.05, **options}
+    optimizer = kind(model, LR, rank=rank, averaging=averaging, **options)
+    train(model, optimizer, [1])
+    assert "dense" not in repr(optimizer) or WIDTHS[-1] <= rank
+    whole = moment
+    monkeypatch.setitem(globals(), "moment", lambda rows: cut(whole(rows), rank))
+    start, seen = parameters(twin), per_example(twin, *batch(1))
+    with torch.no_grad():
+        for layer, pair in zip(linear_layers(twin), seen, strict=True):
+            dw, db = reference(pair, pair, True, **options)
+            layer.weight += dw
+            layer.bias += db
+    for found, expected, begin in zip(parameters(model), parameters(twin), start, strict=True):
+        assert references.relative_error(found - begin, expected - begin) < ROUNDING
+
+
+@pytest.mark.parametrize(("kind", "reference", "options"), RANKED.values(), ids=RANKED)
+def test_a_rank_that_cuts_nothing_changes_no_bit(kind, reference, options):
+    model, twin = network(), network()
+    train(model, kind(model, LR, rank=N, **options), [1, 2])
+    train(twin, kind(twin, LR, **options), [1, 2])
+    assert_same(parameters(model), parameters(twin))
 
 
 def test_gradients_are_not_written_to():
