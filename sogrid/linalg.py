@@ -233,32 +233,6 @@ def add_outer(matrix: Tensor | Gram, vector: Tensor, weight: float | Tensor = 1.
     return matrix + matrixwise(weight) * (vector.unsqueeze(-1) * vector.unsqueeze(-2))
 
 
-def truncated(matrix: Tensor | Gram, rank: int, name: str = "matrix") -> Tensor | Gram:
-    """The nearest positive semi-definite matrix of that rank, by its rows (Eckart & Young 1936).
-
-    It keeps the directions of the largest eigenvalues, which are what a damped inverse differs from I/δ in:
-    with P and P_k the inverses of all and of this, ‖P_k − P‖ = σ/(δ(σ + δ)) for the first σ left out.
-
-    Args:
-        matrix: ``[..., m, m]``, positive semi-definite. Of one known by its rows, their small product is
-            decomposed.
-        rank: Of a rank that cannot be higher, the matrix is returned as it is.
-        name: Named in the error.
-
-    Raises:
-        FactorizationError: On the CPU, if the matrix is not finite.
-    """
-    known = isinstance(matrix, Gram)
-    square = matrix.rows @ matrix.rows.mT if known else matrix
-    if rank >= square.shape[-1]:
-        return matrix
-    if square.device.type == "cpu":
-        _require_finite(square, name)
-    values, vectors = torch.linalg.eigh(square)
-    values, top = values[..., -rank:], vectors[..., -rank:].mT
-    return Gram(top @ matrix.rows if known else top * values.clamp(min=0).sqrt().unsqueeze(-1))
-
-
 def mean_eigenvalue(matrix: Tensor | Gram) -> Tensor:
     """Trace over m, ``[...]``."""
     if isinstance(matrix, Gram):
@@ -369,8 +343,37 @@ def _indefinite(
     return FactorizationError(message, needed)
 
 
+def truncated(matrix: Tensor | Gram, rank: int, name: str = "matrix") -> Tensor | Gram:
+    """The nearest positive semi-definite matrix of that rank at most, by its rows (Eckart & Young 1936).
+
+    It keeps the directions of the largest eigenvalues, which are what a damped inverse differs from I/δ in:
+    with P and P_k the inverses of all and of this, ‖P_k − P‖₂ = σ/(δ(σ + δ)) for the first σ left out.
+
+    Args:
+        matrix: ``[..., m, m]``, positive semi-definite. Of one known by its rows, their small product is
+            decomposed.
+        rank: k. A matrix that would not become cheaper to multiply by is returned as it is: one of k rows or
+            fewer, or a formed one that is not wider than 2k.
+        name: Named in the error.
+
+    Raises:
+        FactorizationError: On the CPU, if the matrix is not finite (NaN elsewhere; see the module docstring).
+    """
+    known = isinstance(matrix, Gram)
+    square = matrix.rows @ matrix.rows.mT if known else matrix
+    if square.shape[-1] <= (rank if known else 2 * rank):
+        return matrix
+    if square.device.type == "cpu" and not _failures_are_nan.get():
+        _require_finite(square, name)
+    sound = torch.isfinite(square).flatten(-2).all(-1)[..., None, None]
+    values, vectors = torch.linalg.eigh(torch.where(sound, square, 0))
+    values, top = values[..., -rank:], vectors[..., -rank:].mT
+    rows = top @ matrix.rows if known else top * values.clamp(min=0).sqrt().unsqueeze(-1)
+    return Gram(torch.where(sound, rows, torch.nan))
+
+
 def tikhonov_inverse(
-    matrix: Tensor | Gram, damping: float | Tensor, name: str = "matrix"
+    matrix: Tensor | Gram, damping: float | Tensor, name: str = "matrix", rank: int | None = None
 ) -> Tensor | ThinInverse:
     """(matrix + damping · I)⁻¹ of a positive semi-definite matrix (Thesis §3.1.3).
 
@@ -379,6 +382,7 @@ def tikhonov_inverse(
             lost in its rounding: a failure, at which on the CPU it is formed and inverted like any other.
         damping: ε ≥ 0, a number or a tensor ``[...]``: one for all, or one for each leading dimension.
         name: Named in the error, usually the layer.
+        rank: Of the matrix only so many directions count; see :func:`truncated`. ``None``: all.
 
     Raises:
         FactorizationError: On the CPU, if the damped matrix is not positive definite even in float64;
@@ -388,6 +392,8 @@ def tikhonov_inverse(
         >>> tikhonov_inverse(torch.tensor([[1.0]]), 3.0).tolist()
         [[0.25]]
     """
+    if rank is not None:
+        matrix = truncated(matrix, rank, name)
     if isinstance(matrix, Gram):
         return _thin_inverse(matrix, damping, name)
     return _by_cholesky(torch.cholesky_inverse, matrix, damping, name)

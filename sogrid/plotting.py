@@ -60,7 +60,7 @@ METHODS = {
     "acp_bounded": ("ACP, bounded", "orange", "dot"),
     "kfac_bounded": ("KFAC, bounded", "blue", "dot"),
     "nnn2_bounded": ("NNN, bounded", "green", "dot"),
-    "acp_low_rank": ("ACP, rank 100", "orange", "longdash"),
+    "acp_low_rank": ("ACP, fixed α, rank 100", "orange", "longdash"),
     "kfac_low_rank": ("KFAC, rank 100", "blue", "longdash"),
     "nnn2_low_rank": ("NNN, rank 100", "green", "longdash"),
     "jaco_update_bounded": ("updated backpropagation, bounded", "pink", "dashdot"),

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sogrid.linalg import Gram, truncated
+from sogrid.linalg import Gram
 
 __all__ = [
     "Statistics",
@@ -93,13 +93,6 @@ class Statistics(NamedTuple):
     def dense(self) -> Statistics:
         """The same with every matrix formed, as blending needs."""
         return Statistics(*(part.dense() if isinstance(part, Gram) else part for part in self))
-
-    def truncated(self, rank: int, name: str = "matrix") -> Statistics:
-        """The same with every matrix of that rank at most; see :func:`sogrid.linalg.truncated`."""
-        output = self.output
-        if isinstance(output, Gram) or (output is not None and output.dim() > 1):
-            output = truncated(output, rank, name)
-        return Statistics(self.mean, truncated(self.covariance, rank, name), output)
 
     def blend(self, newer: Statistics, decay: float) -> Statistics:
         """Exponential average: weight ``decay`` on self, ``1 − decay`` on ``newer``.

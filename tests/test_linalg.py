@@ -17,6 +17,7 @@ from sogrid.linalg import (
     add_outer,
     add_to,
     conjugate_gradient,
+    failures_are_nan,
     inverse_square_root,
     mean_eigenvalue,
     shift_diagonal,
@@ -177,11 +178,27 @@ def test_the_inverse_of_a_cut_matrix_errs_by_the_first_direction_left_out(draw, 
             assert relative_error(error, first / (damping * (first + damping))) < 1e-9
 
 
-def test_what_has_no_higher_rank_is_left_as_it_is(draw):
-    gram = Gram(draw(3, 7))
-    assert truncated(gram, 3) is gram
-    square = draw(4, 4)
-    assert truncated(square, 4) is square
+def test_a_cut_never_makes_a_product_dearer(draw):
+    """Where it would, the matrix is left as it is."""
+    whole = [Gram(draw(5, 9)), *(Gram(draw(9, m)).dense() for m in (4, 5, 9))]
+    for matrix, rank in ((matrix, rank) for matrix in whole for rank in range(1, 10)):
+        x, flops = draw(3, (matrix.rows if isinstance(matrix, Gram) else matrix).shape[-1]), []
+        for inverse in (tikhonov_inverse(matrix, 0.1), tikhonov_inverse(matrix, 0.1, rank=rank)):
+            with FlopCounterMode(display=False) as counter:
+                x @ inverse
+            flops.append(counter.get_total_flops())
+        assert flops[1] <= flops[0]
+        assert (flops[1] < flops[0]) == (truncated(matrix, rank) is not matrix)
+
+
+def test_of_a_stack_only_what_is_not_finite_is_lost(draw):
+    rows = draw(3, 2, 5)
+    rows[1, 0, 0] = torch.nan
+    with failures_are_nan():
+        cut = truncated(Gram(rows), 1).rows
+    assert bool(torch.isnan(cut[1]).all())
+    for k in (0, 2):
+        assert relative_error(Gram(cut[k]).dense(), truncated(Gram(rows[k]), 1).dense()) < RTOL
 
 
 def test_a_matrix_that_is_not_finite_is_not_cut():

@@ -331,8 +331,8 @@ def learning_rate_table(record: dict[str, Any]) -> str:
     for method in runs_by_method(record):
         good = good_learning_rates(record, method)
         lines.append(
-            f"| {METHODS[method][0]} | {good['loss']:.3g} | {good['lr']:.2g} "
-            f"| {good['low']:.2g} to {good['high']:.2g} | {good['decades']:.1f} |"
+            f"| {METHODS[method][0]} | {good['loss']:.3g} | {good['lr']:.3g} "
+            f"| {good['low']:.3g} to {good['high']:.3g} | {good['decades']:.1f} |"
         )
     return "\n".join(lines)
 

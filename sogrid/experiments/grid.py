@@ -256,7 +256,7 @@ def _together(key: str, values: Sequence[Any], like: Tensor) -> Any:
     """A hyperparameter of K configurations: what they share, or numbers ``[K]``."""
     if all(value == values[0] for value in values):
         return values[0]
-    if any(value is None or isinstance(value, str | bool) for value in values):
+    if key == "rank" or any(value is None or isinstance(value, str | bool) for value in values):
         raise ValueError(f"the configurations of a grid share {key}, got {sorted(set(map(str, values)))}")
     return torch.tensor([float(value) for value in values], dtype=torch.float64).to(like)
 

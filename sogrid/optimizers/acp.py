@@ -46,6 +46,7 @@ def acp_inverse(
     shift: float | Tensor,
     tikhonov: str = "printed",
     name: str = "matrix",
+    rank: int | None = None,
 ) -> Tensor | ThinInverse:
     """P, ``[..., i, i]``: the inverse that multiplies the centred gradient.
 
@@ -55,13 +56,14 @@ def acp_inverse(
         shift: d = ε/α, a number or ``[...]``.
         tikhonov: ``"printed"``: (C + dI)⁻¹; ``"exact"``: (M + dI − h̄h̄ᵀ/(1+d))⁻¹, M = C + h̄h̄ᵀ.
         name: Named in errors.
+        rank: Of the matrix that is shifted; see :func:`~sogrid.linalg.tikhonov_inverse`.
 
     Raises:
         FactorizationError: If the damped matrix is not positive definite.
     """
     if tikhonov == "exact":
         covariance = add_outer(covariance, mean_h, shift / (1 + shift))
-    return tikhonov_inverse(covariance, shift, name)
+    return tikhonov_inverse(covariance, shift, name, rank)
 
 
 def acp_update(
@@ -115,8 +117,8 @@ class ACP(Layerwise):
         params: What to train, as in torch; default all trainable parameters.
         gradients: ``"matrix"`` or ``"factored"``; see :class:`~sogrid.optimizers.layerwise.Layerwise`.
         max_change: κ, a bound on the change of pre-activations; see there.
-        rank: Keep so many leading directions of each matrix of the statistics; ``None``: all, exact. See
-            there.
+        rank: Only so many leading directions of each matrix of the statistics count; see there. ``None``:
+            all, exact.
 
     Raises:
         ValueError: As in :class:`~sogrid.optimizers.layerwise.Layerwise`.
@@ -191,7 +193,8 @@ class ACP(Layerwise):
         scale = group["output_curvature"] if alpha is None else alpha
         shift = group["damping"] / scale
         with naming_the_damping(lambda shift: shift * scale):
-            state = {"inverse": acp_inverse(mean, covariance, shift, group["tikhonov"], name)}
+            inverse = acp_inverse(mean, covariance, shift, group["tikhonov"], name, group["rank"])
+        state = {"inverse": inverse}
         if group["tikhonov"] == "exact":
             corner = (torch.ones_like(mean[..., 0]) * shift).to(mean.dtype)  # as_tensor would sync
             state |= {"mean": mean, "corner": corner}

@@ -80,6 +80,7 @@ def kfac_inverses(
     damping: float | Tensor,
     pi_correction: bool = True,
     name: str = "matrix",
+    rank: int | None = None,
 ) -> tuple[Tensor | ThinInverse, Tensor | ThinInverse]:
     """(A + π√ε I)⁻¹ ``[..., i, i]`` and (B + (√ε/π) I)⁻¹ ``[..., o, o]``.
 
@@ -89,6 +90,7 @@ def kfac_inverses(
         damping: ε, a number or ``[...]``.
         pi_correction: Balance the split by the factors' mean eigenvalues.
         name: Named in errors.
+        rank: Of both factors, after π; see :func:`~sogrid.linalg.tikhonov_inverse`.
 
     Raises:
         FactorizationError: If a damped factor is not positive definite.
@@ -101,9 +103,9 @@ def kfac_inverses(
     else:
         pi = 1.0
     with naming_the_damping(lambda shift: (shift / pi) ** 2):
-        a_inverse = tikhonov_inverse(a, root * pi, f"{name}, input factor")
+        a_inverse = tikhonov_inverse(a, root * pi, f"{name}, input factor", rank)
     with naming_the_damping(lambda shift: (shift * pi) ** 2):
-        b_inverse = tikhonov_inverse(b, root / pi, f"{name}, output factor")
+        b_inverse = tikhonov_inverse(b, root / pi, f"{name}, output factor", rank)
     return a_inverse, b_inverse
 
 
@@ -151,8 +153,8 @@ class KFAC(Layerwise):
         params: What to train, as in torch; default all trainable parameters.
         gradients: ``"matrix"`` or ``"factored"``; see :class:`~sogrid.optimizers.layerwise.Layerwise`.
         max_change: κ, a bound on the change of pre-activations; see there.
-        rank: Keep so many leading directions of each matrix of the statistics; ``None``: all, exact. See
-            there.
+        rank: Only so many leading directions of each matrix of the statistics count; see there. ``None``:
+            all, exact.
 
     Raises:
         TypeError: If ``loss`` is not a :class:`~sogrid.losses.Loss`.
@@ -239,7 +241,7 @@ class KFAC(Layerwise):
 
     def invert(self, statistics, group, name):  # noqa: D102
         _, a, b = statistics
-        inverses = kfac_inverses(a, b, group["damping"], group["pi_correction"], name)
+        inverses = kfac_inverses(a, b, group["damping"], group["pi_correction"], name, group["rank"])
         return dict(zip(("a_inverse", "b_inverse"), inverses, strict=True))
 
     def update(self, grad_w, grad_b, mean_h, state, group):  # noqa: D102

@@ -124,10 +124,11 @@ class Layerwise(CapturingOptimizer):
             over (the first 16 of) the minibatch and the layer's units; a larger step is shrunk, the whole
             layer's alike. ``None``: no bound, as in the thesis. Kept in the parameter groups, so it may
             decay like a learning rate. Cheap with factored gradients.
-        rank: k, for methods that keep matrices: of each only the k leading eigendirections are kept, and the
-            others, small beside the damping if all is well, get the damping alone. A step is cheaper
-            where k is below the number of examples and the width; a refresh has one eigendecomposition
-            more, for which an accelerator's host waits. ``None``: all of them, exact.
+        rank: k, for methods that invert matrices: of each only the k leading eigendirections count, the
+            others get the damping alone, which then has to be positive. A step is cheaper; what would not
+            become so (fewer than k examples, or a formed matrix of width 2k or less) stays whole. A
+            refresh costs an eigendecomposition for each matrix, for which an accelerator's host waits.
+            ``None``: all directions, exact.
         **hyperparameters: The method's own, kept in the parameter groups.
 
     Raises:
@@ -406,8 +407,6 @@ class Layerwise(CapturingOptimizer):
                     statistics = previous.blend(statistics, self.averaging)
                 kept = statistics._asdict().items()
                 state |= {"statistics_" + key: value for key, value in kept if value is not None}
-            if group.get("rank") is not None:
-                statistics = statistics.truncated(group["rank"], f"layer {name!r}")
             states[layer.weight] = state | _flat(self.invert(statistics, group, f"layer {name!r}"))
         return states
 

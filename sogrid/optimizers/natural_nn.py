@@ -92,8 +92,8 @@ class NaturalNN(Layerwise):
         params: What to train, as in torch; default all trainable parameters.
         gradients: ``"matrix"`` or ``"factored"``; see :class:`~sogrid.optimizers.layerwise.Layerwise`.
         max_change: κ, a bound on the change of pre-activations; see there.
-        rank: Keep so many leading directions of each matrix of the statistics; ``None``: all, exact. See
-            there.
+        rank: Only so many leading directions of each matrix of the statistics count; see there. ``None``:
+            all, exact.
 
     Raises:
         ValueError: As in :class:`~sogrid.optimizers.layerwise.Layerwise`.
@@ -141,7 +141,7 @@ class NaturalNN(Layerwise):
 
     def invert(self, statistics, group, name):  # noqa: D102
         with naming_the_damping(float):
-            inverse = tikhonov_inverse(statistics.covariance, group["damping"], name)
+            inverse = tikhonov_inverse(statistics.covariance, group["damping"], name, group["rank"])
         return {"inverse": inverse, "mean": statistics.mean}
 
     def update(self, grad_w, grad_b, mean_h, state, group):  # noqa: D102

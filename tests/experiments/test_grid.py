@@ -48,6 +48,7 @@ CASES = {
     "acp, averaged": method(ACP, averaging=0.7, bias_correction=True, **REFRESH),
     "acp, one damping": method(ACP, "lr", damping=0.3, **REFRESH),
     "acp, bounded": method(ACP, "lr", "damping", "max_change", **REFRESH),
+    "acp, rank 2": method(ACP, rank=2, **REFRESH),
     "nnn": method(NaturalNN, **REFRESH),
     "kfac": method(KFAC, **REFRESH),
     "kfac, two draws": method(KFAC, samples=2, seed=5, pi_correction=False, **REFRESH),

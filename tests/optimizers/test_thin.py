@@ -257,8 +257,8 @@ def test_a_step_of_low_rank_is_that_of_the_matrices_cut(
     optimizer = kind(model, LR, rank=rank, averaging=averaging, **options)
     train(model, optimizer, [1])
     assert "dense" not in repr(optimizer) or WIDTHS[-1] <= rank
-    whole = moment
-    monkeypatch.setitem(globals(), "moment", lambda rows: cut(whole(rows), rank))
+    whole = damped_inverse
+    monkeypatch.setitem(globals(), "damped_inverse", lambda matrix, shift: whole(cut(matrix, rank), shift))
     start, seen = parameters(twin), per_example(twin, *batch(1))
     with torch.no_grad():
         for layer, pair in zip(linear_layers(twin), seen, strict=True):
@@ -275,6 +275,14 @@ def test_a_rank_that_cuts_nothing_changes_no_bit(kind, reference, options):
     train(model, kind(model, LR, rank=N, **options), [1, 2])
     train(twin, kind(twin, LR, **options), [1, 2])
     assert_same(parameters(model), parameters(twin))
+
+
+def test_a_rank_is_one_parameter_groups():
+    model = network()
+    groups = [{"params": model[0].parameters(), "rank": 2}, {"params": model[2].parameters()}]
+    optimizer = ACP(model, LR, params=groups)
+    train(model, optimizer, [1])
+    assert [len(optimizer.state[model[k].weight]["inverse"]) for k in (0, 2)] == [2, N]
 
 
 def test_gradients_are_not_written_to():
