@@ -165,7 +165,7 @@ def test_a_thin_inverse_multiplies_as_the_matrix_does(draw, shape, damping):
 @pytest.mark.parametrize("damping", [1e-2, 1.0])
 @pytest.mark.parametrize("shape", [(3, 20), (2, 3, 4, 9)], ids=str)
 def test_the_inverse_of_a_cut_matrix_errs_by_the_first_direction_left_out(draw, shape, damping):
-    """‖P_k − P‖ = σ/(δ(σ + δ)), the least that any matrix of that rank allows."""
+    """‖P_k − P‖₂ = σ/(δ(σ + δ))."""
     gram = Gram(draw(*shape))
     values = torch.linalg.eigvalsh(gram.dense()).flip(-1)
     whole = torch.linalg.inv(shift_diagonal(gram.dense(), damping))

@@ -49,7 +49,7 @@ from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from sogrid.experiments.benchmarks import BATCH, BENCHMARKS, REFRESH_EVERY, Task
+from sogrid.experiments.benchmarks import BATCH, BENCHMARKS, LOW_RANK, REFRESH_EVERY, Task
 from sogrid.experiments.peers import PEERS
 from sogrid.experiments.records import RESULTS, Record, RecordError, provenance
 from sogrid.experiments.reproduce import (
@@ -84,7 +84,7 @@ SGD = "standard_sgd"
 TORCH = (SGD, "momentum", "adam", "muon")
 OURS = ("centered_gradient_descent", "acp_fixedalpha", "acp", "nnn2", "kfac")
 BOUNDED = ("acp_bounded", "nnn2_bounded", "kfac_bounded")
-RANKED = tuple(f"{name} rank 100" for name in ("acp_fixedalpha", "acp", "nnn2", "kfac", *BOUNDED))
+RANKED = tuple(f"{name} rank {LOW_RANK['rank']}" for name in (*OURS[1:], *BOUNDED))
 MATRIX = ("acp matrix", "kfac matrix")
 METHODS = {
     AE: (*TORCH, *OURS, "jaco_update", *BOUNDED, "jaco_update_bounded", *RANKED, *MATRIX),

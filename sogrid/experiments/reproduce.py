@@ -381,7 +381,7 @@ def _sweep(
 ) -> tuple[dict[str, Any], list[_Job]]:
     count, updates = PROFILES[profile].sweep
     found, jobs, (low, high) = _tuned(plan.benchmark, profile, out), [], plan.rates
-    options = {"updates": updates, "points": [updates], "seed": seed}  # an evaluation costs 33 updates
+    options = {"updates": updates, "points": [updates], "seed": seed}  # an evaluation costs many updates
     options["evaluate_on"] = PROFILES[profile].evaluate_on
     for method in methods:
         for i in range(count):
