@@ -42,7 +42,7 @@ book-fresh: ## Build the book from nothing: every page is executed
 	$(MAKE) book
 
 test: $(STAMP) ## Run all tests; those of the pages need Chromium and `make book`, or are skipped
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 claims: $(STAMP) ## Run the tests of the thesis's claims and write what they measure into the book's ledger
 	$(BIN)/python -m pytest -q --ledger book/results/claims.json tests/test_thesis_claims*.py

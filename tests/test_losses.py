@@ -100,7 +100,7 @@ def test_hessian_product_is_the_matrix_times_the_vector(loss, pair, draw):
             lambda f, y, reduction: F.cross_entropy(f.log(), y, reduction=reduction),
         ),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_reductions_are_torchs_over_examples_and_a_sum_over_outputs(loss, torchs, pair):
     """torch's binary losses also average over the k = 3 outputs; ours sum over them."""

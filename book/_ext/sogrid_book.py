@@ -2,6 +2,7 @@
 
 * The execution cache of jupyter-book looks at the code of a page only. Here it also depends on what the
   page runs on (the package, the stored results, the requirements): a change there re-runs the pages.
+* Pages that are not in the cache are executed before Sphinx reads them, several at once.
 * ``plotly.min.js`` and MathJax are copied from the installed wheels into the site, so that a built page
   needs no network and no large file is in git.
 * Where ``SOGRID_REPOSITORY`` names the book's home on GitHub, as when it is published, pages have launch
@@ -18,16 +19,22 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
+from jupyter_cache import get_cache
+from jupyter_cache.executors import load_executor
 from sphinx.application import Sphinx
 from sphinx.config import Config
+from sphinx.environment import BuildEnvironment
+from sphinx.util import logging
 
 WATCHED = ("sogrid", "book/results", "requirements.txt")
 VERSIONS = ("ipywidgets", "numpy", "plotly", "torch")
 KEEP = 2
+AT_ONCE = 4
 SPOKEN = {
     '<summary aria-label="Toggle hidden content">': "<summary>",
     'role="doc-biblioentry"': 'role="listitem"',
@@ -63,6 +70,26 @@ def set_cache(app: Sphinx, config: Config) -> None:
     caches = sorted((p for p in folder.iterdir() if p.is_dir()), key=lambda p: p.stat().st_mtime)
     for old in caches[:-KEEP]:
         shutil.rmtree(old)
+
+
+def execute_pages(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> None:
+    """Execute what is not in the cache; a page that fails is not cached, so that Sphinx runs it and tells."""
+    if app.config.nb_execution_mode != "cache":
+        return
+    cache = get_cache(app.config.nb_execution_cache_path)
+    files = [Path(env.doc2path(name)) for name in docnames]
+    pages = [cache.add_nb_to_project(str(file)).pk for file in files if file.suffix == ".ipynb"]
+    executor = load_executor("local-serial", cache, logging.getLogger(__name__))
+    cores = os.cpu_count() or 1
+    at_once = max(1, min(AT_ONCE, cores, len(pages)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(cores // at_once))  # the kernels share the machine
+    with ThreadPoolExecutor(at_once) as pool:
+        runs = [
+            pool.submit(executor.run_and_cache, filter_pks=[pk], timeout=app.config.nb_execution_timeout)
+            for pk in pages
+        ]
+    for run in runs:
+        run.result()
 
 
 def set_launch_buttons(app: Sphinx, config: Config) -> None:
@@ -129,6 +156,7 @@ def setup(app: Sphinx) -> dict:
     app.connect("config-inited", set_cache)
     app.connect("config-inited", set_launch_buttons)
     app.connect("builder-inited", copy_vendor)
+    app.connect("env-before-read-docs", execute_pages)
     app.connect("html-page-context", remove_thebe, priority=900)
     app.connect("html-page-context", tidy_body)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

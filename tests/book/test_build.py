@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def book(tmp_path):
     """This book's configuration, extension and assets, around one page."""
-    for name in ("_config.yml", "book/_ext", "book/_assets", "book/references.bib"):
+    for name in ("_config.yml", "book/_ext", "book/_assets", "book/_root", "book/references.bib"):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         (tmp_path / name).parent.mkdir(exist_ok=True)
         copy(ROOT / name, tmp_path / name)
@@ -37,9 +37,11 @@ def build(book: Path, **variables: str) -> int:
     """As `make book` does it."""
     command = [Path(sys.executable).with_name("jupyter-book"), "build", ".", "-W", "-n", "--keep-going"]
     environment = {k: v for k, v in os.environ.items() if k not in ("SOGRID_BOOK", "SOGRID_REPOSITORY")}
-    return subprocess.run(
-        command, cwd=book, env=environment | variables, capture_output=True, check=False
-    ).returncode
+    result = subprocess.run(
+        command, cwd=book, env=environment | variables, capture_output=True, text=True, check=False
+    )
+    print(result.stdout, result.stderr)
+    return result.returncode
 
 
 def test_a_page_runs_again_when_what_it_runs_on_has_changed(book):

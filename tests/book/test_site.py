@@ -74,12 +74,37 @@ def open_page(driver, url, metrics):
     settle(driver)
 
 
-@pytest.mark.parametrize("scheme", ["file", "http"])
+def troubles(driver, root):
+    """What went wrong since a page of this root was opened."""
+    console = [e["message"] for e in driver.get_log("browser") if e["level"] in ("SEVERE", "WARNING")]
+    return trouble(network(driver), root) + console
+
+
+@pytest.fixture(scope="module", params=PAGES)
+def opening(driver, roots, request):
+    """A page opened from the disk, once for the tests that look at it: they leave it as it was."""
+    open_page(driver, f"{roots['file']}/{request.param}", DESKTOP)
+    return troubles(driver, roots["file"])
+
+
+def test_page_from_the_disk_is_whole(opening):
+    assert not opening
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_page_is_whole_and_stays_on_the_site(driver, roots, page, scheme):
-    open_page(driver, f"{roots[scheme]}/{page}", DESKTOP)
-    assert not trouble(network(driver), roots[scheme])
-    assert not [e["message"] for e in driver.get_log("browser") if e["level"] in ("SEVERE", "WARNING")]
+def test_page_from_a_server_is_whole_and_nothing_moves_while_it_loads(driver, roots, page):
+    """Cumulative layout shift; the one of MathJax's fonts is small, a figure without room is not."""
+    open_page(driver, f"{roots['http']}/{page}", DESKTOP)
+    shift = driver.execute_async_script(
+        """
+        let sum = 0;
+        new PerformanceObserver((list) => list.getEntries().forEach((e) => (sum += e.value)))
+          .observe({ type: "layout-shift", buffered: true });
+        setTimeout(() => arguments[0](sum), 100);
+        """
+    )
+    assert not troubles(driver, roots["http"])
+    assert shift < 0.1
 
 
 FACTS = """
@@ -116,10 +141,17 @@ return {
 """
 
 
-@pytest.mark.parametrize("metrics", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_page_reads_well(driver, opening):
+    assert_reads_well(driver)
+
+
 @pytest.mark.parametrize("page", PAGES)
-def test_page_reads_well(driver, roots, page, metrics):
-    open_page(driver, f"{roots['file']}/{page}", metrics)
+def test_page_reads_well_on_a_phone(driver, roots, page):
+    open_page(driver, f"{roots['file']}/{page}", PHONE)
+    assert_reads_well(driver)
+
+
+def assert_reads_well(driver):
     facts = driver.execute_script(FACTS)
     assert not facts["raw"], "mathematics that was not typeset"
     assert not facts["misspelt"]
@@ -141,11 +173,9 @@ return [...document.querySelectorAll(".sogrid-figure")].map((f) => {
 """
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_figures_follow_the_theme(driver, roots, page):
-    open_page(driver, f"{roots['file']}/{page}", DESKTOP)
+def test_figures_follow_the_theme(driver, opening):
     ink = {}
-    for theme in ("light", "dark"):
+    for theme in ("dark", "light"):
         set_theme(driver, theme)
         ink[theme] = driver.execute_script(INK)
         background = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
@@ -154,27 +184,10 @@ def test_figures_follow_the_theme(driver, roots, page):
     assert all(light != dark or light is None for light, dark in pairs)
 
 
-@pytest.mark.parametrize("page", PAGES)
-def test_axe_finds_nothing_serious(driver, roots, page):
-    open_page(driver, f"{roots['file']}/{page}", DESKTOP)
-    for theme in ("light", "dark"):
+def test_axe_finds_nothing_serious(driver, opening):
+    for theme in ("dark", "light"):
         set_theme(driver, theme)
         assert not serious_findings(driver), theme
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_nothing_moves_while_a_page_loads(driver, roots, page):
-    """Cumulative layout shift; the one of MathJax's fonts is small, a figure without room is not."""
-    open_page(driver, f"{roots['http']}/{page}", DESKTOP)
-    shift = driver.execute_async_script(
-        """
-        let sum = 0;
-        new PerformanceObserver((list) => list.getEntries().forEach((e) => (sum += e.value)))
-          .observe({ type: "layout-shift", buffered: true });
-        setTimeout(() => arguments[0](sum), 100);
-        """
-    )
-    assert shift < 0.1
 
 
 def test_a_dark_page_is_printed_in_light(driver, roots):
