@@ -1,5 +1,6 @@
 """Every explorer in a browser: steered by keys, mouse and touch, it shows what Python computes."""
 
+import functools
 import html
 import json
 import time
@@ -39,16 +40,22 @@ def driver():
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    return write_page(tmp_path_factory.mktemp("explorers"), (explorer(name).html() for name in EXPLORERS))
+def page_of(tmp_path_factory):
+    """The page of these explorers; that of one opens sooner."""
+
+    @functools.cache
+    def page(*names):
+        return write_page(tmp_path_factory.mktemp("explorers"), (explorer(name).html() for name in names))
+
+    return page
 
 
 class Shown:
-    """One explorer of the open page."""
+    """The explorer of the open page."""
 
     def __init__(self, driver, name):
         self.driver, self.name, self.explorer = driver, name, explorer(name)
-        self.root = driver.find_elements("css selector", ".sogrid-explorer")[list(EXPLORERS).index(name)]
+        self.root = driver.find_element("css selector", ".sogrid-explorer")
 
     def find(self, selector):
         return self.root.find_element("css selector", selector)
@@ -131,12 +138,12 @@ def _same(expected, found, place="picture"):
 
 
 @pytest.fixture
-def open_page(driver, page):
-    def open_(metrics=DESKTOP):
+def open_page(driver, page_of):
+    def open_(*names, metrics=DESKTOP):
         resize(driver, metrics)
         driver.get("about:blank")
         driver.get_log("browser"), driver.get_log("performance")
-        driver.get(page.as_uri())
+        driver.get(page_of(*names).as_uri())
         settle(driver)
 
     return open_
@@ -145,7 +152,7 @@ def open_page(driver, page):
 @pytest.fixture
 def show(driver, open_page):
     def show_(name, metrics=DESKTOP):
-        open_page(metrics)
+        open_page(name, metrics=metrics)
         shown = Shown(driver, name)
         shown.wait()
         driver.execute_script("arguments[0].scrollIntoView()", shown.root)
@@ -154,12 +161,12 @@ def show(driver, open_page):
     return show_
 
 
-def test_the_page_is_whole_and_asks_for_nothing_else(driver, open_page, page):
-    open_page()
+def test_the_page_is_whole_and_asks_for_nothing_else(driver, open_page, page_of):
+    open_page(*EXPLORERS)
     assert not driver.get_log("browser")
     messages = (json.loads(entry["message"])["message"] for entry in driver.get_log("performance"))
     urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-    assert all(url.startswith((page.parent.as_uri(), "data:")) for url in urls)
+    assert all(url.startswith((page_of(*EXPLORERS).parent.as_uri(), "data:")) for url in urls)
     assert sum("plotly" in url for url in urls) == 1
 
 
@@ -360,7 +367,7 @@ def test_nothing_moves_and_nothing_is_wider_than_the_page(driver, show, name, me
 
 
 def test_nothing_moves_while_the_page_loads(driver, open_page):
-    open_page()
+    open_page(*EXPLORERS)
     shift = driver.execute_async_script(
         """
         let sum = 0;
@@ -418,6 +425,6 @@ def test_screen_readers_hear_what_is_seen(driver, show):
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_finds_nothing_serious(driver, open_page, theme):
-    open_page()
+    open_page(*EXPLORERS)
     set_theme(driver, theme)
     assert not serious_findings(driver)

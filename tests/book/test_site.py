@@ -115,14 +115,18 @@ const raw = [];
 const cut = [];
 const scrolls = (e) => e && (/auto|scroll/.test(getComputedStyle(e).overflowX) || scrolls(e.parentElement));
 const place = document.createRange();
+const beyond = (box, parent) => box.width && box.right > innerWidth + 1 && !scrolls(parent);
+for (const formula of document.querySelectorAll("main mjx-container")) {
+  if (formula.closest("details:not([open])")) continue;
+  if (beyond(formula.getBoundingClientRect(), formula.parentElement)) cut.push(formula.textContent);
+}
 while (walker.nextNode()) {
   const { data, parentElement } = walker.currentNode;
   if (/\\$|\\\\[([]/.test(data) && !parentElement.closest(skip)) raw.push(data.trim().slice(0, 80));
   if (!data.trim() || !parentElement.closest("main")) continue;
-  if (parentElement.closest("details:not([open])")) continue;
+  if (parentElement.closest("details:not([open]), mjx-container")) continue; // MathML for the ear is not seen
   place.selectNodeContents(walker.currentNode);
-  const { right, width } = place.getBoundingClientRect();
-  if (width && right > innerWidth + 1 && !scrolls(parentElement)) cut.push(data.trim().slice(0, 80));
+  if (beyond(place.getBoundingClientRect(), parentElement)) cut.push(data.trim().slice(0, 80));
 }
 return {
   raw,
