@@ -327,12 +327,15 @@ def _last_losses(runs: list[dict[str, Any]]) -> dict[float, list[float | None]]:
 
 def learning_rate_table(record: dict[str, Any]) -> str:
     """Markdown table of a sweep: best loss of each method, and the decades of λ within 20% of it."""
-    lines = ["| method | best loss | at λ | within 20% of it | decades |", "|---|---|---|---|---|"]
-    for method in runs_by_method(record):
+    lines = [
+        "| method | seeds | best loss | at λ | within 20% of it | decades |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method, runs in runs_by_method(record).items():
         good = good_learning_rates(record, method)
         lines.append(
-            f"| {METHODS[method][0]} | {good['loss']:.3g} | {good['lr']:.3g} "
-            f"| {good['low']:.3g} to {good['high']:.3g} | {good['decades']:.1f} |"
+            f"| {METHODS[method][0]} | {len({run['seed'] for run in runs})} | {good['loss']:.3g} "
+            f"| {good['lr']:.3g} | {good['low']:.3g} to {good['high']:.3g} | {good['decades']:.1f} |"
         )
     return "\n".join(lines)
 

@@ -246,7 +246,7 @@ def test_good_learning_rates_are_those_next_to_the_best_without_a_gap(sweep):
     assert (bounded["lr"], bounded["low"], bounded["high"]) == (10.0, 0.1, 100.0)
     assert good_learning_rates(sweep, "kfac", margin=0.1)["low"] == 1.0
     table = learning_rate_table(sweep).splitlines()
-    assert table[-1] == "| KFAC | 10 | 1 | 0.1 to 1 | 1.0 |"
+    assert table[-1] == "| KFAC | 2 | 10 | 1 | 0.1 to 1 | 1.0 |"
 
 
 def test_losses_by_learning_rate_have_no_point_where_a_seed_diverged(sweep):
