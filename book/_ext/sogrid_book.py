@@ -80,16 +80,11 @@ def execute_pages(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> No
     files = [Path(env.doc2path(name)) for name in docnames]
     pages = [cache.add_nb_to_project(str(file)).pk for file in files if file.suffix == ".ipynb"]
     executor = load_executor("local-serial", cache, logging.getLogger(__name__))
-    cores = os.cpu_count() or 1
+    timeout, cores = app.config.nb_execution_timeout, os.cpu_count() or 1
     at_once = max(1, min(AT_ONCE, cores, len(pages)))
     os.environ.setdefault("OMP_NUM_THREADS", str(cores // at_once))  # the kernels share the machine
     with ThreadPoolExecutor(at_once) as pool:
-        runs = [
-            pool.submit(executor.run_and_cache, filter_pks=[pk], timeout=app.config.nb_execution_timeout)
-            for pk in pages
-        ]
-    for run in runs:
-        run.result()
+        list(pool.map(lambda pk: executor.run_and_cache(filter_pks=[pk], timeout=timeout), pages))
 
 
 def set_launch_buttons(app: Sphinx, config: Config) -> None:
