@@ -61,7 +61,7 @@ class Profile:
     trial_updates: dict[str, int]
     landscape: tuple[int, int]
     searches: tuple[int, int, int]
-    sweep: tuple[int, int] = (10, 300)
+    sweep: tuple[int, int] = (13, 300)
     full: bool = True
     evaluate_on: int = 10_000
 
@@ -165,7 +165,7 @@ EXPERIMENTS: dict[str, Curves | Searches | Sweep] = {
             *("acp_fixedalpha", "nnn2", "kfac", "jaco_update"),
             *("acp_bounded", "nnn2_bounded", "kfac_bounded", "jaco_update_bounded"),
         ),
-        (0.1, 100.0),
+        (0.1, 1000.0),
     ),
 }
 COMPARISONS = {
@@ -390,7 +390,7 @@ def _sweep(
             make = partial(_train, task, method, settings, options)
             key = {"method": method, "settings": settings, "seed": seed}
             jobs.append(_Job(key, f"{method}.lr{lr}.seed{seed}", make))
-    how = "all but the learning rate by biased random search"
+    how = "by biased random search, except the learning rate"
     return {**_common(task, profile), "updates": updates, "hyperparameters": how}, jobs
 
 
