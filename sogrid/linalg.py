@@ -78,7 +78,7 @@ class ThinInverse(NamedTuple):
 
     Attributes:
         factor: Q, ``[..., n, m]``.
-        shift: δ, ``[...]``.
+        shift: δ, a number or ``[...]``.
 
     Example:
         >>> thin = tikhonov_inverse(Gram(torch.ones(1, 3)), 1.0)
@@ -87,7 +87,7 @@ class ThinInverse(NamedTuple):
     """
 
     factor: Tensor
-    shift: Tensor
+    shift: float | Tensor
 
     def __rmatmul__(self, x: Tensor) -> Tensor:
         """X P of ``x: [..., k, m]``, in two thin products."""

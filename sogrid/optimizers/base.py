@@ -89,7 +89,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
     @staticmethod
     def _require_finite(where: str, gradient: Tensor) -> None:
         """Look for NaN and infinity where looking is free (on an accelerator they spread visibly)."""
-        if gradient.device.type == "cpu" and not math.isfinite(gradient.sum().item()):
+        if gradient.is_cpu and not math.isfinite(gradient.sum().item()):
             raise FloatingPointError(
                 f"{where}: the gradient is not finite, so the loss diverged or overflowed; nothing was "
                 "changed. Skip the batch with zero_grad(), lower lr or raise the damping"

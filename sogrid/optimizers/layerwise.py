@@ -90,10 +90,18 @@ def _flat(state: dict[str, Tensor | ThinInverse]) -> dict[str, Tensor]:
     return flat
 
 
-def _packed(state: dict[str, Tensor]) -> dict[str, Tensor | ThinInverse]:
-    """The tensors of :func:`_flat` put together again."""
+def _packed(state: dict[str, Tensor]) -> dict[str, float | Tensor | ThinInverse]:
+    """The tensors of :func:`_flat` put together again; a scalar as a number where the host may read it.
+
+    Arithmetic of tensors without dimensions is as slow as that of small matrices.
+    """
+    state = {key: value.item() if _readable(value) else value for key, value in state.items()}
     shifts = {key.removesuffix(SHIFT): value for key, value in state.items() if key.endswith(SHIFT)}
     return state | {key: ThinInverse(state[key], shift) for key, shift in shifts.items()}
+
+
+def _readable(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_cpu and value.dim() == 0
 
 
 class Layerwise(CapturingOptimizer):
@@ -304,7 +312,8 @@ class Layerwise(CapturingOptimizer):
 
     def _bias(self, layer: nn.Linear) -> nn.Parameter | None:
         """The bias of a layer if it is trained; if not, the layer's inputs are not centred."""
-        return layer.bias if layer.bias in self._given and layer.bias.requires_grad else None
+        bias = layer.bias
+        return bias if bias in self._given and bias.requires_grad else None
 
     # -- the verbs of a method -----------------------------------------------------------------------
 
