@@ -80,22 +80,9 @@ def troubles(driver, root):
     return trouble(network(driver), root) + console
 
 
-@pytest.fixture(scope="module", params=PAGES)
-def opening(driver, roots, request):
-    """A page opened from the disk, once for the tests that look at it: they leave it as it was."""
-    open_page(driver, f"{roots['file']}/{request.param}", DESKTOP)
-    return troubles(driver, roots["file"])
-
-
-def test_page_from_the_disk_is_whole(opening):
-    assert not opening
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_page_from_a_server_is_whole_and_nothing_moves_while_it_loads(driver, roots, page):
-    """Cumulative layout shift; the one of MathJax's fonts is small, a figure without room is not."""
-    open_page(driver, f"{roots['http']}/{page}", DESKTOP)
-    shift = driver.execute_async_script(
+def layout_shift(driver):
+    """How far things moved while the page loaded: the one of MathJax's fonts is small."""
+    return driver.execute_async_script(
         """
         let sum = 0;
         new PerformanceObserver((list) => list.getEntries().forEach((e) => (sum += e.value)))
@@ -103,8 +90,26 @@ def test_page_from_a_server_is_whole_and_nothing_moves_while_it_loads(driver, ro
         setTimeout(() => arguments[0](sum), 100);
         """
     )
+
+
+@pytest.fixture(scope="module", params=PAGES)
+def opening(driver, roots, request):
+    """A page opened from the disk, once for the tests that look at it: they leave it as it was."""
+    open_page(driver, f"{roots['file']}/{request.param}", DESKTOP)
+    return troubles(driver, roots["file"]), layout_shift(driver)
+
+
+def test_page_from_the_disk_is_whole_and_nothing_moves_while_it_loads(opening):
+    assert not opening[0]
+    assert opening[1] < 0.1
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_from_a_server_is_whole_and_reads_well_on_a_phone(driver, roots, page):
+    open_page(driver, f"{roots['http']}/{page}", PHONE)
     assert not troubles(driver, roots["http"])
-    assert shift < 0.1
+    assert layout_shift(driver) < 0.1
+    assert_reads_well(driver)
 
 
 FACTS = """
@@ -146,12 +151,6 @@ return {
 
 
 def test_page_reads_well(driver, opening):
-    assert_reads_well(driver)
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_page_reads_well_on_a_phone(driver, roots, page):
-    open_page(driver, f"{roots['file']}/{page}", PHONE)
     assert_reads_well(driver)
 
 

@@ -511,7 +511,7 @@ def postgresql():
             os.chown(home, nobody.pw_uid, nobody.pw_gid)
         data, quiet = f"{home}/data", {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, **user}
         initdb = [found[-1] / "initdb", "-D", data, "-U", "sogrid", "-A", "trust", "-E", "UTF8", "--no-sync"]
-        subprocess.run(initdb, cwd=home, check=True, timeout=60, **quiet)
+        subprocess.run(initdb, cwd=home, check=True, timeout=300, **quiet)
         postgres = [found[-1] / "postgres", "-D", data, "-k", home, "-c", "listen_addresses=", "-F"]
         server = subprocess.Popen(postgres, cwd=home, **quiet)
         try:
@@ -618,7 +618,7 @@ def test_two_programs_share_the_studies_of_a_search(outs, postgresql, tmp_path):
         for out in outs
     ]
     try:
-        ends = [worker.communicate(timeout=240) for worker in workers]
+        ends = [worker.communicate(timeout=300) for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

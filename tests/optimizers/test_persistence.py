@@ -95,7 +95,7 @@ def resumed(tmp_path_factory):
         "OMP_NUM_THREADS": "1",
     }
     command = [sys.executable, "-c", RESUME, str(path), str(BEFORE), str(AFTER)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     return torch.load(path, weights_only=True)
 
