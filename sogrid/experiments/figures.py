@@ -213,7 +213,7 @@ def caption(record: dict[str, Any]) -> str:
     several = f"mean and standard deviation over seeds {', '.join(map(str, seeds))}"
     text = (
         f"{settings['data']['variant']} (sha256 {settings['data']['checksum'][:8]}), "
-        f"{settings['updates']:,} updates of {settings['batch']} examples, "
+        f"{max(run['update'][-1] for run in runs):,} updates of {settings['batch']} examples, "
         f"{several if len(seeds) > 1 else f'seed {seeds[0]}'}, "
         f"hyperparameters chosen {settings['hyperparameters']}; {_origin(runs[-1]['provenance'])}"
     )
@@ -290,7 +290,7 @@ def by_learning_rate(record: dict[str, Any]) -> go.Figure:
     return figure(
         traces,
         alt=f"Training loss after {_updates(record)} updates by learning rate. The best: {', '.join(ends)}.",
-        xaxis={"title": "learning rate λ", **TICKS},
+        xaxis={"title": "learning rate λ", **TICKS, "dtick": 1},
         yaxis={"title": f"train loss after {_updates(record)} updates", **TICKS},
         height=460,
     )
