@@ -333,11 +333,17 @@ def learning_rate_table(record: dict[str, Any]) -> str:
     ]
     for method, runs in runs_by_method(record).items():
         good = good_learning_rates(record, method)
+        lr, low, high = (_short(good[key]) for key in ("lr", "low", "high"))
         lines.append(
             f"| {METHODS[method][0]} | {len({run['seed'] for run in runs})} | {good['loss']:.3g} "
-            f"| {good['lr']:.3g} | {good['low']:.3g} to {good['high']:.3g} | {good['decades']:.1f} |"
+            f"| {lr} | {low} to {high} | {good['decades']:.1f} |"
         )
     return "\n".join(lines)
+
+
+def _short(value: float) -> str:
+    """Three digits that count, without an exponent where none is needed."""
+    return f"{float(f'{value:.3g}'):g}"
 
 
 # Searches
