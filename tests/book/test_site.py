@@ -81,7 +81,7 @@ def troubles(driver, root):
 
 
 def layout_shift(driver):
-    """How far things moved while the page loaded: the one of MathJax's fonts is small."""
+    """Cumulative; the one of MathJax's fonts is small, a figure without room is not."""
     return driver.execute_async_script(
         """
         let sum = 0;
