@@ -210,10 +210,11 @@ def caption(record: dict[str, Any]) -> str:
     """One sentence on what a record holds: data, scale, seeds, time axis, machine, date."""
     settings, runs = record["settings"], record["runs"]
     seeds = sorted({run["seed"] for run in runs})
+    updates = max((run["update"][-1] for run in runs if run["update"]), default=0)
     several = f"mean and standard deviation over seeds {', '.join(map(str, seeds))}"
     text = (
         f"{settings['data']['variant']} (sha256 {settings['data']['checksum'][:8]}), "
-        f"{max(run['update'][-1] for run in runs):,} updates of {settings['batch']} examples, "
+        f"{updates:,} updates of {settings['batch']} examples, "
         f"{several if len(seeds) > 1 else f'seed {seeds[0]}'}, "
         f"hyperparameters chosen {settings['hyperparameters']}; {_origin(runs[-1]['provenance'])}"
     )

@@ -73,7 +73,7 @@ PROFILES = {
         {AE: 12, CIFAR: 12}, 2, {AE: 4, CIFAR: 4}, (4, 4), (2, 4, 4), (2, 4), full=False, evaluate_on=400
     ),
     "laptop": LAPTOP,
-    "long": replace(LAPTOP, updates={AE: 20_000, CIFAR: 50_000}, sweep=(4, 5_000)),
+    "long": replace(LAPTOP, updates={AE: 20_000, CIFAR: 50_000}, sweep=(3, 5_000)),
     "thesis": Profile(
         {AE: 300_000, CIFAR: 50_000}, 100, {AE: 5_000, CIFAR: 5_000}, (200, 5_000), (100, 100, 5_000),
         evaluate_on=50_000,

@@ -153,6 +153,9 @@ def test_captions_say_what_where_and_when(record):
     assert "Seconds" not in text
     assert "Seconds are updates times the cost of one" in caption(with_clock(record))
     assert "seed 1," in caption({**record, "runs": record["runs"][:1]})
+    lost = {**record["runs"][0], "status": "diverged", "update": [], "train": [], "test": []}
+    assert "3,000 updates of 200" in caption({**record, "runs": [lost, *record["runs"]]})
+    assert "0 updates of 200" in caption({**record, "runs": [lost]})
 
 
 def test_tables(record):
