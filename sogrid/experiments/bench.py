@@ -363,7 +363,8 @@ def time_to_loss(
     """How soon each method has the training loss that SGD has after 2,000 updates, on the autoencoder.
 
     From the records of learning curves in ``out``, or else of the book: every method with the best of as many
-    trials of a search over the same domain. Between two evaluations the logarithm of the loss is taken to be
+    trials of a search over the same domain, the bounded ones with what that found for them without the bound,
+    but λ = 10. Between two evaluations the logarithm of the loss is taken to be
     linear in that of the update.
 
     Args:
@@ -377,7 +378,8 @@ def time_to_loss(
         (``None`` where it never gets there), ``seconds`` and ``sooner``, the ratio of SGD's seconds, of their
         mean if all get there; ``"missing"``: methods without curves; ``"settings"`` of the records.
     """
-    methods = [method for method in tuned_methods()[AE] if method in update_ms]  # variants end sooner
+    known = (*tuned_methods()[AE], *COMPARISONS["time_to_loss"].methods)  # other variants end sooner
+    methods = [method for method in dict.fromkeys(known) if method in update_ms]
     runs, settings = {}, {}
     for name, plan in (EXPERIMENTS | COMPARISONS).items():
         if isinstance(plan, Curves) and plan.benchmark == AE:

@@ -120,12 +120,14 @@ class Method:
         normalization: What its network adds, see :class:`~sogrid.networks.MLP`.
         settings: Names of the hyperparameters it takes, beside the initialisation's ``scale``.
         tuned_as: The method whose hyperparameters it takes over, if it is a variant of one.
+        lr: The learning rate that a variant has in the place of that method's.
     """
 
     optimizer: Callable[[nn.Module, Loss, dict[str, Any]], torch.optim.Optimizer]
     normalization: str | None = None
     settings: tuple[str, ...] = ("lr",)
     tuned_as: str | None = None
+    lr: float | None = None
 
     def build(self, task: Task, settings: dict[str, Any], generator: torch.Generator, device="cpu"):
         """(network, optimizer) for a task, with weights drawn on the CPU from ``generator``.
@@ -206,9 +208,9 @@ METHODS = {
     "jaco_update": Method(_ubp("gauss_newton")),
     "jaco_update_hessian": Method(_ubp("hessian"), tuned_as="jaco_update"),
     "jaco_update_without": Method(_ubp("none"), tuned_as="jaco_update"),
-    "acp_bounded": Method(_acp(1.0, bias_correction=True, **BOUND), None, DAMPED, "acp_fixedalpha"),
-    "nnn2_bounded": Method(_nnn(**BOUND), None, DAMPED, "nnn2"),
-    "kfac_bounded": Method(_kfac(**BOUND), None, DAMPED, "kfac"),
+    "acp_bounded": Method(_acp(1.0, bias_correction=True, **BOUND), None, DAMPED, "acp_fixedalpha", 10.0),
+    "nnn2_bounded": Method(_nnn(**BOUND), None, DAMPED, "nnn2", 10.0),
+    "kfac_bounded": Method(_kfac(**BOUND), None, DAMPED, "kfac", 10.0),
     "jaco_update_bounded": Method(_ubp("gauss_newton", **BOUND), tuned_as="jaco_update"),
     "acp_low_rank": Method(_acp(1.0, **LOW_RANK), None, DAMPED, "acp_fixedalpha"),
     "nnn2_low_rank": Method(_nnn(**LOW_RANK), None, DAMPED, "nnn2"),
@@ -221,7 +223,8 @@ METHODS = {
 
 A fixed α of ACP is 1: with (λ, ε) free it is redundant, since only λ/α and ε/α matter. Variants are
 ours: of updated backpropagation with the true Hessian in the place of Gauss-Newton, and with no second
-term; of all second-order methods with a bound on a step (ACP then with the bias term of eq. 6.2.5); of the
-amortised ones with statistics of rank 100, half that of their minibatches.
+term; of all second-order methods with a bound on a step (ACP then with the bias term of eq. 6.2.5; λ is 10
+for the amortised ones, as any large one does, see the experiment ``learning_rates``); of the amortised ones
+with statistics of rank 100, half that of their minibatches.
 All are searched over the same domain; Adam's and Muon's ``lr`` is 100 times what torch calls so.
 """

@@ -169,7 +169,9 @@ EXPERIMENTS: dict[str, Curves | Searches | Sweep] = {
     ),
 }
 COMPARISONS = {
-    "time_to_loss": Curves("fig6_2", AE, ("momentum", "adam", "muon")),
+    "time_to_loss": Curves(
+        "fig6_2", AE, ("acp_bounded", "nnn2_bounded", "kfac_bounded", "momentum", "adam", "muon")
+    ),
     "low_rank": Curves("fig6_3", CIFAR, ("acp_low_rank", "nnn2_low_rank", "kfac_low_rank")),
 }
 """Learning curves that no figure of the thesis has, for ``python -m sogrid bench`` and the page on costs."""
@@ -396,14 +398,14 @@ def _sweep(
 
 def _chosen(found: dict[str, Any], method: str) -> dict[str, float]:
     """The hyperparameters that a record of searches has for a method, or for what it is a variant of."""
-    tuned_as, settings = METHODS[method].tuned_as or method, found["settings"]
+    tuned_as, lr, settings = METHODS[method].tuned_as or method, METHODS[method].lr, found["settings"]
     best = next((chosen(run) for run in found["runs"] if run["method"] == tuned_as), None)
     if best is None:
         raise SearchError(
             f"the hyperparameters of {tuned_as} on {settings['benchmark']} have not been searched: run "
             f"python -m sogrid search {settings['benchmark']} --profile {settings['profile']} first"
         )
-    return best
+    return best if lr is None else {**best, "lr": lr}
 
 
 def _train(task: Task, method: str, settings: dict, options: dict, title: str | None, checkpoint: Checkpoint):

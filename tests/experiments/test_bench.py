@@ -358,8 +358,9 @@ def no_book(monkeypatch, tmp_path):
 def test_time_to_loss_is_read_off_the_curves(no_book, tmp_path):
     curves = {(SGD, 0): (80, 0.5), ("acp", 0): (80, 1.0), ("acp", 1): (160, 1.0), ("kfac", 0): (80, 0.1)}
     leave_curves(tmp_path, "fig6_2_mnist_autoencoder", curves)
-    leave_curves(tmp_path, "time_to_loss", {("adam", 0): (80, 0.5)})
-    ms = {SGD: 10.0, "acp": 20.0, "kfac": 30.0, "adam": 12.0, "muon": 50.0}
+    leave_curves(tmp_path, "time_to_loss", {("adam", 0): (80, 0.5), ("acp_bounded", 0): (80, 1.0)})
+    variants = {"acp_bounded": 25.0, "jaco_update_bounded": 50.0}
+    ms = {SGD: 10.0, "acp": 20.0, "kfac": 30.0, "adam": 12.0, "muon": 50.0, **variants}
     found = time_to_loss(ms, out=tmp_path, sought=400)
     assert found["loss"] == pytest.approx(4)
     rows = {row["method"]: row for row in found["rows"]}
@@ -370,6 +371,7 @@ def test_time_to_loss_is_read_off_the_curves(no_book, tmp_path):
     assert rows["acp"]["sooner"] == pytest.approx(400 * 10 / (30 * 20))
     assert rows["kfac"] == {"method": "kfac", "updates": [None], "seconds": None, "sooner": None}
     assert rows["adam"]["sooner"] == pytest.approx(10 / 12)
+    assert rows["acp_bounded"]["sooner"] == pytest.approx(400 * 10 / (20 * 25))
     assert found["missing"] == ["muon"]
     assert set(found["settings"]) == {"fig6_2_mnist_autoencoder", "time_to_loss"}
 

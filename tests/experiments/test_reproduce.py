@@ -258,6 +258,15 @@ def test_a_variant_takes_over_the_hyperparameters_of_its_method(small, tmp_path,
     assert (runs[0]["update"][-1], runs[1]["update"]) == (10, runs[0]["update"][: last + 1]), "a fifth"
 
 
+def test_a_variant_may_have_a_learning_rate_of_its_own(small, tmp_path):
+    leave_searches(tmp_path, AE)
+    (run,) = reproduce("time_to_loss", out=tmp_path, methods=["acp_bounded"])["runs"]
+    found = Record.read(search_path(tmp_path, AE, "smoke"))["runs"]
+    best = next(chosen(search) for search in found if search["method"] == "acp_fixedalpha")
+    assert METHODS["acp_bounded"].lr not in (None, best["lr"])
+    assert run["settings"] == {**best, "lr": METHODS["acp_bounded"].lr}
+
+
 def test_a_search_finds_hyperparameters_that_the_figure_then_uses(small, tmp_path):
     found = tune(AE, out=tmp_path, methods=FEW, progress=False)
     assert Record.read(search_path(tmp_path, AE, "smoke")) == found
