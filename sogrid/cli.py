@@ -135,8 +135,8 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "what an update costs, ours beside torch's and other libraries'"
     command = commands.add_parser("bench", help=text, description=BENCH, **layout)
-    text = "only these: mnist_autoencoder, cifar10_classifier, growth, compile, time_to_loss (default: all)"
-    command.add_argument("--parts", nargs="+", metavar="PART", help=text)
+    text = "only these: mnist_autoencoder, cifar10_classifier, low_rank, growth, compile, time_to_loss"
+    command.add_argument("--parts", nargs="+", metavar="PART", help=f"{text} (default: all)")
     command.add_argument("--rounds", type=int, default=30, help="updates timed of each method (default: 30)")
     command.add_argument("--device", default="cpu", help="where, e.g. cuda (default: cpu)")
     command.add_argument("--out", default="out", help="folder of the record (default: out)")

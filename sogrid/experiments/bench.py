@@ -4,7 +4,8 @@ Everything is measured in one process, in interleaved rounds (:func:`~sogrid.exp
 ``python -m sogrid bench``, or ``make bench``, which also installs the peers. Its parts:
 
 * *costs* of the two benchmarks' networks: milliseconds per update with the share of the refresh, the ratio to
-  SGD, memory, and the share of the machine's GEMM rate that a step reaches on its own FLOPs;
+  SGD, memory, and the share of the machine's GEMM rate that a step reaches on its own FLOPs; and a third such
+  table, *low rank*, of the methods with and without the option ``rank``;
 * *growth* of ACP's and KFAC's ratio to SGD with width, depth, batch and statistics batch;
 * *compile*: whether ``torch.compile`` of the update pays;
 * *time to loss*: updates from the records of learning curves, times the milliseconds measured here.
@@ -87,11 +88,12 @@ BOUNDED = ("acp_bounded", "nnn2_bounded", "kfac_bounded")
 RANKED = tuple(f"{name} rank {LOW_RANK['rank']}" for name in (*OURS[1:], *BOUNDED))
 MATRIX = ("acp matrix", "kfac matrix")
 METHODS = {
-    AE: (*TORCH, *OURS, "jaco_update", *BOUNDED, "jaco_update_bounded", *RANKED, *MATRIX),
-    CIFAR: (*TORCH, *OURS, "kfac_nat", *BOUNDED, *RANKED, *MATRIX),
+    AE: (*TORCH, *OURS, "jaco_update", *BOUNDED, "jaco_update_bounded", *MATRIX),
+    CIFAR: (*TORCH, *OURS, "kfac_nat", *BOUNDED, *MATRIX),
+    "low_rank": (SGD, *OURS[1:], *BOUNDED, *RANKED),
 }
-"""``matrix``: the step starts from ``.grad``, as that of every peer. The exact Fisher of 784 outputs would be
-as many backward passes: it is on the classifier alone."""
+"""Of each cost table. ``matrix``: the step starts from ``.grad``, as that of every peer. The exact Fisher of
+784 outputs would be as many backward passes: it is on the classifier alone. So is ``low_rank``."""
 
 AIMS = {
     AE: {
@@ -120,7 +122,7 @@ SOUGHT = 2_000
 
 COMPILED = ("acp", "acp matrix", "kfac", "kfac matrix")
 
-PARTS = (AE, CIFAR, "growth", "compile", "time_to_loss")
+PARTS = (AE, CIFAR, "low_rank", "growth", "compile", "time_to_loss")
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # torch's profiler announces itself otherwise
 
@@ -150,14 +152,19 @@ class Products(Contestant):
             torch.mm(a, b, out=out)
 
 
-def aim(benchmark: str, method: str) -> float | None:
+def aim(part: str, method: str) -> float | None:
     """The ratio to SGD that a row of a cost table should not exceed, if any: whatever its rank.
 
     Example:
-        >>> aim("cifar10_classifier", "acp rank 100")
+        >>> aim("low_rank", "acp rank 100")
         1.6
     """
-    return AIMS[benchmark].get(method.partition(" rank ")[0])
+    return AIMS[_benchmark(part)].get(method.partition(" rank ")[0])
+
+
+def _benchmark(part: str) -> str:
+    """Whose network a cost table is about."""
+    return CIFAR if part == "low_rank" else part
 
 
 def flops(work: Callable[[], Any]) -> int:
@@ -232,13 +239,11 @@ def _tensors(value: Any) -> Iterable[Tensor]:
             yield from _tensors(inner)
 
 
-def costs(
-    benchmark: str, *, rounds: int = ROUNDS, device: str = "cpu", progress: bool = False
-) -> dict[str, Any]:
-    """The cost table of a benchmark's network.
+def costs(part: str, *, rounds: int = ROUNDS, device: str = "cpu", progress: bool = False) -> dict[str, Any]:
+    """A cost table of a benchmark's network.
 
     Args:
-        benchmark: ``"mnist_autoencoder"`` or ``"cifar10_classifier"``.
+        part: ``"mnist_autoencoder"`` or ``"cifar10_classifier"``, with the peers, or ``"low_rank"``.
         rounds: See :func:`~sogrid.experiments.timing.race`.
         device: Where.
         progress: Show a bar.
@@ -250,8 +255,8 @@ def costs(
         ``torch.mm`` at the shapes of the network's forward and backward products. ``"peers"``: their
         versions. ``"skipped"``: why peers are missing, by name.
     """
-    plan = BENCHMARKS[benchmark]
-    task = Task(benchmark, None, None, None, plan.network, plan.loss)
+    plan, peers = BENCHMARKS[_benchmark(part)], PEERS if part in BENCHMARKS else {}
+    task = Task(plan.name, None, None, None, plan.network, plan.loss)
     first = contestant(task, SGD, device)
     batch = minibatch(first, device=device)
     hyper = {key: SETTINGS[key] for key in ("lr", "damping")}
@@ -266,9 +271,9 @@ def costs(
 
     products = Products(first.model, device=device)
     with warnings.catch_warnings(action="ignore"), _frozen():  # the peers use what torch deprecates
-        for name in METHODS[benchmark]:
+        for name in METHODS[part]:
             enter(name, lambda name=name: contestant(task, name, device))
-        for name, kind in PEERS.items():
+        for name, kind in peers.items():
             try:
                 enter(name, lambda kind=kind: kind(contestant(task, SGD, device).model, plan.loss, **hyper))
                 versions[name] = kind.version()
