@@ -21,6 +21,7 @@ instead of adding them to ``.grad``.
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Container, Iterable
@@ -43,10 +44,10 @@ class CaptureError(RuntimeError):
 
 
 class _Seen:
-    """A tensor of the model's own, as it was seen."""
+    """A tensor of the model's own, detached, as it was seen."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self._version = tensor.detach(), tensor._version
+        self.tensor, self._version = tensor, tensor._version
 
     @property
     def unchanged(self) -> bool:
@@ -274,15 +275,11 @@ class Capture:
     def _roots(self, module: nn.Module) -> bool:
         return module is self._model and (module.training or bool(self._passes[-1])) and not _in_backward()
 
-    def _end(self, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        """A watched layer, or the model itself, has computed its output."""
-        if self._watches(module):
-            self._see_layer(self._names[module], module, inputs[0], output)
-        if self._roots(module):
-            self._see_root(inputs, output)
-
-    def _see_layer(self, name: str, layer: nn.Linear, h: Tensor, output: Tensor) -> None:
-        if h.dim() != 2 or not len(h):
+    def _see_layer(self, layer: nn.Linear, h: Tensor, output: Tensor, heard: list | None) -> None:
+        """A watched layer has computed its output; ``heard`` by the function that handed it on, if any."""
+        name = self._names[layer]
+        count = h.shape[0] if h.dim() == 2 else 0
+        if not count:
             raise CaptureError(
                 f"layer {name!r} got an input of shape {tuple(h.shape)}; sogrid needs [examples, features] "
                 "with at least one example: flatten the other dimensions before the layer"
@@ -303,28 +300,31 @@ class Capture:
                 )
             self._begin()  # parts of the model are called on their own
         weight, kept, me = layer.weight, name in self.keep, weakref.ref(self)
-        matrix = not (self.cut or weight in self.factored)
-        # a copy, as the user's buffer may be filled again; without one, versions tell
-        h = h.detach().to(weight.dtype, copy=kept and matrix)
+        matrix, dtype, h = not (self.cut or weight in self.factored), weight.dtype, h.detach()
+        if h.dtype != dtype or (kept and matrix):
+            # a copy, as the user's buffer may be filled again; without one, versions tell
+            h = h.to(dtype, copy=kept and matrix)
         use = _Use(
             name,
-            len(h),
-            weight.dtype,
+            count,
+            dtype,
             kept,
             h.sum(0) if matrix else None,
             _Seen(h) if kept or not matrix else None,
-            _Seen(output) if self.cut else None,
+            _Seen(output.detach()) if self.cut else None,
         )
         self._passes[-1][name] = use, None if self.cut else GradientEdge(output.grad_fn, output.output_nr)
         if self.cut:
             return
 
         def arrived(grad: Tensor) -> None:
-            capture = me()
-            if capture is not None and _accumulates(weight):
-                capture._record(use, weight).add(use, grad.detach().to(weight.dtype))
+            if (capture := me()) is not None:
+                capture._record(use, weight).add(use, grad.detach().to(dtype))
 
-        output.register_hook(arrived)
+        if heard is None:
+            output.register_hook(lambda grad: arrived(grad) if _accumulates(weight) else None)
+        else:
+            heard.append(arrived)
 
     def _record(self, use: _Use, weight: Tensor) -> LayerRecord:
         """Where a gradient that arrives belongs: a new record if none of ``.grad`` is older."""
@@ -381,10 +381,13 @@ def _pull(output: Tensor, vector: Tensor, edges: dict[_Use, GradientEdge]) -> di
 
 def _accumulates(parameter: Tensor) -> bool:
     """Whether the backward pass that is running adds to the parameter's ``.grad``."""
-    if not parameter.requires_grad:
-        return False
+    return parameter.requires_grad and _runs(get_gradient_edge(parameter).node)
+
+
+def _runs(node: torch.autograd.graph.Node) -> bool:
+    """Whether the backward pass that is running adds what comes to this node to a ``.grad``."""
     try:
-        return torch._C._will_engine_execute_node(get_gradient_edge(parameter).node)
+        return torch._C._will_engine_execute_node(node)
     except RuntimeError:  # autograd.grad() was asked for this very parameter
         return False
 
@@ -400,33 +403,47 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def _captures(module: nn.Module) -> list[Capture]:
-    """Those that know a module."""
-    found = (ref() for ref in _listeners)
-    return [capture for capture in found if capture is not None and module in capture._known]
+def _untraced(hook: Callable) -> Callable:
+    """A compiled model breaks its graph at this hook, and is watched like any other."""
+    disabled = torch._disable_dynamo(hook)
+
+    @functools.wraps(hook)
+    def call(*args):
+        return (disabled if torch.compiler.is_dynamo_compiling() else hook)(*args)
+
+    return call
 
 
-@torch._disable_dynamo  # a compiled model breaks its graph here, and is watched like any other
+@_untraced
 def _before(module: nn.Module, args: tuple) -> None:
-    for capture in _captures(module):
-        if module is capture._model and _watching() and not _in_backward():
+    for ref in _listeners:
+        capture = ref()
+        if capture is not None and module is capture._model and _watching() and not _in_backward():
             capture._begin()
 
 
-@torch._disable_dynamo
+@_untraced
 def _after(module: nn.Module, args: tuple, kwargs: dict, output) -> Tensor | None:
     """Tell every capture; return another output if a capture wants no gradients below it."""
-    captures = _captures(module)
+    captures = []
+    for ref in _listeners:
+        capture = ref()
+        if capture is not None and module in capture._known:
+            captures.append(capture)
     if not (captures and isinstance(output, Tensor) and output.requires_grad and _watching()):
         return None
-    inputs, handed_on = args or tuple(kwargs.values()), output
-    factored = [c.factored for c in captures if c._watches(module) and module.weight in c.factored]
+    inputs, handed_on, heard = args or tuple(kwargs.values()), output, None
+    watching = [capture for capture in captures if capture._watches(module)]
+    factored = [capture.factored for capture in watching if module.weight in capture.factored]
     if factored:
-        handed_on = _without_weight_gradient(module, inputs[0], output, factored)
+        handed_on, heard = _without_weight_gradient(module, inputs[0], output, factored)
     if any(c.cut and c._roots(module) for c in captures):
         handed_on = _without_graph(module, inputs, handed_on)
+    for capture in watching:
+        capture._see_layer(module, inputs[0], handed_on, heard)
     for capture in captures:
-        capture._end(module, inputs, handed_on)
+        if capture._roots(module):
+            capture._see_root(inputs, handed_on)
     return None if handed_on is output else handed_on
 
 
@@ -449,7 +466,8 @@ class _Factored(torch.autograd.Function):
     """The output of a linear layer, as it is, with a backward pass that forms no weight gradient."""
 
     @staticmethod
-    def forward(ctx, output, h, weight, bias):
+    def forward(ctx, output, h, weight, bias, heard):
+        ctx.heard = heard
         ctx.save_for_backward(h, weight)  # h for autograd's own check of in-place changes
         ctx.mark_dirty(output)  # not a view of it, which in-place activations could not change
         return output
@@ -461,9 +479,12 @@ class _Factored(torch.autograd.Function):
                 "create_graph=True needs a second derivative, which factored gradients do not have: give the "
                 "optimizer gradients='matrix'"
             )
+        if _runs(ctx.next_functions[2][0]):
+            for arrived in ctx.heard:
+                arrived(g)
         _, weight = ctx.saved_tensors
-        _, for_h, _, for_bias = ctx.needs_input_grad
-        return None, g @ weight.to(g.dtype) if for_h else None, None, g.sum(0) if for_bias else None
+        _, for_h, _, for_bias, _ = ctx.needs_input_grad
+        return None, g @ weight.to(g.dtype) if for_h else None, None, g.sum(0) if for_bias else None, None
 
 
 class _Cut(torch.autograd.Function):
@@ -482,7 +503,8 @@ class _Cut(torch.autograd.Function):
 
 def _without_weight_gradient(
     layer: nn.Linear, h: Tensor, output: Tensor, factored: list[Container[Tensor]]
-) -> Tensor:
+) -> tuple[Tensor, list[Callable[[Tensor], None]]]:
+    """The output, and whom its backward pass will call with the gradient there."""
     if getattr(layer.forward, "__func__", None) is not nn.Linear.forward:
         raise CaptureError(
             f"{type(layer).__name__} computes something else than nn.Linear, so its gradient may have no "
@@ -491,7 +513,8 @@ def _without_weight_gradient(
     bias = layer.bias  # one that is trained elsewhere gets its gradient as ever
     if bias is not None and (not bias.requires_grad or any(bias in some for some in factored)):
         bias = None
-    return _Factored.apply(output.detach(), h, layer.weight, bias)
+    heard: list[Callable[[Tensor], None]] = []
+    return _Factored.apply(output.detach(), h, layer.weight, bias, heard), heard
 
 
 def _without_graph(model: nn.Module, inputs: tuple, output: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -109,7 +109,7 @@ class ThinInverse(NamedTuple):
         return shift_diagonal(-self.factor.mT @ self.factor, 1 / self.shift)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(slots=True, eq=False)
 class Factored:
     """G = s Lᵀ(R − 1μᵀ), ``[..., o, i]``, known by its factors, like a weight's gradient (1/n) gᵀh.
 
@@ -137,20 +137,20 @@ class Factored:
 
     def __rmul__(self, factor: float | Tensor) -> Factored:
         """A multiple."""
-        return replace(self, scale=factor * self.scale)
+        return Factored(self.left, self.right, factor * self.scale, self.mean)
 
     def __matmul__(self, x: Tensor | ThinInverse) -> Factored | Tensor:
         """G X of ``x: [..., i, k]``."""
         first = _factor_first(*self.left.shape[-2:], x)
         if isinstance(x, ThinInverse):  # its 1/δ costs nothing in the scale
-            whole = replace(self, scale=self.scale / matrixwise(x.shift))
+            scale = self.scale / matrixwise(x.shift)
             if not first:
-                return x.shrink_(whole.dense())
-            product = replace(whole, right=x.shrink_(self._deviations(fresh=True)), mean=None)
+                return x.shrink_(Factored(self.left, self.right, scale, self.mean).dense())
+            product = Factored(self.left, x.shrink_(self._deviations(fresh=True)), scale)
         else:
             if not first:
                 return self.dense() @ x
-            product = replace(self, right=self._deviations() @ x, mean=None)
+            product = Factored(self.left, self._deviations() @ x, self.scale)
         return product if product.left.shape[-2] < product.right.shape[-1] else product.dense()
 
     def __rmatmul__(self, x: Tensor | ThinInverse) -> Factored | Tensor:
@@ -158,15 +158,15 @@ class Factored:
         x_t = x if isinstance(x, ThinInverse) else x.mT
         if not _factor_first(*self.right.shape[-2:], x_t):
             return x @ self.dense()
-        product = replace(self, left=self.left @ x_t)
+        product = Factored(self.left @ x_t, self.right, self.scale, self.mean)
         return product if product.left.shape[-2] < product.left.shape[-1] else product.dense()
 
     def __getitem__(self, index: tuple) -> Factored | Tensor:
         """Columns: ``[..., :k]`` is factored, ``[..., k]`` a tensor ``[..., o]``."""
-        columns = replace(self, right=self._deviations()[index], mean=None)
+        right = self._deviations()[index]
         if isinstance(index[-1], slice):
-            return columns
-        return replace(columns, right=columns.right.unsqueeze(-1)).dense().squeeze(-1)
+            return Factored(self.left, right, self.scale)
+        return Factored(self.left, right.unsqueeze(-1), self.scale).dense().squeeze(-1)
 
     @property
     def mT(self) -> Factored:
@@ -175,7 +175,7 @@ class Factored:
 
     def centered(self, mean: Tensor) -> Factored:
         """The same with another μ."""
-        return replace(self, mean=mean)
+        return Factored(self.left, self.right, self.scale, mean)
 
     def dense(self) -> Tensor:
         """The matrix itself."""

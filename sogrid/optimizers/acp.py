@@ -89,7 +89,8 @@ def acp_update(
         bias_correction: Add −ΔW h̄ to Δb (eq. 6.2.5).
         corner: d of the exact Tikhonov form, which divides h̄ and Δb by 1 + d; 0 for the printed form.
     """
-    mean_h = mean_h / vectorwise(1 + corner)
+    if isinstance(corner, Tensor) or corner:
+        mean_h = mean_h / vectorwise(1 + corner)
     dw = -matrixwise(lr / output_curvature) * centered_gradient(grad_w, grad_b, mean_h) @ inverse
     rate = lr / (output_curvature * (1 + corner))
     return dw, bias_update(grad_b, dw, mean_h, rate, bias_correction)

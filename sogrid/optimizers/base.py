@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 
 from sogrid.capture import Capture
 from sogrid.losses import Loss
@@ -87,13 +88,21 @@ class CapturingOptimizer(torch.optim.Optimizer):
             )
 
     @staticmethod
-    def _require_finite(where: str, gradient: Tensor) -> None:
-        """Look for NaN and infinity where looking is free (on an accelerator they spread visibly)."""
-        if gradient.is_cpu and not math.isfinite(gradient.sum().item()):
-            raise FloatingPointError(
-                f"{where}: the gradient is not finite, so the loss diverged or overflowed; nothing was "
-                "changed. Skip the batch with zero_grad(), lower lr or raise the damping"
-            )
+    def _require_finite(gradients: dict[str, list[Tensor]]) -> None:
+        """Look for NaN and infinity where looking is free (on an accelerator they spread visibly).
+
+        Args:
+            gradients: By the place that an error names.
+        """
+        looked_over = [tensor for tensors in gradients.values() for tensor in tensors if tensor.is_cpu]
+        if math.isfinite(get_total_norm(looked_over, math.inf)):
+            return
+        for where, tensors in gradients.items():
+            if not all(tensor.isfinite().all() for tensor in tensors if tensor.is_cpu):
+                raise FloatingPointError(
+                    f"{where}: the gradient is not finite, so the loss diverged or overflowed; nothing was "
+                    "changed. Skip the batch with zero_grad(), lower lr or raise the damping"
+                )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:

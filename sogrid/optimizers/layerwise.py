@@ -39,6 +39,33 @@ Gradients = tuple[Tensor | Factored, Tensor | None, Tensor | None]
 """∇W and ∇b of the mean loss over the examples a layer saw, and their mean input."""
 
 
+class Watched(NamedTuple):
+    """A layer whose step is the method's.
+
+    Attributes:
+        name: In the model.
+        module: The layer.
+        weight: Its weight when the optimizer was made.
+        bias: Its bias, if that is to be trained.
+        home: Index of their parameter group.
+    """
+
+    name: str
+    module: nn.Linear
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    home: int
+
+    @property
+    def trained_bias(self) -> nn.Parameter | None:
+        """The bias if it is trained now; if not, the layer's inputs are not centred."""
+        return self.bias if self.bias is not None and self.bias.requires_grad else None
+
+
+Ready = tuple[Watched, LayerRecord, Gradients | None]
+"""A layer to step, what it saw, and its gradient if that is factored."""
+
+
 class StatisticsBatch(NamedTuple):
     """One layer's view of a statistics minibatch.
 
@@ -95,13 +122,14 @@ def _packed(state: dict[str, Tensor]) -> dict[str, float | Tensor | ThinInverse]
 
     Arithmetic of tensors without dimensions is as slow as that of small matrices.
     """
-    state = {key: value.item() if _readable(value) else value for key, value in state.items()}
-    shifts = {key.removesuffix(SHIFT): value for key, value in state.items() if key.endswith(SHIFT)}
-    return state | {key: ThinInverse(state[key], shift) for key, shift in shifts.items()}
-
-
-def _readable(value: object) -> bool:
-    return isinstance(value, Tensor) and value.is_cpu and value.dim() == 0
+    packed = {}
+    for key, value in state.items():
+        readable = isinstance(value, Tensor) and value.is_cpu and value.dim() == 0
+        packed[key] = value.item() if readable else value
+    for key in [key for key in packed if key.endswith(SHIFT)]:
+        whole = key.removesuffix(SHIFT)
+        packed[whole] = ThinInverse(packed[whole], packed[key])
+    return packed
 
 
 class Layerwise(CapturingOptimizer):
@@ -201,10 +229,10 @@ class Layerwise(CapturingOptimizer):
     def __repr__(self) -> str:
         """As in torch, and the routes: of each layer's inverses, and of ΔW in the last step."""
         routes = []
-        for name, layer, _ in self._walk():
+        for layer in self._layers:
             state = self.state.get(layer.weight, {})
             kinds = ["thin" if key + SHIFT in state else "dense" for key in state if key.endswith("inverse")]
-            routes += [f"{name} {'/'.join(kinds)}"] if kinds else []
+            routes += [f"{layer.name} {'/'.join(kinds)}"] if kinds else []
         lines = f"inverses: {', '.join(routes)}\n" if routes else ""
         if self.gradients == "factored":
             taken = ", ".join(f"{name} {route}" for name, route in self._routes.items())
@@ -303,17 +331,14 @@ class Layerwise(CapturingOptimizer):
                 raise ValueError(f"weight and bias of layer {name!r} are in different parameter groups")
         if self._capture is not None:
             self._capture.close()
-        self._names = {layer.weight: name for name, layer in layers.items()}
-        self._homes = {name: (layer, home[layer.weight]) for name, layer in layers.items()}
+        self._layers = [
+            Watched(name, m, m.weight, m.bias if m.bias in home else None, home[m.weight])
+            for name, m in layers.items()
+        ]
         self._given = set(home)
         self._routes: dict[str, str] = {}
         self._capture = Capture(self.model, layers)
         self._arm()
-
-    def _bias(self, layer: nn.Linear) -> nn.Parameter | None:
-        """The bias of a layer if it is trained; if not, the layer's inputs are not centred."""
-        bias = layer.bias
-        return bias if bias in self._given and bias.requires_grad else None
 
     # -- the verbs of a method -----------------------------------------------------------------------
 
@@ -354,11 +379,11 @@ class Layerwise(CapturingOptimizer):
         if not self.uses_statistics or self.refresh_every is None:
             return set()
         due = self.refresh_due
-        return {name for name, layer, _ in self._walk() if due or not self._fits(layer)}
+        return {layer.name for layer in self._layers if due or not self._fits(layer)}
 
-    def _fits(self, layer: nn.Linear) -> bool:
+    def _fits(self, layer: Watched) -> bool:
         """Whether a layer has statistics, taken while its bias was trained or not, as it is now."""
-        return self.state.get(layer.weight, {}).get("biased") == (self._bias(layer) is not None)
+        return self.state.get(layer.weight, {}).get("biased") == (layer.trained_bias is not None)
 
     def refresh(self, closure: Callable[[], Tensor]) -> None:
         """Refresh the statistics from a minibatch of their own (Algorithm 4, line 4), if there are any.
@@ -386,16 +411,16 @@ class Layerwise(CapturingOptimizer):
     def _refreshed(self, records: dict[str, LayerRecord]) -> dict[Tensor, dict[str, Tensor]]:
         """New states from kept records; changes nothing."""
         states = {}
-        for name, layer, group in self._walk():
-            record = records.get(name)
+        for layer in self._layers:
+            record, name = records.get(layer.name), f"layer {layer.name!r}"
             if record is None or not record.count:
                 continue
             if not record.complete:
                 raise CaptureError(
-                    f"layer {name!r}: its statistics became due, or its bias was frozen or unfrozen, after "
+                    f"{name}: its statistics became due, or its bias was frozen or unfrozen, after "
                     "its forward pass: call zero_grad() and run it again, or call refresh(closure)"
                 )
-            has_bias = self._bias(layer) is not None
+            has_bias, group = layer.trained_bias is not None, self.param_groups[layer.home]
             scale = record.count if self.reduction == "mean" else 1
             passes = zip(*record.rows, strict=True)
             h, g = record.examples()
@@ -405,7 +430,7 @@ class Layerwise(CapturingOptimizer):
                 [torch.cat(r) for r in passes],
                 has_bias,
             )
-            self._require_finite(f"layer {name!r}", batch.g)
+            self._require_finite({name: [batch.g]})
             statistics = self.measure(batch, group)
             old, state = self.state.get(layer.weight, {}), {"biased": has_bias}
             if self.averaging > 0:
@@ -416,7 +441,7 @@ class Layerwise(CapturingOptimizer):
                     statistics = previous.blend(statistics, self.averaging)
                 kept = statistics._asdict().items()
                 state |= {"statistics_" + key: value for key, value in kept if value is not None}
-            states[layer.weight] = state | _flat(self.invert(statistics, group, f"layer {name!r}"))
+            states[layer.weight] = state | _flat(self.invert(statistics, group, name))
         return states
 
     def _adopt(self, states: dict[Tensor, dict[str, Tensor]]) -> None:
@@ -427,7 +452,8 @@ class Layerwise(CapturingOptimizer):
 
     def _arm(self) -> None:
         """Tell the capture what the next pass must leave behind."""
-        bound = {name for name, _, group in self._walk() if group["max_change"] is not None}
+        bounds = [group["max_change"] for group in self.param_groups]
+        bound = {layer.name for layer in self._layers if bounds[layer.home] is not None}
         wanted = self._wanted()
         self._capture.keep = wanted | bound
         self._capture.keep_roots = False
@@ -436,99 +462,96 @@ class Layerwise(CapturingOptimizer):
 
     # -- step ------------------------------------------------------------------------------------------
 
-    def _walk(self) -> Iterator[tuple[str, nn.Linear, dict]]:
-        """Every watched layer with its group."""
-        for name, (layer, group) in self._homes.items():
-            yield name, layer, self.param_groups[group]
-
-    def _ready(self) -> Iterator[tuple[str, nn.Linear, dict, LayerRecord, Gradients | None]]:
-        """The layers that hold a gradient, each checked for what a step needs; with the factored ones."""
-        for name, layer, group in self._walk():
-            if layer.weight not in self._names:
+    def _ready(self) -> Iterator[Ready]:
+        """The layers that hold a gradient, each checked for what a step needs."""
+        factored = self.gradients == "factored"
+        for layer in self._layers:
+            name, module, bias = layer.name, layer.module, layer.trained_bias
+            if module.weight is not layer.weight or (bias is not None and module.bias is not bias):
                 raise CaptureError(
-                    f"layer {name!r} has another weight than when the optimizer was made, as after "
+                    f"layer {name!r} has another weight or bias than when the optimizer was made, as after "
                     "load_state_dict(..., assign=True): make a new optimizer"
                 )
-            bias, record = self._bias(layer), self._capture.records[name]
-            parameters = {"weight": layer.weight} | ({} if bias is None else {"bias": bias})
-            held = [kind for kind, parameter in parameters.items() if parameter.grad is not None]
-            if self.gradients == "factored":
-                if held:
-                    raise CaptureError(
-                        f"layer {name!r}: the {held[0]} has a .grad, which gradients='factored' would not "
-                        "use: it is of a pass that was not seen (in eval mode?) or of a penalty on the "
-                        "parameter; call zero_grad() and the model in training mode, or use "
-                        "gradients='matrix'"
-                    )
-                if record.count:
-                    yield name, layer, group, record, self._factors(name, layer, record)
-                continue
-            if not held:
-                continue
-            if len(held) < len(parameters):
-                (missing,) = parameters.keys() - held
+            record = self._capture.records[name]
+            grads = {"weight": layer.weight.grad} | ({} if bias is None else {"bias": bias.grad})
+            held = [kind for kind, grad in grads.items() if grad is not None]
+            if factored and held:
+                raise CaptureError(
+                    f"layer {name!r}: the {held[0]} has a .grad, which gradients='factored' would not "
+                    "use: it is of a pass that was not seen (in eval mode?) or of a penalty on the "
+                    "parameter; call zero_grad() and the model in training mode, or use "
+                    "gradients='matrix'"
+                )
+            if held and len(held) < len(grads):
+                (missing,) = grads.keys() - held
                 raise CaptureError(f"layer {name!r}: the {held[0]} has a gradient but the {missing} has none")
-            if not record.count:
+            if held and not record.count:
                 raise CaptureError(
                     f"layer {name!r} has a gradient but its forward pass was not seen: it ran in eval mode, "
                     "its weight was used outside the layer, or the optimizer was closed"
                 )
-            for parameter in parameters.values():
-                self._require_finite(f"layer {name!r}", parameter.grad)
-            yield name, layer, group, record, None
+            if held:
+                yield layer, record, None
+            elif factored and record.count:
+                yield layer, record, self._factors(layer, record)
 
-    def _factors(self, name: str, layer: nn.Linear, record: LayerRecord) -> Gradients | None:
-        """A layer's factored gradient and what goes with it, looked over for NaN and infinity."""
+    def _factors(self, layer: Watched, record: LayerRecord) -> Gradients | None:
+        """A layer's factored gradient and what goes with it."""
         h, g = record.examples()
-        grad_b = None if self._bias(layer) is None else g.sum(0)
+        grad_b = None if layer.trained_bias is None else g.sum(0)
         mean_h = h.mean(0) if self.uses_mean else None
-        for whole, sums in ((g, grad_b), (h, mean_h)):
-            self._require_finite(f"layer {name!r}", whole if sums is None else sums)
         if self.reduction == "mean":
             return Factored(g, h), grad_b, mean_h
         return Factored(g, h, 1 / record.count), grad_b if grad_b is None else grad_b / record.count, mean_h
 
-    def _matrices(self, layer: nn.Linear, record: LayerRecord) -> Gradients:
+    def _looked_over(self, layer: Watched, record: LayerRecord, factors: Gradients | None) -> list[Tensor]:
+        """Where a NaN or infinity of a layer's gradient would show."""
+        if factors is None:
+            return [p.grad for p in (layer.weight, layer.trained_bias) if p is not None]
+        grad_w, grad_b, mean_h = factors
+        return [grad_w.left if grad_b is None else grad_b, grad_w.right if mean_h is None else mean_h]
+
+    def _matrices(self, layer: Watched, record: LayerRecord) -> Gradients:
         """``.grad`` of the mean loss, not to be written to, and the mean input."""
         scale = 1 if self.reduction == "mean" else record.count
-        grads = [None if p is None else p.grad for p in (layer.weight, self._bias(layer))]
+        grads = [None if p is None else p.grad for p in (layer.weight, layer.trained_bias)]
         grad_w, grad_b = (grad if grad is None or scale == 1 else grad / scale for grad in grads)
         return grad_w, grad_b, record.input_sum / record.count
 
     def _step(self) -> None:
         ready, records = list(self._ready()), self._capture.records
+        self._require_finite({f"layer {layer.name!r}": self._looked_over(layer, *r) for layer, *r in ready})
         wanted = self._wanted()
         if wanted:
             self._adopt(self._refreshed({name: records[name] for name in wanted}))
-        for name, layer, *_ in ready:
-            self._check_state(name, layer)
+        for layer, *_ in ready:
+            self._check_state(layer)
         for layer, (dw, db) in self._changes(ready):
-            name = self._names[layer.weight]
-            bound = self.param_groups[self._homes[name][1]]["max_change"]
+            bound = self.param_groups[layer.home]["max_change"]
             if bound is not None:
-                dw, db = bounded(dw, db, join(records[name].inputs), bound)
-            self._routes[name] = "factored" if isinstance(dw, Factored) else "formed"
+                dw, db = bounded(dw, db, join(records[layer.name].inputs), bound)
+            self._routes[layer.name] = "factored" if isinstance(dw, Factored) else "formed"
             add_to(layer.weight, dw)
             if db is not None:
                 layer.bias.add_(db)
-        self._step_others(max((record.count for *_, record, _ in ready), default=1))
+        self._step_others(max((record.count for _, record, _ in ready), default=1))
         for group in self.param_groups:
             group["updates"] += 1
         self._capture.clear()
         self._arm()
 
     def _changes(
-        self, ready: list[tuple[str, nn.Linear, dict, LayerRecord, Gradients | None]]
-    ) -> Iterator[tuple[nn.Linear, tuple[Tensor | Factored, Tensor | None]]]:
+        self, ready: list[Ready]
+    ) -> Iterator[tuple[Watched, tuple[Tensor | Factored, Tensor | None]]]:
         """Each layer's (ΔW, Δb), one layer at a time."""
-        for _, layer, group, record, factors in ready:
-            state = _packed(self.state.get(layer.weight, {}))
+        for layer, record, factors in ready:
+            state, group = _packed(self.state.get(layer.weight, {})), self.param_groups[layer.home]
             yield layer, self.update(*(factors or self._matrices(layer, record)), state, group)
 
-    def _check_state(self, name: str, layer: nn.Linear) -> None:
+    def _check_state(self, layer: Watched) -> None:
         if self.uses_statistics and not self._fits(layer):
             raise CaptureError(
-                f"layer {name!r} has no statistics, or its bias was frozen or unfrozen since: call "
+                f"layer {layer.name!r} has no statistics, or its bias was frozen or unfrozen since: call "
                 "refresh(closure) before this step"
                 + ("" if self.refresh_every is None else ", or zero_grad() before its forward pass")
             )
@@ -536,9 +559,9 @@ class Layerwise(CapturingOptimizer):
         for key, value in self.state.get(layer.weight, {}).items():
             if isinstance(value, Tensor) and (value.dtype, value.device) != (dtype, device):
                 raise ValueError(
-                    f"layer {name!r} is {dtype} on {device}, its {key} {value.dtype} on {value.device}: the "
-                    "model was moved after the optimizer had refreshed; call refresh(closure), or "
-                    "optimizer.load_state_dict(optimizer.state_dict())"
+                    f"layer {layer.name!r} is {dtype} on {device}, its {key} {value.dtype} on "
+                    f"{value.device}: the model was moved after the optimizer had refreshed; call "
+                    "refresh(closure), or optimizer.load_state_dict(optimizer.state_dict())"
                 )
 
     def _step_others(self, count: int) -> None:

@@ -115,12 +115,12 @@ class Newton(CapturingOptimizer):
         (group,) = self.param_groups
         held = [p for p in group["params"] if p.grad is not None]
         gradient = torch.cat([p.grad.flatten() for p in held]) / (1 if mean else len(f))
-        self._require_finite("model", gradient)
+        self._require_finite({"model": [gradient]})
         matrix = MATRICES[self.curvature](self.model, self.loss, x, y)
         if len(held) < len(group["params"]):
             matrix = _held_block(self.model, matrix)
         change = newton_update(gradient, matrix, lr=group["lr"], damping=group["damping"])
-        self._require_finite("Newton step (singular matrix? raise the damping)", change)
+        self._require_finite({"Newton step (singular matrix? raise the damping)": [change]})
         for parameter, part in zip(held, change.split([p.numel() for p in held]), strict=True):
             parameter.add_(part.view_as(parameter))
         self._capture.clear()

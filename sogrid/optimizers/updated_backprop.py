@@ -231,8 +231,13 @@ class UpdatedBackprop(Layerwise):
         """The capture keeps every pass; of the graph it needs only the output, unless it compares."""
         self._capture.cut = self.gradients == "factored"
 
-    def _factors(self, name, layer, record):
-        self._require_finite(f"layer {name!r}", record.examples()[0])
+    def _factors(self, layer, record):
+        """Not a layer's own: the chain's, see :meth:`_changes`."""
+
+    def _looked_over(self, layer, record, factors):
+        if self.gradients == "factored":
+            return [record.examples()[0]]
+        return super()._looked_over(layer, record, factors)
 
     @staticmethod
     def _chain(model: nn.Module) -> list[tuple[nn.Linear, nn.Sequential]]:
@@ -253,30 +258,30 @@ class UpdatedBackprop(Layerwise):
         return [(layer, _out_of_place(f)) for layer, f in chain]
 
     def _changes(self, ready):
-        names = [name for name, *_ in ready]
-        if set(names) != set(self._capture.records) or len(names) != len(self._chain(self.model)):
+        by_module = {layer.module: (layer, record) for layer, record, _ in ready}
+        if len(by_module) != len(self._chain(self.model)):
             raise CaptureError(
                 "UpdatedBackprop updates a whole chain: every layer must be trained and hold a gradient"
             )
-        roots, records = self._capture.roots, self._capture.records
+        roots = self._capture.roots
         if not roots:
             raise CaptureError("the model's output was not seen: call the model itself, in training mode")
         layers, activations = zip(*self._chain(self.model), strict=True)
-        by_layer = {layer: (records[name], group) for name, layer, group, *_ in ready}
-        seen, lr = zip(*((by_layer[layer][0], by_layer[layer][1]["lr"]) for layer in layers), strict=True)
+        watched, seen = zip(*(by_module[layer] for layer in layers), strict=True)
+        lr = [self.param_groups[layer.home]["lr"] for layer in watched]
         inputs = [record.examples()[0] for record in seen]
         a = [record.outputs(layer) for record, layer in zip(seen, layers, strict=True)]
         scale = len(inputs[0]) if self.reduction == "mean" else 1
         f, grad_f = join([r.output for r in roots]), join([r.grad for r in roots]) * scale
-        self._require_finite("the model's output", grad_f)
+        self._require_finite({"the model's output": [grad_f]})
         weights, biases = [layer.weight.detach() for layer in layers], [layer.bias for layer in layers]
         changes = self.update_chain(inputs, a, weights, biases, activations, f, grad_f, lr)
         if self.gradients == "matrix":
             self._require_untouched(
                 layers[-1].weight.grad * (lr[-1] * scale / len(f)), changes[-1][0].dense()
             )
-        for layer, (dw, db) in zip(layers, changes, strict=True):
-            yield layer, (dw, None if self._bias(layer) is None else db)
+        for layer, (dw, db) in zip(watched, changes, strict=True):
+            yield layer, (dw, None if layer.trained_bias is None else db)
 
     def update_chain(
         self,
