@@ -95,7 +95,7 @@ class CapturingOptimizer(torch.optim.Optimizer):
             gradients: By the place that an error names.
         """
         looked_over = [tensor for tensors in gradients.values() for tensor in tensors if tensor.is_cpu]
-        if math.isfinite(get_total_norm(looked_over, math.inf)):
+        if not looked_over or math.isfinite(get_total_norm(looked_over, math.inf)):
             return
         for where, tensors in gradients.items():
             if not all(tensor.isfinite().all() for tensor in tensors if tensor.is_cpu):
