@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
 
 from sogrid.capture import Capture
 from sogrid.losses import Loss
@@ -94,8 +93,9 @@ class CapturingOptimizer(torch.optim.Optimizer):
         Args:
             gradients: By the place that an error names.
         """
-        looked_over = [tensor for tensors in gradients.values() for tensor in tensors if tensor.is_cpu]
-        if not looked_over or math.isfinite(get_total_norm(looked_over, math.inf)):
+        found = [tensor for tensors in gradients.values() for tensor in tensors if tensor.is_cpu]
+        sums = [tensor if tensor.dim() == 1 else tensor.sum().view(1) for tensor in found]
+        if not sums or math.isfinite(torch.cat(sums).sum().item()):
             return
         for where, tensors in gradients.items():
             if not all(tensor.isfinite().all() for tensor in tensors if tensor.is_cpu):
