@@ -217,7 +217,7 @@ def main(cases: dict[str, Callable[[], None]]) -> None:
         print(json.dumps([name, outcome]), flush=True)
 
 
-def run_apart(script: str, names: Iterable[str], timeout: float = 300.0) -> dict[str, str]:
+def run_apart(script: str, names: Iterable[str], timeout: float = 900.0) -> dict[str, str]:
     """Run the named cases of a script that ends in :func:`main`, in a fresh Python.
 
     Returns:
