@@ -55,7 +55,8 @@ into the figure's record, where it makes the time axis. Do it on an otherwise id
 BENCH = """\
 Measure what an update of each method costs, in time and memory, beside torch's optimizers and the libraries
 of `make bench`, all interleaved in one process; how that grows; and how soon each gets to the loss of SGD,
-from the learning curves in OUT or the book. The record is OUT/bench.json. Do it on an otherwise idle machine.
+from the learning curves in OUT or the book. The record is OUT/bench.json, of a GPU OUT/bench.cuda.json. Do it
+on an otherwise idle machine.
 """
 
 PROFILES = """\
@@ -202,7 +203,7 @@ def _clock(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from sogrid.experiments.bench import PARTS, bench, report
+    from sogrid.experiments.bench import PARTS, bench, bench_path, report
 
     fail, parts = options.parser.error, options.parts or PARTS
     for part in parts:
@@ -216,7 +217,7 @@ def _bench(options: argparse.Namespace) -> int:
     content = bench(parts=parts, **wanted, progress=not options.quiet)
     for title, rows in report(content).items():
         print(f"{title}\n{_table(rows)}\n")
-    print(f"record: {Path(options.out) / 'bench.json'}")
+    print(f"record: {bench_path(options.out, options.device)}")
     return OK
 
 

@@ -7,6 +7,7 @@ each is reported as a test here. To see one alone: ``python tests/test_device.py
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -16,7 +17,8 @@ import torch
 from fake_accelerator import DeviceFault, Generator, accelerator, preparing
 from torch import Tensor, nn
 
-from sogrid.experiments.grid import Grid
+from sogrid.experiments.grid import Grid, pooled_digits, train_grid
+from sogrid.experiments.grid_timing import configurations
 from sogrid.kronecker import bordered, bordered_inverse, homogeneous
 from sogrid.linalg import Factored, ThinInverse, inverse_square_root, tikhonov_inverse, tikhonov_solve
 from sogrid.losses import (
@@ -586,14 +588,18 @@ def test_sampled_targets_depend_on_their_seed_alone():
     assert not torch.equal(draws[0][0], draws[0][1])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize(
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+everywhere = pytest.mark.parametrize(
     ("make", "sizes"),
     [(make, (4, 5, 3)) for make in EVERY.values()]
     + [(make, WIDE) for make in THIN.values()]
     + [(functools.partial(make, gradients="factored"), WIDE) for make in FACTORED.values()],
     ids=[*EVERY, *(f"thin: {name}" for name in THIN), *(f"factored: {name}" for name in FACTORED)],
 )
+
+
+@needs_gpu
+@everywhere
 def test_a_gpu_never_makes_the_host_wait(make, sizes):
     """What the fake one cannot see: kernels that wait inside. torch raises where the host would."""
     model = MLP(sizes, device="cuda")
@@ -608,6 +614,39 @@ def test_a_gpu_never_makes_the_host_wait(make, sizes):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+@needs_gpu
+@everywhere
+def test_a_gpu_gives_the_numbers_of_the_cpu(make, sizes):
+    """In float64, after four updates. KFAC is exact, as each device would draw its own targets."""
+    if "KFAC" in str(make):
+        make = functools.partial(make, curvature="fisher_exact")
+    ends = {}
+    for device in ("cpu", "cuda"):
+        model = MLP(sizes, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(device)
+        optimizer, generator = make(model), torch.Generator().manual_seed(1)
+        for _ in range(4):
+            x, y = (torch.randn(8, n, generator=generator).to(device, torch.float64) for n in sizes[::2])
+            optimizer.zero_grad()
+            Quadratic()(model(x), y).backward()
+            optimizer.step()
+        ends[device] = [p.detach().cpu() for p in model.parameters()]
+    torch.testing.assert_close(ends["cuda"], ends["cpu"], rtol=1e-10, atol=1e-12)
+
+
+@needs_gpu
+@pytest.mark.parametrize("method", ["standard_sgd", "acp", "nnn2", "jaco_update"])
+def test_a_gpu_gives_a_grid_the_numbers_of_the_cpu(method):
+    """In float64, for three configurations, after ten updates."""
+    task, ends = pooled_digits(dtype=torch.float64), {}
+    settings = configurations(method, 3)
+    for device in ("cpu", "cuda"):
+        there = {key: [t.to(device, torch.float64) for t in getattr(task, key)] for key in ("train", "test")}
+        plan = {"updates": 10, "points": [10], "evaluate_on": 500, "batch": 50}
+        ends[device] = train_grid(dataclasses.replace(task, **there), method, settings, **plan)
+    for cpu, gpu in zip(*ends.values(), strict=True):
+        assert gpu.train == pytest.approx(cpu.train, rel=1e-10)
 
 
 if __name__ == "__main__":

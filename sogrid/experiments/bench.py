@@ -1,12 +1,14 @@
 """The cost table: what an update costs, in time and memory, ours beside torch's and the peers'.
 
 Everything is measured in one process, in interleaved rounds (:func:`~sogrid.experiments.timing.race`):
-``python -m sogrid bench``, or ``make bench``, which also installs the peers. Its parts:
+``python -m sogrid bench``, or ``make bench``, which also installs the peers; with ``--device cuda``
+on a GPU, which has a record of its own. Its parts:
 
 * *costs* of the two benchmarks' networks: milliseconds per update with the share of the refresh, the ratio to
   SGD, memory, and the share of the machine's GEMM rate that a step reaches on its own FLOPs; and a third such
   table, *low rank*, of the methods with and without the option ``rank``;
-* *growth* of ACP's and KFAC's ratio to SGD with width, depth, batch and statistics batch;
+* *growth* of ACP's and KFAC's ratio to SGD with width, depth, batch and statistics batch, or on an
+  accelerator with the width alone, which there has to be larger;
 * *compile*: whether ``torch.compile`` of the update pays;
 * *time to loss*: updates from the records of learning curves, times the milliseconds measured here.
 
@@ -46,7 +48,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
@@ -70,6 +72,7 @@ __all__ = [
     "PARTS",
     "aim",
     "bench",
+    "bench_path",
     "compiled",
     "costs",
     "flops",
@@ -115,6 +118,7 @@ POINTS = {
     "batch": (50, 100, 200, 400, 800),
     "statistics": (50, 100, 200, 400, 800),
 }
+POINTS_ACCELERATED = {"width": (512, 1024, 2048, 4096, 8192)}
 GROWN = (SGD, "acp", "kfac")
 
 SOUGHT = 2_000
@@ -194,21 +198,23 @@ class _Counter(TorchDispatchMode):
 
 
 def memory(make: Callable[[], Contestant], batch: tuple[Tensor, Tensor]) -> tuple[Contestant, int, int]:
-    """A contestant, and the bytes that it *held* and had at its *peak*; see the module.
+    """A contestant, and the bytes that it *held* and had at its *peak*, on its device; see the module.
 
     Args:
         make: Makes it.
         batch: ``(x, y)`` of its refresh and its update.
     """
     gc.collect()  # what is freed meanwhile would count
-    with profile(profile_memory=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         entry = make()
         if entry.keeps_statistics:
             entry.refresh(*batch)
         entry.update(*batch)
         entry.zero_grad()
         gc.collect()
+    kind = batch[0].device.type.upper()
     events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [e for e in events if e.device_type().name == kind]
     levels = list(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
     parameters = _bytes(entry.model.parameters())
     return entry, levels[-1] - parameters, max(levels) - parameters
@@ -292,7 +298,7 @@ def costs(part: str, *, rounds: int = ROUNDS, device: str = "cpu", progress: boo
 
 def growth(
     *,
-    points: dict[str, Sequence[int]] = POINTS,
+    points: dict[str, Sequence[int]] | None = None,
     rounds: int = ROUNDS,
     device: str = "cpu",
     progress: bool = False,
@@ -301,7 +307,8 @@ def growth(
 
     Args:
         points: Axis → where; the others stay as in ``GROWTH``: a sigmoid network of ``depth`` square layers,
-            the examples of an update and those of a refresh.
+            the examples of an update and those of a refresh. Default ``POINTS``, on an accelerator
+            ``POINTS_ACCELERATED``.
         rounds: See :func:`~sogrid.experiments.timing.race`.
         device: Where.
         progress: Show a bar for each point.
@@ -309,6 +316,8 @@ def growth(
     Returns:
         ``"rows"``: axis, ``at``, ``sgd_ms``, and ``ratio``, by method. ``"base"``: ``GROWTH``.
     """
+    if points is None:
+        points = POINTS if device == "cpu" else POINTS_ACCELERATED
     rows = []
     for axis, values in points.items():
         for at in values:
@@ -434,6 +443,17 @@ def _updates_to(run: dict[str, Any], loss: float) -> float | None:
     return None
 
 
+def bench_path(out: str | Path, device: str = "cpu") -> Path:
+    """Where :func:`bench` leaves its record: of a CPU in ``bench.json``, of a GPU in ``bench.cuda.json``.
+
+    Example:
+        >>> bench_path("out", "cuda:0").name
+        'bench.cuda.json'
+    """
+    kind = torch.device(device).type
+    return Path(out) / ("bench.json" if kind == "cpu" else f"bench.{kind}.json")
+
+
 def bench(
     *,
     parts: Sequence[str] = PARTS,
@@ -442,7 +462,7 @@ def bench(
     out: str | Path = "out",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Measure the cost table, or parts of it, and return the content of its record, ``<out>/bench.json``.
+    """Measure the cost table, or parts of it, and return the content of its record, :func:`bench_path`.
 
     Each part is added to the record when it is done, with machine, date, and the load that it began under; of
     a part that is there more than once, the last counts.
@@ -462,7 +482,7 @@ def bench(
     for part in parts:
         if part not in PARTS:
             raise ValueError(f"part must be one of {PARTS}, got {part!r}")
-    record = Record(Path(out) / "bench.json", "bench", {"batch": BATCH, "refresh_every": REFRESH_EVERY})
+    record = Record(bench_path(out, device), "bench", {"batch": BATCH, "refresh_every": REFRESH_EVERY})
     options = {"rounds": rounds, "device": device, "progress": progress}
     for part in (part for part in PARTS if part in parts):
         run = {"part": part}
@@ -492,6 +512,7 @@ def report(content: dict[str, Any]) -> dict[str, list[tuple[str, ...]]]:
     for part, run in latest(content).items():
         machine = run["provenance"]["machine"]
         where = f"{run['provenance']['date']}, {machine['processor']}, {machine['threads']} threads"
+        where += "" if machine["device"] == "cpu" else f", {machine['device']}"
         load = f", load {run['load']}" if "load" in run else ""
         show = {"growth": _growth_table, "compile": _compile_table, "time_to_loss": _time_table}
         title, rows = show.get(part, _cost_table)(run)

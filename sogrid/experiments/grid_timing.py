@@ -3,13 +3,14 @@
 Both take turns in one process, so that a busy machine slows them alike; medians over rounds are compared. An
 update is a whole one with its share of the refresh, one in 100 updates::
 
-    python -m sogrid.experiments.grid_timing
+    python -m sogrid.experiments.grid_timing [--device cuda]
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import accumulate
 from statistics import median
 from time import perf_counter
@@ -51,7 +52,7 @@ def grid_times(
     task = pooled_digits() if task is None else task
     settings, x, y = configurations(method, count), task.train[0][:batch], task.train[1][:batch]
     grid = training_grid(task, method, settings, [0] * count)
-    pairs = [METHODS[method].build(task, own, torch.Generator().manual_seed(0)) for own in settings]
+    pairs = [METHODS[method].build(task, own, torch.Generator().manual_seed(0), x.device) for own in settings]
 
     def loop() -> None:
         for model, optimizer in pairs:
@@ -69,17 +70,21 @@ def grid_times(
     for _ in range(rounds + 2):
         if grid.keeps_statistics:
             for name, work in refreshes.items():
-                seconds[f"{name} refresh"].append(_clock(work))
+                seconds[f"{name} refresh"].append(_clock(work, x.device))
         for name, work in works.items():
-            seconds[name].append(_clock(work))
+            seconds[name].append(_clock(work, x.device))
     cost = {name: 1e3 * median(values[2:]) if values else 0.0 for name, values in seconds.items()}
     grid_ms, loop_ms = (cost[n] + cost[f"{n} refresh"] / REFRESH_EVERY for n in ("grid", "loop"))
     return {"method": method, "grid_ms": grid_ms, "loop_ms": loop_ms, "ratio": loop_ms / grid_ms}
 
 
-def _clock(work: Callable[[], None]) -> float:
+def _clock(work: Callable[[], None], device: torch.device) -> float:
+    """Seconds, with the device drained before and after."""
+    drain = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
+    drain()
     start = perf_counter()
     work()
+    drain()
     return perf_counter() - start
 
 
@@ -92,9 +97,16 @@ def grid_memory(method: str, count: int, *, task: Task | None = None, batch: int
     return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
-def wide(width: int) -> Task:
-    """The same digits, and an autoencoder 64-``width``-``width``-64."""
+def small(device: str) -> Task:
+    """The pooled digits on a device."""
     digits = pooled_digits()
+    train, test = (tuple(t.to(device) for t in pair) for pair in (digits.train, digits.test))
+    return replace(digits, train=train, test=test)
+
+
+def wide(width: int, device: str) -> Task:
+    """The same digits, and an autoencoder 64-``width``-``width``-64."""
+    digits = small(device)
     sizes, sigmoid = [64, width, width, 64], {"activation": "sigmoid", "output": "sigmoid"}
     return Task(
         f"width {width}",
@@ -111,8 +123,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", choices=["methods", "batches", "widths", "memory", "run"], default=None)
+    parser.add_argument("--device", default="cpu", help="where, e.g. cuda (default: cpu)")
     options = parser.parse_args()
+    task, device = small(options.device), torch.device(options.device)
     print(f"{torch.get_num_threads()} threads")
+    if device.type == "cuda":
+        print(torch.cuda.get_device_name(device))
 
     def show(title: str, row: dict[str, Any]) -> None:
         print(
@@ -122,19 +138,18 @@ def main() -> None:
     asked = lambda part: options.only in (None, part)  # noqa: E731
     for method in METHODS if asked("methods") else ():
         if METHODS[method].normalization is None and METHODS[method].tuned_as is None:
-            show(f"{method}, batch {BATCH}", grid_times(method, rounds=options.rounds))
+            show(f"{method}, batch {BATCH}", grid_times(method, task=task, rounds=options.rounds))
     for batch in (50, 100) if asked("batches") else ():
-        show(f"acp, batch {batch}", grid_times("acp", batch=batch, rounds=options.rounds))
+        show(f"acp, batch {batch}", grid_times("acp", task=task, batch=batch, rounds=options.rounds))
     for width in (64, 128, 256, 512, 1024) if asked("widths") else ():
-        row = grid_times("acp", task=wide(width), count=8, rounds=max(3, options.rounds // 3))
+        row = grid_times("acp", task=wide(width, device), count=8, rounds=max(3, options.rounds // 3))
         show(f"acp, 8 networks {width} wide", row)
-    for count in (16, 32, 64, 128) if asked("memory") else ():
+    for count in (16, 32, 64, 128) if asked("memory") and device.type == "cpu" else ():
         print(f"acp, K = {count}: {grid_memory('acp', count) / 1e6:.1f} MB")
     for batch in (50, 100, 200) if asked("run") else ():
         plan = {"updates": 200, "points": [25, 50, 100, 200], "evaluate_on": 500, "batch": batch}
-        start = perf_counter()
-        train_grid(pooled_digits(), "acp", configurations("acp", 64), **plan)
-        print(f"acp, 64 networks, 200 updates, batch {batch}: {perf_counter() - start:.2f} s")
+        seconds = _clock(lambda plan=plan: train_grid(task, "acp", configurations("acp", 64), **plan), device)
+        print(f"acp, 64 networks, 200 updates, batch {batch}: {seconds:.2f} s")
 
 
 if __name__ == "__main__":
