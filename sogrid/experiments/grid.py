@@ -217,26 +217,24 @@ class Grid:
         seen = self.stack.trace(x)
         f = seen.f.detach()
         self.mark(self.loss(f, y).isfinite(), OVERFLOWN)
-        bound = self.group.get("max_change")
         for layer, (dw, db) in enumerate(self._changes(seen, self.loss.gradient(f, y))):
-            if bound is not None:
-                dw, db = bounded(dw, db, seen.inputs[layer], bound)
             add_to(self.stack.weights[layer], dw)
             self.stack.biases[layer] += db
         self.group["updates"] += 1
 
     def _changes(self, seen: Pass, grad_f: Tensor) -> Iterator[tuple[Tensor | Factored, Tensor]]:
-        """(ΔW, Δb) of each layer."""
-        lr, stack, n = self.group["lr"], self.stack, seen.f.shape[-2]
+        """(ΔW, Δb) of each layer, within the bound."""
+        lr, stack, n, bound = self.group["lr"], self.stack, seen.f.shape[-2], self.group.get("max_change")
         if isinstance(self.optimizer, UpdatedBackprop):
             chain = [a.detach() for a in seen.preactivations], stack.weights, stack.biases, stack.activations
-            rates = [lr] * len(stack.weights)
-            yield from self.optimizer.update_chain(seen.inputs, *chain, seen.f.detach(), grad_f, rates)
+            own = {"lr": [lr] * len(stack.weights), "max_change": [bound] * len(stack.weights)}
+            yield from self.optimizer.update_chain(seen.inputs, *chain, seen.f.detach(), grad_f, **own)
             return
         for h, g, state in zip(seen.inputs, seen.pull(grad_f), self.state, strict=True):
             grad_w, grad_b = Factored(g, h, 1 / n), g.mean(-2)
             if isinstance(self.optimizer, Layerwise):
-                yield self.optimizer.update(grad_w, grad_b, h.mean(-2), state, self.group)
+                change = self.optimizer.update(grad_w, grad_b, h.mean(-2), state, self.group)
+                yield change if bound is None else bounded(*change, h, bound)
             else:  # torch's follows the loss as it is reduced
                 rate = lr if self.loss.reduction == "mean" else lr * n
                 yield -matrixwise(rate) * grad_w, -vectorwise(rate) * grad_b

@@ -527,9 +527,6 @@ class Layerwise(CapturingOptimizer):
         for layer, *_ in ready:
             self._check_state(layer)
         for layer, (dw, db) in self._changes(ready):
-            bound = self.param_groups[layer.home]["max_change"]
-            if bound is not None:
-                dw, db = bounded(dw, db, join(records[layer.name].inputs), bound)
             self._routes[layer.name] = "factored" if isinstance(dw, Factored) else "formed"
             add_to(layer.weight, dw)
             if db is not None:
@@ -543,10 +540,13 @@ class Layerwise(CapturingOptimizer):
     def _changes(
         self, ready: list[Ready]
     ) -> Iterator[tuple[Watched, tuple[Tensor | Factored, Tensor | None]]]:
-        """Each layer's (ΔW, Δb), one layer at a time."""
+        """Each layer's (ΔW, Δb), within its bound, one layer at a time."""
         for layer, record, factors in ready:
             state, group = _packed(self.state.get(layer.weight, {})), self.param_groups[layer.home]
-            yield layer, self.update(*(factors or self._matrices(layer, record)), state, group)
+            change = self.update(*(factors or self._matrices(layer, record)), state, group)
+            if group["max_change"] is not None:
+                change = bounded(*change, join(record.inputs), group["max_change"])
+            yield layer, change
 
     def _check_state(self, layer: Watched) -> None:
         if self.uses_statistics and not self._fits(layer):

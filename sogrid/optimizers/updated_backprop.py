@@ -14,7 +14,8 @@ method of this package, which only rescales λ.
 
 ΔW = −λ (1/n) gᵀh is never formed: both of its products and its sum into the weight are of its factors.
 With ``gradients="factored"`` autograd goes no further down than the model's output, as everything below
-is computed here.
+is computed here. A bound on a layer's step (``max_change``) acts before the gradient below is decided, so
+that this is the one after the step that is really made.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch.func import grad, jvp, vjp
 from sogrid.capture import CaptureError, join
 from sogrid.linalg import Factored, matrixwise, vectorwise
 from sogrid.losses import Loss
-from sogrid.optimizers.layerwise import Layerwise
+from sogrid.optimizers.layerwise import Layerwise, bounded
 
 __all__ = ["UpdatedBackprop", "gauss_newton_term", "hessian_term", "updated_backprop_update"]
 
@@ -46,9 +47,11 @@ def updated_backprop_update(
     curvature: Callable[[int, Tensor], Tensor] | None,
     *,
     lr: Sequence[float | Tensor],
+    max_change: Sequence[float | Tensor | None] | None = None,
+    biased: Sequence[bool] | None = None,
     slopes: Sequence[Slope] | None = None,
     factored: bool = False,
-) -> list[tuple[Tensor | Factored, Tensor]]:
+) -> list[tuple[Tensor | Factored, Tensor | None]]:
     """(ΔW, Δb) of every layer of a chain h_l = f_l(W_l h_{l−1} + b_l), by Algorithm 2.
 
     Args:
@@ -60,20 +63,25 @@ def updated_backprop_update(
         curvature: ``(l, v) -> H_l v`` for ``v: [n, n_out]``, of ``gauss_newton_term`` or
             ``hessian_term``; ``None`` drops the term.
         lr: λ of each layer, a number or ``[...]``; all tensors may have such leading dimensions.
+        max_change: κ of each layer, ``None`` for no bound; see :func:`~sogrid.optimizers.layerwise.bounded`.
+        biased: Which layers have a bias to train; default all. Δb of another is ``None``.
         slopes: Those of the activations at the pre-activations, if they are there already.
         factored: Leave every ΔW factored.
     """
     slopes = activation_slopes(activations, preactivations) if slopes is None else slopes
-    changes: list[tuple[Tensor | Factored, Tensor]] = []
+    changes: list[tuple[Tensor | Factored, Tensor | None]] = []
     dh = grad_f
     for layer in reversed(range(len(weights))):
         h, w = inputs[layer], weights[layer]
         g = slopes[layer].pull(dh)
         dw = -matrixwise(lr[layer]) / h.shape[-2] * Factored(g, h)
-        db = -vectorwise(lr[layer]) * g.mean(-2)
+        db = -vectorwise(lr[layer]) * g.mean(-2) if biased is None or biased[layer] else None
+        if max_change is not None and max_change[layer] is not None:
+            dw, db = bounded(dw, db, h, max_change[layer])
         changes.append((dw if factored else dw.dense(), db))
         if layer > 0:
-            bend = 0 if curvature is None else curvature(layer, h @ dw.mT + db.unsqueeze(-2))
+            moved = h @ dw.mT if db is None else h @ dw.mT + db.unsqueeze(-2)
+            bend = 0 if curvature is None else curvature(layer, moved)
             dh = (g + bend) @ w + g @ dw
     return changes[::-1]
 
@@ -184,7 +192,8 @@ class UpdatedBackprop(Layerwise):
         gradients: ``"matrix"``: ``backward`` forms every ``.grad``, which the step only compares with its
             own. ``"factored"``: the graph ends at the model's output, and no ``.grad`` is made, nor one of
             the model's input; see :class:`~sogrid.optimizers.layerwise.Layerwise`.
-        max_change: κ, a bound on the change of pre-activations; see there.
+        max_change: κ, a bound on the change of pre-activations; see there. The gradient that is passed down
+            is then that after the bounded step.
 
     Raises:
         TypeError: If ``loss`` is not a :class:`~sogrid.losses.Loss`.
@@ -268,20 +277,20 @@ class UpdatedBackprop(Layerwise):
             raise CaptureError("the model's output was not seen: call the model itself, in training mode")
         layers, activations = zip(*self._chain(self.model), strict=True)
         watched, seen = zip(*(by_module[layer] for layer in layers), strict=True)
-        lr = [self.param_groups[layer.home]["lr"] for layer in watched]
+        groups = [self.param_groups[layer.home] for layer in watched]
+        own = {key: [group[key] for group in groups] for key in ("lr", "max_change")}
+        own["biased"] = [layer.trained_bias is not None for layer in watched]
         inputs = [record.examples()[0] for record in seen]
         a = [record.outputs(layer) for record, layer in zip(seen, layers, strict=True)]
         scale = len(inputs[0]) if self.reduction == "mean" else 1
         f, grad_f = join([r.output for r in roots]), join([r.grad for r in roots]) * scale
         self._require_finite({"the model's output": [grad_f]})
         weights, biases = [layer.weight.detach() for layer in layers], [layer.bias for layer in layers]
-        changes = self.update_chain(inputs, a, weights, biases, activations, f, grad_f, lr)
         if self.gradients == "matrix":
-            self._require_untouched(
-                layers[-1].weight.grad * (lr[-1] * scale / len(f)), changes[-1][0].dense()
-            )
-        for layer, (dw, db) in zip(watched, changes, strict=True):
-            yield layer, (dw, None if layer.trained_bias is None else db)
+            (top,) = activation_slopes(activations[-1:], a[-1:])
+            self._require_untouched(layers[-1].weight.grad * scale, Factored(top.pull(grad_f), inputs[-1]))
+        changes = self.update_chain(inputs, a, weights, biases, activations, f, grad_f, **own)
+        yield from zip(watched, changes, strict=True)
 
     def update_chain(
         self,
@@ -292,9 +301,9 @@ class UpdatedBackprop(Layerwise):
         activations: Sequence[Activation],
         f: Tensor,
         grad_f: Tensor,
-        lr: Sequence[float | Tensor],
-    ) -> list[tuple[Tensor | Factored, Tensor]]:
-        """Factored (ΔW, Δb) of every layer; see :func:`~sogrid.optimizers.updated_backprop_update`."""
+        **own: Sequence,
+    ) -> list[tuple[Tensor | Factored, Tensor | None]]:
+        """Factored (ΔW, Δb) of every layer, whose ``own`` options :func:`updated_backprop_update` has."""
         slopes, y = activation_slopes(activations, a), self.loss.target(f, grad_f)
         curvature = {
             "gauss_newton": lambda: gauss_newton_term(
@@ -304,14 +313,16 @@ class UpdatedBackprop(Layerwise):
             "none": lambda: None,
         }[self.curvature]()
         return updated_backprop_update(
-            inputs, a, weights, activations, grad_f, curvature, lr=lr, slopes=slopes, factored=True
+            inputs, a, weights, activations, grad_f, curvature, slopes=slopes, factored=True, **own
         )
 
     @staticmethod
-    def _require_untouched(expected: Tensor, dw: Tensor) -> None:
-        """The top layer's step is −λ ``.grad``, unless somebody changed ``.grad`` after backward."""
-        tolerance = 1e-3 * dw.abs().max()
-        if dw.device.type == "cpu" and bool(((expected + dw).abs() > tolerance).any()):
+    def _require_untouched(grad: Tensor, own: Factored) -> None:
+        """The top layer's gradient is its ``.grad``, unless somebody changed that after backward."""
+        if grad.device.type != "cpu":
+            return
+        difference = own.dense() - grad
+        if bool((difference.abs() > 1e-3 * grad.abs().max()).any()):
             raise CaptureError(
                 "UpdatedBackprop builds its step from per-example gradients, and .grad no longer agrees with "
                 "them: it cannot honour gradient clipping, penalties added to the loss, or autocast"

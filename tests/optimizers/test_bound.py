@@ -66,11 +66,12 @@ def rms(h, dw, db, examples=BOUND_EXAMPLES):
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_large_step_is_shrunk_to_the_bound_and_keeps_its_direction(method, gradients, bias, x):
     free = step(method, x, bias=bias, gradients=gradients)
-    for (h, dw, db), (_, dw_free, db_free) in zip(
-        step(method, x, bias=bias, gradients=gradients, max_change=0.05), free, strict=True
-    ):
+    shrunk = step(method, x, bias=bias, gradients=gradients, max_change=0.05)
+    for (h, dw, db), (_, dw_free, db_free) in zip(shrunk, free, strict=True):
         assert rms(h, dw_free, db_free) > 0.05
         assert rms(h, dw, db).item() == pytest.approx(0.05, rel=1e-12)
+        if method == "ubp" and dw is not shrunk[-1][1]:
+            continue  # what comes down from a shorter step has another direction, see below
         share = 0.05 / rms(h, dw_free, db_free)
         torch.testing.assert_close(dw, share * dw_free, rtol=1e-9, atol=1e-15)
         if bias:
@@ -86,6 +87,42 @@ def test_a_small_step_is_left_alone(method, gradients, x):
     ):
         torch.testing.assert_close(dw, dw_free, rtol=1e-6, atol=1e-18)
         torch.testing.assert_close(db, db_free, rtol=1e-6, atol=1e-18)
+
+
+@pytest.mark.parametrize("gradients", ["matrix", "factored"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kappa", [0.05, None])
+def test_updated_backpropagation_passes_down_the_gradient_after_the_step_it_makes(gradients, bias, kappa, x):
+    """Algorithm 2 by a Jacobian for each example, each layer's step shrunk before the next is decided."""
+    model, lr = network(bias), 5.0
+    modules = list(model)
+    h, changes = [x], []
+    for module in modules:
+        h.append(module(h[-1]).detach())
+    dh = 2 * (h[-1] - x)  # and D = 2
+    for at in reversed(range(0, len(modules), 2)):
+        layer, entered, a = modules[at], h[at], h[at + 1]
+        slope = h[at + 2] * (1 - h[at + 2])
+        g = slope * dh
+        dw = -lr * torch.stack([torch.outer(*pair) for pair in zip(g, entered, strict=True)]).mean(0)
+        db = -lr * g.mean(0) if bias else None
+        if kappa is not None:
+            share = (kappa / rms(entered, dw, db)).clamp(max=1)
+            assert share < 1 or changes, "else nothing is tested"
+            dw, db = share * dw, share * db if bias else None
+        changes.append((dw, db))
+        above = torch.nn.Sequential(*modules[at + 1 :])
+        jacobians = [torch.func.jacrev(above)(row) for row in a]
+        moved = [dw @ row + (db if bias else 0) for row in entered]
+        w = layer.weight.detach()
+        dh = torch.stack([
+            (w + dw).T @ g[i] + w.T @ (j.T @ (2 * j @ moved[i])) for i, j in enumerate(jacobians)
+        ])  # fmt: skip
+    found = step("ubp", x, lr=lr, bias=bias, gradients=gradients, max_change=kappa)
+    for (_, dw, db), (dw_expected, db_expected) in zip(found, changes[::-1], strict=True):
+        torch.testing.assert_close(dw, dw_expected.detach(), rtol=1e-9, atol=1e-13)
+        if bias:
+            torch.testing.assert_close(db, db_expected.detach(), rtol=1e-9, atol=1e-13)
 
 
 def test_each_layer_is_bounded_by_itself(x):
