@@ -154,8 +154,11 @@ def _sgd(model, loss, settings):
 
 
 def _momentum(model, loss, settings):
-    """Dampened, so that the learning rate means what it does for SGD."""
-    return torch.optim.SGD(model.parameters(), **settings, momentum=0.9, dampening=0.9)
+    """The learning rate is given in tenths, so that it means what it does for SGD.
+
+    ``dampening=0.9`` would do that too, but torch does not dampen the first gradient.
+    """
+    return torch.optim.SGD(model.parameters(), settings["lr"] / 10, momentum=0.9)
 
 
 def _adaptive(optimizer):
@@ -226,5 +229,6 @@ ours: of updated backpropagation with the true Hessian in the place of Gauss-New
 term; of all second-order methods with a bound on a step (ACP then with the bias term of eq. 6.2.5; λ is 10
 for the amortised ones, as any large one does, see the experiment ``learning_rates``); of the amortised ones
 with statistics of rank 100, half that of their minibatches.
-All are searched over the same domain; Adam's and Muon's ``lr`` is 100 times what torch calls so.
+All are searched over the same domain; Adam's and Muon's ``lr`` is 100 times what torch calls so, that of
+momentum ten times.
 """

@@ -166,3 +166,17 @@ def test_progress_bars_are_silent_unless_asked(task, capsys):
     model = nn.Sequential(nn.Linear(6, 6))
     train(model, torch.optim.SGD(model.parameters(), 0.01), task, updates=2, points=[2], seed=0, batch=20)
     assert capsys.readouterr().err == ""
+
+
+def test_momentum_s_learning_rate_means_what_it_does_for_sgd():
+    """Of a linear loss, whose gradient never changes: in the end each step is λ times it, the first a tenth."""
+    weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    holder = torch.nn.ParameterList([weight])
+    optimizer, slope, path = METHODS["momentum"].optimizer(holder, None, {"lr": 0.5}), torch.ones(3), []
+    for _ in range(400):
+        before = weight.detach().clone()
+        weight.grad = slope.double()
+        optimizer.step()
+        path.append(before - weight.detach())
+    torch.testing.assert_close(path[0], 0.05 * slope.double())
+    torch.testing.assert_close(path[-1], 0.5 * slope.double(), rtol=1e-12, atol=0)
