@@ -214,7 +214,7 @@ METHODS = {
     "acp_bounded": Method(_acp(1.0, bias_correction=True, **BOUND), None, DAMPED, "acp_fixedalpha", 10.0),
     "nnn2_bounded": Method(_nnn(**BOUND), None, DAMPED, "nnn2", 10.0),
     "kfac_bounded": Method(_kfac(**BOUND), None, DAMPED, "kfac", 10.0),
-    "jaco_update_bounded": Method(_ubp("gauss_newton", **BOUND), tuned_as="jaco_update"),
+    "jaco_update_bounded": Method(_ubp("gauss_newton", **BOUND), tuned_as="jaco_update", lr=10.0),
     "acp_low_rank": Method(_acp(1.0, **LOW_RANK), None, DAMPED, "acp_fixedalpha"),
     "nnn2_low_rank": Method(_nnn(**LOW_RANK), None, DAMPED, "nnn2"),
     "kfac_low_rank": Method(_kfac(**LOW_RANK), None, DAMPED, "kfac"),
@@ -226,9 +226,8 @@ METHODS = {
 
 A fixed α of ACP is 1: with (λ, ε) free it is redundant, since only λ/α and ε/α matter. Variants are
 ours: of updated backpropagation with the true Hessian in the place of Gauss-Newton, and with no second
-term; of all second-order methods with a bound on a step (ACP then with the bias term of eq. 6.2.5; λ is 10
-for the amortised ones, as any large one does, see the experiment ``learning_rates``); of the amortised ones
-with statistics of rank 100, half that of their minibatches.
-All are searched over the same domain; Adam's and Muon's ``lr`` is 100 times what torch calls so, that of
+term; of all second-order methods with a bound on a step (ACP then with the bias term of eq. 6.2.5; λ is 10,
+as any large one does, see the experiment ``learning_rates``); of the amortised ones with statistics of rank
+100, half that of their minibatches. All are searched over the same domain; Adam's and Muon's ``lr`` is 100 times what torch calls so, that of
 momentum ten times.
 """

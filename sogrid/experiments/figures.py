@@ -207,7 +207,7 @@ def thesis_loss_at(figure_key: str, update: int) -> dict[str, float]:
 
 
 def caption(record: dict[str, Any]) -> str:
-    """One sentence on what a record holds: data, scale, seeds, time axis, machine, date."""
+    """One sentence on what a record holds: data, scale, seeds, time axis, machines and their last dates."""
     settings, runs = record["settings"], record["runs"]
     seeds = sorted({run["seed"] for run in runs})
     updates = max((run["update"][-1] for run in runs if run["update"]), default=0)
@@ -216,20 +216,24 @@ def caption(record: dict[str, Any]) -> str:
         f"{settings['data']['variant']} (sha256 {settings['data']['checksum'][:8]}), "
         f"{updates:,} updates of {settings['batch']} examples, "
         f"{several if len(seeds) > 1 else f'seed {seeds[0]}'}, "
-        f"hyperparameters chosen {settings['hyperparameters']}; {_origin(runs[-1]['provenance'])}"
+        f"hyperparameters chosen {settings['hyperparameters']}; {_origin(run['provenance'] for run in runs)}"
     )
     if "clock" in record:
         text += (
             ". Seconds are updates times the cost of one, measured on its own, interleaved: "
-            f"{_origin(record['clock']['provenance'])}"
+            f"{_origin([record['clock']['provenance']])}"
         )
     return text
 
 
-def _origin(provenance: dict[str, Any]) -> str:
-    machine = provenance["machine"]
-    threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
-    return f"{machine['processor']}, {threads}, {machine['device']}, {provenance['date']}"
+def _origin(provenances: Iterable[dict[str, Any]]) -> str:
+    last: dict[str, str] = {}
+    for provenance in provenances:
+        machine = provenance["machine"]
+        threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
+        where = f"{machine['processor']}, {threads}, {machine['device']}"
+        last[where] = max(last.get(where, ""), provenance["date"])
+    return " and ".join(f"{where}, {date}" for where, date in last.items())
 
 
 def comparison_table(record: dict[str, Any], update: int, figure_key: str) -> str:

@@ -169,7 +169,7 @@ def test_progress_bars_are_silent_unless_asked(task, capsys):
 
 
 def test_momentum_s_learning_rate_means_what_it_does_for_sgd():
-    """Of a linear loss, whose gradient never changes: in the end each step is λ times it, the first a tenth."""
+    """Of a gradient that never changes, each step is λ times it in the end, and the first a tenth of that."""
     weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
     holder = torch.nn.ParameterList([weight])
     optimizer, slope, path = METHODS["momentum"].optimizer(holder, None, {"lr": 0.5}), torch.ones(3), []
