@@ -276,6 +276,7 @@ def costs(part: str, *, rounds: int = ROUNDS, device: str = "cpu", progress: boo
         entries[name] = entry
 
     products = Products(first.model, device=device)
+    first.update(*batch)  # what libraries keep from their first call is nobody's memory
     with warnings.catch_warnings(action="ignore"), _frozen():  # the peers use what torch deprecates
         for name in METHODS[part]:
             enter(name, lambda name=name: contestant(task, name, device))
@@ -317,7 +318,7 @@ def growth(
         ``"rows"``: axis, ``at``, ``sgd_ms``, and ``ratio``, by method. ``"base"``: ``GROWTH``.
     """
     if points is None:
-        points = POINTS if device == "cpu" else POINTS_ACCELERATED
+        points = POINTS if torch.device(device).type == "cpu" else POINTS_ACCELERATED
     rows = []
     for axis, values in points.items():
         for at in values:

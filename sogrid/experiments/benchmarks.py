@@ -7,7 +7,7 @@ Methods go by the names of the thesis's legends.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,6 +44,14 @@ class Task:
     test: tuple[Tensor, Tensor]
     network: Callable[..., nn.Module]
     loss: Loss
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Task:
+        """The same with its examples elsewhere, or in another precision (labels stay what they are)."""
+
+        def there(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+            return tuple(t.to(device, dtype if t.is_floating_point() else None) for t in pair)
+
+        return replace(self, train=there(self.train), test=there(self.test))
 
     @property
     def classifies(self) -> bool:

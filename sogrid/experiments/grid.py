@@ -227,14 +227,14 @@ class Grid:
         lr, stack, n, bound = self.group["lr"], self.stack, seen.f.shape[-2], self.group.get("max_change")
         if isinstance(self.optimizer, UpdatedBackprop):
             chain = [a.detach() for a in seen.preactivations], stack.weights, stack.biases, stack.activations
-            own = {"lr": [lr] * len(stack.weights), "max_change": [bound] * len(stack.weights)}
-            yield from self.optimizer.update_chain(seen.inputs, *chain, seen.f.detach(), grad_f, **own)
+            each = ([value] * len(stack.weights) for value in (lr, bound))
+            yield from self.optimizer.update_chain(seen.inputs, *chain, seen.f.detach(), grad_f, *each)
             return
         for h, g, state in zip(seen.inputs, seen.pull(grad_f), self.state, strict=True):
             grad_w, grad_b = Factored(g, h, 1 / n), g.mean(-2)
             if isinstance(self.optimizer, Layerwise):
                 change = self.optimizer.update(grad_w, grad_b, h.mean(-2), state, self.group)
-                yield change if bound is None else bounded(*change, h, bound)
+                yield bounded(*change, h, bound)
             else:  # torch's follows the loss as it is reduced
                 rate = lr if self.loss.reduction == "mean" else lr * n
                 yield -matrixwise(rate) * grad_w, -vectorwise(rate) * grad_b

@@ -9,11 +9,8 @@ update is a whole one with its share of the refresh, one in 100 updates::
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from dataclasses import replace
 from itertools import accumulate
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -21,6 +18,7 @@ from torch.profiler import profile
 
 from sogrid.experiments.benchmarks import BATCH, METHODS, REFRESH_EVERY, Task
 from sogrid.experiments.grid import pooled_digits, train_grid, training_grid
+from sogrid.experiments.timing import elapsed_ms
 from sogrid.networks import MLP
 
 __all__ = ["grid_memory", "grid_times"]
@@ -66,26 +64,16 @@ def grid_times(
 
     works = {"grid": lambda: grid.update(x, y), "loop": loop}
     refreshes = {"grid": lambda: grid.refresh(x, y), "loop": refresh_loop}
-    seconds: dict[str, list[float]] = {"grid": [], "loop": [], "grid refresh": [], "loop refresh": []}
+    ms: dict[str, list[float]] = {"grid": [], "loop": [], "grid refresh": [], "loop refresh": []}
     for _ in range(rounds + 2):
         if grid.keeps_statistics:
             for name, work in refreshes.items():
-                seconds[f"{name} refresh"].append(_clock(work, x.device))
+                ms[f"{name} refresh"].append(elapsed_ms(work, x))
         for name, work in works.items():
-            seconds[name].append(_clock(work, x.device))
-    cost = {name: 1e3 * median(values[2:]) if values else 0.0 for name, values in seconds.items()}
+            ms[name].append(elapsed_ms(work, x))
+    cost = {name: median(values[2:]) if values else 0.0 for name, values in ms.items()}
     grid_ms, loop_ms = (cost[n] + cost[f"{n} refresh"] / REFRESH_EVERY for n in ("grid", "loop"))
     return {"method": method, "grid_ms": grid_ms, "loop_ms": loop_ms, "ratio": loop_ms / grid_ms}
-
-
-def _clock(work: Callable[[], None], device: torch.device) -> float:
-    """Seconds, with the device drained before and after."""
-    drain = torch.accelerator.synchronize if device.type != "cpu" else lambda: None
-    drain()
-    start = perf_counter()
-    work()
-    drain()
-    return perf_counter() - start
 
 
 def grid_memory(method: str, count: int, *, task: Task | None = None, batch: int = BATCH) -> int:
@@ -97,16 +85,8 @@ def grid_memory(method: str, count: int, *, task: Task | None = None, batch: int
     return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
-def small(device: str) -> Task:
-    """The pooled digits on a device."""
-    digits = pooled_digits()
-    train, test = (tuple(t.to(device) for t in pair) for pair in (digits.train, digits.test))
-    return replace(digits, train=train, test=test)
-
-
-def wide(width: int, device: str) -> Task:
+def wide(width: int, digits: Task) -> Task:
     """The same digits, and an autoencoder 64-``width``-``width``-64."""
-    digits = small(device)
     sizes, sigmoid = [64, width, width, 64], {"activation": "sigmoid", "output": "sigmoid"}
     return Task(
         f"width {width}",
@@ -125,7 +105,10 @@ def main() -> None:
     parser.add_argument("--only", choices=["methods", "batches", "widths", "memory", "run"], default=None)
     parser.add_argument("--device", default="cpu", help="where, e.g. cuda (default: cpu)")
     options = parser.parse_args()
-    task, device = small(options.device), torch.device(options.device)
+    device = torch.device(options.device)
+    if options.only == "memory" and device.type != "cpu":
+        parser.error("memory is counted on the CPU alone")
+    task = pooled_digits().to(device)
     print(f"{torch.get_num_threads()} threads")
     if device.type == "cuda":
         print(torch.cuda.get_device_name(device))
@@ -142,14 +125,15 @@ def main() -> None:
     for batch in (50, 100) if asked("batches") else ():
         show(f"acp, batch {batch}", grid_times("acp", task=task, batch=batch, rounds=options.rounds))
     for width in (64, 128, 256, 512, 1024) if asked("widths") else ():
-        row = grid_times("acp", task=wide(width, device), count=8, rounds=max(3, options.rounds // 3))
+        row = grid_times("acp", task=wide(width, task), count=8, rounds=max(3, options.rounds // 3))
         show(f"acp, 8 networks {width} wide", row)
     for count in (16, 32, 64, 128) if asked("memory") and device.type == "cpu" else ():
         print(f"acp, K = {count}: {grid_memory('acp', count) / 1e6:.1f} MB")
     for batch in (50, 100, 200) if asked("run") else ():
         plan = {"updates": 200, "points": [25, 50, 100, 200], "evaluate_on": 500, "batch": batch}
-        seconds = _clock(lambda plan=plan: train_grid(task, "acp", configurations("acp", 64), **plan), device)
-        print(f"acp, 64 networks, 200 updates, batch {batch}: {seconds:.2f} s")
+        train = lambda plan=plan: train_grid(task, "acp", configurations("acp", 64), **plan)  # noqa: E731
+        ms = elapsed_ms(train, task.train[0])
+        print(f"acp, 64 networks, 200 updates, batch {batch}: {ms / 1e3:.2f} s")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from sogrid.experiments.benchmarks import BATCH, BENCHMARKS, METHODS, REFRESH_EV
 from sogrid.experiments.records import Record, RecordError, provenance
 from sogrid.losses import Loss, Quadratic
 
-__all__ = ["Contestant", "clock", "contestant", "minibatch", "race", "step_times"]
+__all__ = ["Contestant", "clock", "contestant", "elapsed_ms", "minibatch", "race", "step_times"]
 
 ROUNDS, WARM_UP = 30, 3
 SETTINGS = {"lr": 1e-8, "damping": 1.0, "scale": 2.0}
@@ -140,9 +140,9 @@ def race(
     for i in tqdm(range(WARM_UP + rounds), desc="rounds", disable=not progress, leave=False):
         for name, entry in contestants.items():
             if entry.keeps_statistics:
-                cost = _clock(lambda e=entry: e.refresh(*statistics), batch[0])
+                cost = elapsed_ms(lambda e=entry: e.refresh(*statistics), batch[0])
                 refreshes[name].append(cost) if i >= WARM_UP else None
-            cost = _clock(lambda e=entry: e.update(*batch), batch[0])
+            cost = elapsed_ms(lambda e=entry: e.update(*batch), batch[0])
             steps[name].append(cost) if i >= WARM_UP else None
     rows = []
     for name, entry in contestants.items():
@@ -200,12 +200,11 @@ def _update(model: nn.Module, optimizer: torch.optim.Optimizer, loss: Loss, x: T
     optimizer.step()
 
 
-def _clock(work: Callable[[], None], x: Tensor) -> float:
-    """Milliseconds, with the device drained before and after."""
-    if x.device.type != "cpu":
-        torch.accelerator.synchronize()
+def elapsed_ms(work: Callable[[], Any], x: Tensor) -> float:
+    """Milliseconds that work takes on the device of ``x``, which is drained before and after."""
+    drain = torch.accelerator.synchronize if x.device.type != "cpu" else lambda: None
+    drain()
     start = perf_counter()
     work()
-    if x.device.type != "cpu":
-        torch.accelerator.synchronize()
+    drain()
     return 1e3 * (perf_counter() - start)

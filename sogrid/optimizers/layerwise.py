@@ -83,7 +83,7 @@ class StatisticsBatch(NamedTuple):
 
 
 def bounded(
-    dw: Tensor | Factored, db: Tensor | None, h: Tensor, max_change: float | Tensor
+    dw: Tensor | Factored, db: Tensor | None, h: Tensor, max_change: float | Tensor | None
 ) -> tuple[Tensor | Factored, Tensor | None]:
     """(ΔW, Δb), shrunk if need be until the pre-activations change by κ at most, in root mean square.
 
@@ -95,8 +95,10 @@ def bounded(
         dw: ΔW, ``[..., o, i]``.
         db: Δb, ``[..., o]`` or ``None``.
         h: Inputs of the layer, ``[..., n, i]``, of which the first 16 count.
-        max_change: κ.
+        max_change: κ; ``None`` for no bound.
     """
+    if max_change is None:
+        return dw, db
     change = h[..., :BOUND_EXAMPLES, :] @ dw.mT
     if db is not None:
         change = change + db.unsqueeze(-2)

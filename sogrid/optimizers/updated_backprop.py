@@ -76,8 +76,7 @@ def updated_backprop_update(
         g = slopes[layer].pull(dh)
         dw = -matrixwise(lr[layer]) / h.shape[-2] * Factored(g, h)
         db = -vectorwise(lr[layer]) * g.mean(-2) if biased is None or biased[layer] else None
-        if max_change is not None and max_change[layer] is not None:
-            dw, db = bounded(dw, db, h, max_change[layer])
+        dw, db = bounded(dw, db, h, None if max_change is None else max_change[layer])
         changes.append((dw if factored else dw.dense(), db))
         if layer > 0:
             moved = h @ dw.mT if db is None else h @ dw.mT + db.unsqueeze(-2)
@@ -278,18 +277,19 @@ class UpdatedBackprop(Layerwise):
         layers, activations = zip(*self._chain(self.model), strict=True)
         watched, seen = zip(*(by_module[layer] for layer in layers), strict=True)
         groups = [self.param_groups[layer.home] for layer in watched]
-        own = {key: [group[key] for group in groups] for key in ("lr", "max_change")}
-        own["biased"] = [layer.trained_bias is not None for layer in watched]
+        lr, bounds = ([group[key] for group in groups] for key in ("lr", "max_change"))
+        biased = [layer.trained_bias is not None for layer in watched]
         inputs = [record.examples()[0] for record in seen]
         a = [record.outputs(layer) for record, layer in zip(seen, layers, strict=True)]
         scale = len(inputs[0]) if self.reduction == "mean" else 1
         f, grad_f = join([r.output for r in roots]), join([r.grad for r in roots]) * scale
         self._require_finite({"the model's output": [grad_f]})
         weights, biases = [layer.weight.detach() for layer in layers], [layer.bias for layer in layers]
-        if self.gradients == "matrix":
+        if self.gradients == "matrix" and f.is_cpu:
             (top,) = activation_slopes(activations[-1:], a[-1:])
             self._require_untouched(layers[-1].weight.grad * scale, Factored(top.pull(grad_f), inputs[-1]))
-        changes = self.update_chain(inputs, a, weights, biases, activations, f, grad_f, **own)
+        chain = inputs, a, weights, biases, activations
+        changes = self.update_chain(*chain, f, grad_f, lr, bounds, biased)
         yield from zip(watched, changes, strict=True)
 
     def update_chain(
@@ -301,9 +301,11 @@ class UpdatedBackprop(Layerwise):
         activations: Sequence[Activation],
         f: Tensor,
         grad_f: Tensor,
-        **own: Sequence,
+        lr: Sequence[float | Tensor],
+        max_change: Sequence[float | Tensor | None],
+        biased: Sequence[bool] | None = None,
     ) -> list[tuple[Tensor | Factored, Tensor | None]]:
-        """Factored (ΔW, Δb) of every layer, whose ``own`` options :func:`updated_backprop_update` has."""
+        """Factored (ΔW, Δb) of every layer; see :func:`~sogrid.optimizers.updated_backprop_update`."""
         slopes, y = activation_slopes(activations, a), self.loss.target(f, grad_f)
         curvature = {
             "gauss_newton": lambda: gauss_newton_term(
@@ -312,17 +314,15 @@ class UpdatedBackprop(Layerwise):
             "hessian": lambda: hessian_term(a, weights, biases, activations, self.loss, y),
             "none": lambda: None,
         }[self.curvature]()
+        own = {"lr": lr, "max_change": max_change, "biased": biased}
         return updated_backprop_update(
-            inputs, a, weights, activations, grad_f, curvature, slopes=slopes, factored=True, **own
+            inputs, a, weights, activations, grad_f, curvature, **own, slopes=slopes, factored=True
         )
 
     @staticmethod
     def _require_untouched(grad: Tensor, own: Factored) -> None:
         """The top layer's gradient is its ``.grad``, unless somebody changed that after backward."""
-        if grad.device.type != "cpu":
-            return
-        difference = own.dense() - grad
-        if bool((difference.abs() > 1e-3 * grad.abs().max()).any()):
+        if bool(((own.dense() - grad).abs() > 1e-3 * grad.abs().max()).any()):
             raise CaptureError(
                 "UpdatedBackprop builds its step from per-example gradients, and .grad no longer agrees with "
                 "them: it cannot honour gradient clipping, penalties added to the loss, or autocast"

@@ -1,6 +1,7 @@
 """Figures and tables from made-up records: what is drawn, and what the captions say."""
 
 import math
+import re
 from itertools import product
 
 import pytest
@@ -156,6 +157,10 @@ def test_captions_say_what_where_and_when(record):
     lost = {**record["runs"][0], "status": "diverged", "update": [], "train": [], "test": []}
     assert "3,000 updates of 200" in caption({**record, "runs": [lost, *record["runs"]]})
     assert "0 updates of 200" in caption({**record, "runs": [lost]})
+    first, *others = record["runs"]
+    machine = {**first["provenance"]["machine"], "processor": "6502"}
+    other = {**first, "provenance": {**first["provenance"], "machine": machine}}
+    assert re.search(r"6502, 1 thread, .* and Z80, 1 thread", caption({**record, "runs": [other, *others]}))
 
 
 def test_tables(record):
