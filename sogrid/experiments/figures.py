@@ -457,7 +457,7 @@ def search_caption(record: dict[str, Any]) -> str:
     return (
         f"{settings['data']['variant']} (sha256 {settings['data']['checksum'][:8]}), "
         f"{settings['benchmark'].replace('_', ' ')}, {count:,} runs of {settings['updates']:,} updates; "
-        f"{_origin(record['runs'][-1]['provenance'])}"
+        f"{_origin(run['provenance'] for run in record['runs'])}"
     )
 
 
