@@ -99,9 +99,9 @@ def bounded(
     """
     if max_change is None:
         return dw, db
-    change = h[..., :BOUND_EXAMPLES, :] @ dw.mT
+    change = dw @ h[..., :BOUND_EXAMPLES, :].mT
     if db is not None:
-        change = change + db.unsqueeze(-2)
+        change = change + db.unsqueeze(-1)
     most = max_change * (change.shape[-2] * change.shape[-1]) ** 0.5
     share = (most / torch.linalg.vector_norm(change, dim=(-2, -1))).clamp(max=1)
     return matrixwise(share) * dw, None if db is None else vectorwise(share) * db
