@@ -39,6 +39,7 @@ __all__ = [
     "matrixwise",
     "mean_eigenvalue",
     "naming_the_damping",
+    "scalar",
     "shift_diagonal",
     "tikhonov_inverse",
     "tikhonov_solve",
@@ -55,6 +56,14 @@ def matrixwise(value: float | Tensor) -> float | Tensor:
 def vectorwise(value: float | Tensor) -> float | Tensor:
     """The same as a factor ``[..., 1]`` of vectors."""
     return value[..., None] if isinstance(value, Tensor) and value.dim() else value
+
+
+def scalar(value: float | Tensor) -> float | Tensor:
+    """A tensor without dimensions as a number, where reading it makes nobody wait: on the CPU.
+
+    Arithmetic of such tensors is as slow as that of small matrices.
+    """
+    return value.item() if isinstance(value, Tensor) and value.is_cpu and value.dim() == 0 else value
 
 
 class Gram(NamedTuple):
@@ -185,10 +194,9 @@ class Factored:
 
     def add_to(self, matrix: Tensor, beta: int = 1) -> Tensor:
         """``beta · matrix + G`` in the place of ``matrix: [o, i]``."""
-        left, scale = self.left, self.scale
+        left, scale = self.left, scalar(self.scale)
         if isinstance(scale, Tensor):
-            on_host = scale.dim() == 0 and scale.device == left.device == torch.device("cpu")
-            left, scale = (left, scale.item()) if on_host else (left * scale, 1.0)
+            left, scale = left * scale, 1.0
         few = left.shape[-2] <= left.shape[-1]  # centre R, or else what it was multiplied into
         matrix.addmm_(left.mT, self._deviations() if few else self.right, beta=beta, alpha=scale)
         if not few and self.mean is not None:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from sogrid.capture import Capture, CaptureError, LayerRecord, join
-from sogrid.linalg import Factored, ThinInverse, add_to, matrixwise, vectorwise
+from sogrid.linalg import Factored, ThinInverse, add_to, matrixwise, scalar, vectorwise
 from sogrid.losses import check_reduction
 from sogrid.optimizers.base import CapturingOptimizer, check_count, check_hyperparameter
 from sogrid.statistics import Statistics, refresh_due
@@ -102,8 +102,14 @@ def bounded(
     change = dw @ h[..., :BOUND_EXAMPLES, :].mT
     if db is not None:
         change = change + db.unsqueeze(-1)
-    most = max_change * (change.shape[-2] * change.shape[-1]) ** 0.5
-    share = (most / torch.linalg.vector_norm(change, dim=(-2, -1))).clamp(max=1)
+    size = scalar(torch.linalg.vector_norm(change, dim=(-2, -1)))
+    most = scalar(max_change) * (change.shape[-2] * change.shape[-1]) ** 0.5
+    if isinstance(size, Tensor):
+        share = (most / size).clamp(max=1)
+    elif size <= most:
+        return dw, db
+    else:
+        share = most / size
     return matrixwise(share) * dw, None if db is None else vectorwise(share) * db
 
 
@@ -120,14 +126,8 @@ def _flat(state: dict[str, Tensor | ThinInverse]) -> dict[str, Tensor]:
 
 
 def _packed(state: dict[str, Tensor]) -> dict[str, float | Tensor | ThinInverse]:
-    """The tensors of :func:`_flat` put together again; a scalar as a number where the host may read it.
-
-    Arithmetic of tensors without dimensions is as slow as that of small matrices.
-    """
-    packed = {}
-    for key, value in state.items():
-        readable = isinstance(value, Tensor) and value.is_cpu and value.dim() == 0
-        packed[key] = value.item() if readable else value
+    """The tensors of :func:`_flat` put together again."""
+    packed = {key: scalar(value) for key, value in state.items()}
     for key in [key for key in packed if key.endswith(SHIFT)]:
         whole = key.removesuffix(SHIFT)
         packed[whole] = ThinInverse(packed[whole], packed[key])
