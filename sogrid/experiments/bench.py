@@ -88,15 +88,17 @@ SGD = "standard_sgd"
 TORCH = (SGD, "momentum", "adam", "muon")
 OURS = ("centered_gradient_descent", "acp_fixedalpha", "acp", "nnn2", "kfac")
 BOUNDED = ("acp_bounded", "nnn2_bounded", "kfac_bounded")
+BOTH = tuple(f"{name}_low_rank" for name in BOUNDED)
 RANKED = tuple(f"{name} rank {LOW_RANK['rank']}" for name in (*OURS[1:], *BOUNDED))
 MATRIX = ("acp matrix", "kfac matrix")
 METHODS = {
-    AE: (*TORCH, *OURS, "jaco_update", *BOUNDED, "jaco_update_bounded", *MATRIX),
+    AE: (*TORCH, *OURS, "jaco_update", *BOUNDED, *BOTH, "jaco_update_bounded", *MATRIX),
     CIFAR: (*TORCH, *OURS, "kfac_nat", *BOUNDED, *MATRIX),
     "low_rank": (SGD, *OURS[1:], *BOUNDED, *RANKED),
 }
 """Of each cost table. ``matrix``: the step starts from ``.grad``, as that of every peer. The exact Fisher of
-784 outputs would be as many backward passes: it is on the classifier alone. So is ``low_rank``."""
+784 outputs would be as many backward passes: it is on the classifier alone. So is the part ``low_rank``;
+on the autoencoder the bounded methods have rows with a rank, which also have curves (time to loss)."""
 
 AIMS = {
     AE: {
@@ -163,7 +165,7 @@ def aim(part: str, method: str) -> float | None:
         >>> aim("low_rank", "acp rank 100")
         1.6
     """
-    return AIMS[_benchmark(part)].get(method.partition(" rank ")[0])
+    return AIMS[_benchmark(part)].get(method.partition(" rank ")[0].removesuffix("_low_rank"))
 
 
 def _benchmark(part: str) -> str:

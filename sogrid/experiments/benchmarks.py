@@ -223,6 +223,11 @@ METHODS = {
     "nnn2_bounded": Method(_nnn(**BOUND), None, DAMPED, "nnn2", 10.0),
     "kfac_bounded": Method(_kfac(**BOUND), None, DAMPED, "kfac", 10.0),
     "jaco_update_bounded": Method(_ubp("gauss_newton", **BOUND), tuned_as="jaco_update", lr=10.0),
+    "acp_bounded_low_rank": Method(
+        _acp(1.0, bias_correction=True, **BOUND, **LOW_RANK), None, DAMPED, "acp_fixedalpha", 10.0
+    ),
+    "nnn2_bounded_low_rank": Method(_nnn(**BOUND, **LOW_RANK), None, DAMPED, "nnn2", 10.0),
+    "kfac_bounded_low_rank": Method(_kfac(**BOUND, **LOW_RANK), None, DAMPED, "kfac", 10.0),
     "acp_low_rank": Method(_acp(1.0, **LOW_RANK), None, DAMPED, "acp_fixedalpha"),
     "nnn2_low_rank": Method(_nnn(**LOW_RANK), None, DAMPED, "nnn2"),
     "kfac_low_rank": Method(_kfac(**LOW_RANK), None, DAMPED, "kfac"),
