@@ -20,6 +20,7 @@ from sogrid.linalg import (
     failures_are_nan,
     inverse_square_root,
     mean_eigenvalue,
+    scalar,
     shift_diagonal,
     tikhonov_inverse,
     tikhonov_solve,
@@ -594,3 +595,11 @@ def test_the_route_is_the_cheaper_one(draw, n, columns):
     assert chosen == min(factor_first, matrix_first)
     if not thin:
         assert flops(lambda: whole(x.mT @ gradient.mT)) == chosen
+
+
+def test_a_scalar_is_read_where_nobody_waits():
+    assert scalar(torch.tensor(2.0)) == 2.0
+    assert isinstance(scalar(torch.tensor(2.0)), float)
+    for value in (torch.tensor([2.0]), torch.tensor(2.0, device="meta")):
+        assert scalar(value) is value
+    assert scalar(3) == 3

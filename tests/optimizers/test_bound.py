@@ -156,6 +156,26 @@ def test_the_bound_is_a_group_s_and_may_change_while_training(x):
     assert optimizer.param_groups[0]["max_change"] == torch.tensor(0.02)
 
 
+@pytest.mark.parametrize("kappa", [0.05, 1e6])
+def test_the_share_is_the_same_as_a_number_and_as_a_tensor(kappa, generator):
+    """One network's is read by the host; that of a grid, or on an accelerator, is not."""
+    dw, db, h = (torch.randn(s, dtype=torch.float64, generator=generator) for s in ((5, 7), (5,), (20, 7)))
+    one = bounded(dw, db, h, kappa)
+    of_grid = bounded(dw[None], db[None], h[None], torch.tensor([kappa], dtype=torch.float64))
+    for alone, batched in zip(one, of_grid, strict=True):
+        torch.testing.assert_close(alone, batched[0], rtol=1e-14, atol=0)
+    assert (one[0] is dw) == (kappa == 1e6)
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_change_that_is_not_a_number_is_not_applied_in_silence(batched):
+    """ΔW and h are finite; their product, ∞ − ∞, is not."""
+    dw, h = torch.tensor([[1e30, -1e30]]), torch.tensor([[1e30, 1e30]])
+    lead = (None,) if batched else ()
+    change, _ = bounded(dw[lead], None, h[lead], torch.ones(1) if batched else 1.0)
+    assert change.isnan().all()
+
+
 def test_only_the_first_examples_count(generator):
     h = torch.randn(100, 5, dtype=torch.float64, generator=generator)
     dw, db = (torch.randn(*shape, dtype=torch.float64, generator=generator) for shape in ((3, 5), (3,)))
