@@ -18,7 +18,7 @@ help: ## Print this list
 
 install: $(STAMP) ## Make .venv and install everything into it (the other targets do this for you)
 
-$(STAMP): requirements.txt pyproject.toml
+$(STAMP): requirements.txt pyproject.toml book/pyproject.toml
 	@for python in $(PYTHON); do \
 	  test -x $(BIN)/python && break; \
 	  $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2> /dev/null || continue; \
@@ -31,7 +31,7 @@ $(STAMP): requirements.txt pyproject.toml
 	  exit 1; \
 	}
 	$(BIN)/python -m pip install -r requirements.txt
-	$(BIN)/python -m pip install --no-deps -e .
+	$(BIN)/python -m pip install --no-deps -e . -e book
 	@touch $(STAMP)
 
 book: $(STAMP) ## Build the book into _build/html; a warning is an error
@@ -82,7 +82,7 @@ $(PEERS): pyproject.toml
 	@touch $(PEERS)
 
 bench: $(STAMP) $(PEERS) ## Measure what an update costs, ours beside torch's and other libraries', into out/bench.json
-	PYTHONPATH=$(PEERS) $(BIN)/python -m sogrid bench
+	PYTHONPATH=$(PEERS) $(BIN)/python -m lab bench
 
 clean: ## Remove what was built (not .venv)
 	rm -rf _build out .pytest_cache .ruff_cache

@@ -1,4 +1,4 @@
-"""The command line, ``python -m sogrid``: ``reproduce``, ``search``, ``clock``, ``bench`` and ``records``.
+"""The command line, ``python -m sogrid``: ``reproduce``, ``search`` and ``records``.
 
 Torch is imported only by what needs it, so that ``--help`` is quick.
 """
@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-__all__ = ["main"]
+__all__ = ["LAYOUT", "OK", "PROFILES", "add_options", "answer", "check_device", "checked", "main", "table"]
 
 OK, FAILURE = 0, 1  # argparse exits with 2 for wrong usage
 
@@ -47,18 +47,6 @@ command goes on. The studies are Optuna's, in OUT/search_BENCHMARK.PROFILE.sqlit
 work on the same studies: start the same command on each.
 """
 
-CLOCK = """\
-Measure what an update of each method of a figure costs, interleaved in one process, and put the result
-into the figure's record, where it makes the time axis. Do it on an otherwise idle machine.
-"""
-
-BENCH = """\
-Measure what an update of each method costs, in time and memory, beside torch's optimizers and the libraries
-of `make bench`, all interleaved in one process; how that grows; and how soon each gets to the loss of SGD,
-from the learning curves in OUT or the book. The record is OUT/bench.json, of a GPU OUT/bench.cuda.json. Do it
-on an otherwise idle machine.
-"""
-
 PROFILES = """\
 profiles:
   smoke     a dozen updates on 400 digits that come with the project; needs nothing
@@ -69,29 +57,51 @@ profiles:
 """
 
 
+LAYOUT = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "profile": {"default": "smoke", "help": "how much of it, see below (default: smoke)"},
+    "seed": {"type": int, "default": 0, "help": "of weights and data order (default: 0)"},
+    "methods": {
+        "nargs": "+",
+        "default": (),
+        "metavar": "METHOD",
+        "help": "only these methods (default: all)",
+    },
+    "storage": {
+        "metavar": "URL",
+        "help": "database of the studies, e.g. postgresql+psycopg://user@host/name (default: SQLite in OUT)",
+    },
+    "device": {"default": "cpu", "help": "where to compute, e.g. cuda (default: cpu)"},
+    "out": {"default": "out", "help": "folder of the record (default: out)"},
+    "quiet": {"action": "store_true", "help": "no progress bars, only the result"},
+}
+"""What the commands have in common, here and in the book's laboratory."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks, and return the exit status.
 
     Args:
         arguments: Without the program's name; default ``sys.argv``.
     """
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    return answer(_parser(), arguments)
+
+
+def answer(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> int:
+    """Do the ``action`` that a parser found, and return the exit status; one line says what went wrong."""
+    options, name = parser.parse_args(arguments), parser.prog.rpartition(" ")[2]
     try:
         return options.action(options)
     except KeyboardInterrupt as stop:
-        print(f"\nsogrid: {str(stop) or 'stopped'}", file=sys.stderr)
+        print(f"\n{name}: {str(stop) or 'stopped'}", file=sys.stderr)
         return 128 + getattr(stop, "number", 2)
     except BrokenPipeError:  # as in `sogrid records list | head`
         sys.stderr.close()
         return OK
-    except OSError as error:
-        print(f"sogrid: {error}", file=sys.stderr)
-        return FAILURE
-    except ValueError as error:
-        if not _ours(error):
+    except (OSError, ValueError) as error:
+        if not isinstance(error, OSError) and not _ours(error):
             raise
-        print(f"sogrid: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return FAILURE
 
 
@@ -105,68 +115,51 @@ def _ours(error: ValueError) -> bool:
     return isinstance(error, CheckpointError | DataError | RecordError | SearchError)
 
 
+def add_options(command: argparse.ArgumentParser, *names: str) -> None:
+    """Give a command some of :data:`OPTIONS`."""
+    for name in names:
+        command.add_argument(f"--{name}", **OPTIONS[name])
+
+
 def _parser() -> argparse.ArgumentParser:
-    layout = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
-    parser = argparse.ArgumentParser("python -m sogrid", description=DESCRIPTION, epilog=ENDING, **layout)
+    parser = argparse.ArgumentParser("python -m sogrid", description=DESCRIPTION, epilog=ENDING, **LAYOUT)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
-    figure, benchmark = ("figure", "FIG"), ("benchmark", "BENCHMARK")
-    for name, (dest, metavar), text, description, action in (
-        ("reproduce", figure, "run, or go on with, a figure", REPRODUCE, _reproduce),
-        ("search", benchmark, "search the hyperparameters of a benchmark's methods", SEARCH, _search),
-        ("clock", figure, "measure the time axis of a figure", CLOCK, _clock),
+    own = {"figure": "seed", "benchmark": "storage"}
+    for name, dest, metavar, text, description, action in (
+        ("reproduce", "figure", "FIG", "run, or go on with, a figure", REPRODUCE, _reproduce),
+        ("search", "benchmark", "BENCHMARK", "search a benchmark's hyperparameters", SEARCH, _search),
     ):
-        command = commands.add_parser(name, help=text, description=description, epilog=PROFILES, **layout)
+        command = commands.add_parser(name, help=text, description=description, epilog=PROFILES, **LAYOUT)
         command.add_argument(dest, metavar=metavar, help="its name, or the beginning of it")
-        command.add_argument("--profile", default="smoke", help="how much of it, see below (default: smoke)")
-        if name == "reproduce":
-            command.add_argument("--seed", type=int, default=0, help="of weights and data order (default: 0)")
-        if name != "clock":
-            text = "only these methods (default: all)"
-            command.add_argument("--methods", nargs="+", default=(), metavar="METHOD", help=text)
-        if name == "search":
-            text = (
-                "database of the studies, e.g. postgresql+psycopg://user@host/name (default: SQLite in OUT)"
-            )
-            command.add_argument("--storage", metavar="URL", help=text)
-        command.add_argument("--device", default="cpu", help="where to train, e.g. cuda (default: cpu)")
-        command.add_argument("--out", default="out", help="folder of the record (default: out)")
-        command.add_argument("--quiet", action="store_true", help="no progress bars, only the result")
+        add_options(command, "profile", own[dest], "methods", "device", "out", "quiet")
         command.set_defaults(action=action, parser=command)
-
-    text = "what an update costs, ours beside torch's and other libraries'"
-    command = commands.add_parser("bench", help=text, description=BENCH, **layout)
-    text = "only these: mnist_autoencoder, cifar10_classifier, low_rank, growth, compile, time_to_loss"
-    command.add_argument("--parts", nargs="+", metavar="PART", help=f"{text} (default: all)")
-    command.add_argument("--rounds", type=int, default=30, help="updates timed of each method (default: 30)")
-    command.add_argument("--device", default="cpu", help="where, e.g. cuda (default: cpu)")
-    command.add_argument("--out", default="out", help="folder of the record (default: out)")
-    command.add_argument("--quiet", action="store_true", help="no progress bars, only the result")
-    command.set_defaults(action=_bench, parser=command)
-
-    records = commands.add_parser("records", help="list, show or verify records", description="Records.")
-    verbs = records.add_subparsers(required=True, metavar="VERB")
-    several = {"nargs": "*", "metavar": "FILE", "type": Path}
-    which = "records, or folders of them (default: those of the book)"
-    for name, action, text in (
-        ("list", _list, "one line for each record"),
-        ("verify", _verify, "read each record and compare it with its checksum; 1 if any is damaged"),
-    ):
-        verb = verbs.add_parser(name, help=text, description=text.capitalize(), **layout)
-        verb.add_argument("files", help=which, **several)
-        verb.set_defaults(action=action)
-    text = "settings, runs and provenance of a record"
-    show = verbs.add_parser("show", help=text, description=text.capitalize(), **layout)
-    show.add_argument("file", metavar="FILE", type=Path, help="the record")
-    show.set_defaults(action=_show)
+    _add_records(commands.add_parser("records", help="list, show or verify records", description="Records."))
     return parser
+
+
+def _add_records(records: argparse.ArgumentParser) -> None:
+    verbs = records.add_subparsers(required=True, metavar="VERB")
+    several = {"nargs": "*", "help": "records, or folders of them (default: those of the book)"}
+    for name, action, number, text in (
+        ("list", _list, several, "one line for each record"),
+        (
+            "verify",
+            _verify,
+            several,
+            "read each record and compare it with its checksum; 1 if any is damaged",
+        ),
+        ("show", _show, {"help": "the record"}, "settings, runs and provenance of a record"),
+    ):
+        verb = verbs.add_parser(name, help=text, description=text.capitalize(), **LAYOUT)
+        verb.add_argument("file" if name == "show" else "files", metavar="FILE", type=Path, **number)
+        verb.set_defaults(action=action)
 
 
 def _reproduce(options: argparse.Namespace) -> int:
     from sogrid.experiments.reproduce import COMPARISONS, EXPERIMENTS, Searches, record_path, reproduce
 
     plans = EXPERIMENTS | COMPARISONS
-    name = _checked(options, "figure", plans)
+    name = checked(options, "figure", plans)
     plan = plans[name]
     searches = isinstance(plan, Searches)
     _check_methods(options, plan.samplers if searches else plan.methods)
@@ -181,7 +174,7 @@ def _reproduce(options: argparse.Namespace) -> int:
 def _search(options: argparse.Namespace) -> int:
     from sogrid.experiments.reproduce import search_path, tune, tuned_methods
 
-    name = _checked(options, "benchmark", tuned_methods())
+    name = checked(options, "benchmark", tuned_methods())
     _check_methods(options, tuned_methods()[name])
     wanted = {key: getattr(options, key) for key in ("profile", "device", "out", "methods", "storage")}
     content = tune(name, **wanted, progress=not options.quiet)
@@ -190,39 +183,8 @@ def _search(options: argparse.Namespace) -> int:
     return OK
 
 
-def _clock(options: argparse.Namespace) -> int:
-    from sogrid.experiments.reproduce import EXPERIMENTS, Curves, record_path
-    from sogrid.experiments.timing import clock
-
-    name = _checked(options, "figure", {k: v for k, v in EXPERIMENTS.items() if isinstance(v, Curves)})
-    path = record_path(options.out, name, options.profile)
-    rows = clock(path, device=options.device, progress=not options.quiet)
-    print(_table([("  method", "ms per update", "quartiles", "ratio to SGD", "ms per refresh"), *rows]))
-    print(f"\nrecord: {path}")
-    return OK
-
-
-def _bench(options: argparse.Namespace) -> int:
-    from sogrid.experiments.bench import PARTS, bench, bench_path, report
-
-    fail, parts = options.parser.error, options.parts or PARTS
-    for part in parts:
-        if part not in PARTS:
-            fail(f"--parts: there are {', '.join(PARTS)}, got {part!r}")
-    if options.rounds < 2:
-        fail(f"--rounds must be 2 or more, got {options.rounds}")
-    if problem := _device_problem(options.device):
-        fail(f"--device {options.device!r} cannot be used here: {problem}")
-    wanted = {key: getattr(options, key) for key in ("rounds", "device", "out")}
-    content = bench(parts=parts, **wanted, progress=not options.quiet)
-    for title, rows in report(content).items():
-        print(f"{title}\n{_table(rows)}\n")
-    print(f"record: {bench_path(options.out, options.device)}")
-    return OK
-
-
-def _checked(options: argparse.Namespace, kind: str, known: Mapping[str, Any]) -> str:
-    """The full name of the figure or benchmark; profile and device are checked too."""
+def checked(options: argparse.Namespace, kind: str, known: Mapping[str, Any]) -> str:
+    """The full name of the figure or benchmark; wrong usage if there is none, or of profile or device."""
     from sogrid.experiments.reproduce import PROFILES
 
     fail, given = options.parser.error, getattr(options, kind)
@@ -233,8 +195,7 @@ def _checked(options: argparse.Namespace, kind: str, known: Mapping[str, Any]) -
         fail(f"{kind} {given!r} {verdict}: {', '.join(found or known)}")
     if options.profile not in PROFILES:
         fail(f"--profile must be one of {', '.join(PROFILES)}, got {options.profile!r}")
-    if problem := _device_problem(options.device):
-        fail(f"--device {options.device!r} cannot be used here: {problem}")
+    check_device(options)
     return found[0]
 
 
@@ -244,15 +205,15 @@ def _check_methods(options: argparse.Namespace, known: Sequence[str]) -> None:
             options.parser.error(f"--methods: there are {', '.join(known)}, got {method!r}")
 
 
-def _device_problem(device: str) -> str:
-    """Why torch cannot compute there, in its words; empty if it can."""
+def check_device(options: argparse.Namespace) -> None:
+    """Wrong usage, in torch's words, if it cannot compute on the device."""
     import torch
 
     try:
-        float(torch.zeros((), device=device))
+        float(torch.zeros((), device=options.device))
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        return str(error).splitlines()[0]
-    return ""
+        problem = str(error).splitlines()[0]
+        options.parser.error(f"--device {options.device!r} cannot be used here: {problem}")
 
 
 def _list(options: argparse.Namespace) -> int:
@@ -269,7 +230,7 @@ def _list(options: argparse.Namespace) -> int:
         dates = {run["provenance"]["date"] for run in runs if "provenance" in run}
         profile = content["settings"].get("profile", "")
         rows.append((str(file), content["experiment"], profile, len(runs), max(dates, default="")))
-    print(_table([("file", "experiment", "profile", "runs", "last"), *rows]))
+    print(table([("file", "experiment", "profile", "runs", "last"), *rows]))
     for error in damaged:
         print(f"sogrid: {error}", file=sys.stderr)
     return FAILURE if damaged else OK
@@ -295,14 +256,14 @@ def _show(options: argparse.Namespace) -> int:
 
     content = Record.read(options.file)
     print(f"experiment  {content['experiment']}\n\nsettings")
-    print(_table([(f"  {key}", _plain(value)) for key, value in content["settings"].items()]))
+    print(table([(f"  {key}", _plain(value)) for key, value in content["settings"].items()]))
     print(f"\nruns\n{_runs(content)}\n\nprovenance")
     numbered = enumerate(content["runs"], start=1)
     for origin, group in groupby(numbered, lambda entry: entry[1].get("provenance", {})):
         group = list(group)
         numbers = [str(number) for number, _ in group]
         print(f"  run {numbers[0]}" if len(group) == 1 else f"  runs {numbers[0]} to {numbers[-1]}")
-        print(_table([(f"    {key}", _plain(value)) for key, value in origin.items()]))
+        print(table([(f"    {key}", _plain(value)) for key, value in origin.items()]))
         for number, run in group:
             for part in run.get("resumed", ()):
                 where = f"{part['date']}, commit {part['commit']}, {part['processor']}"
@@ -316,7 +277,7 @@ def _runs(content: dict[str, Any]) -> str:
     curves = [pair for pair in runs if "trials" not in pair[1]]
     searches = [pair for pair in runs if "trials" in pair[1]]
     return "\n".join(
-        _table([tuple(f"  {cell}" if i == 0 else cell for i, cell in enumerate(row)) for row in rows])
+        table([tuple(f"  {cell}" if i == 0 else cell for i, cell in enumerate(row)) for row in rows])
         for rows in (_curve_rows(curves), _search_rows(searches))
         if len(rows) > 1
     )
@@ -371,7 +332,7 @@ def _plain(value: Any) -> str:
     return str(value)
 
 
-def _table(rows: Sequence[tuple]) -> str:
+def table(rows: Sequence[tuple]) -> str:
     """Rows of cells, as columns of even width."""
     cells = [[str(cell) for cell in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)] if cells else []

@@ -102,13 +102,10 @@ def test_wrong_usage_is_2_and_named(wrong, message, capsys):
         (["search", "cifar10", "--profile", "huge"], "--profile must be one of"),
         (["search", "cifar10", "--device", "banana"], "--device 'banana' cannot be used here"),
         (["search"], "required: BENCHMARK"),
-        (["clock", "fig4_1"], "figure 'fig4_1' is unknown; there are: fig5_1"),
-        (["clock", "fig6_2", "--methods", "bn"], "unrecognized arguments: --methods"),
-        (["clock", "fig6"], "could be any of: fig6_1"),
-        (["clock"], "required: FIG"),
+        (["clock", "fig6_2"], "invalid choice: 'clock'"),
     ],
 )
-def test_wrong_usage_of_the_other_commands_is_2_and_named(wrong, message, capsys):
+def test_wrong_usage_of_other_commands_is_2_and_named(wrong, message, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(wrong)
     assert stop.value.code == 2
@@ -258,32 +255,6 @@ def test_two_searches_of_different_methods_at_once_fill_one_record(tmp_path):
     assert all(len(run["trials"]["loss"]) == 2 for run in content["runs"])
 
 
-# clock
-
-
-def test_clock_puts_step_times_into_the_record(tiny, tmp_path, capsys, monkeypatch):
-    rows = [{"method": "standard_sgd", "update_ms": 2.0, "quartiles_ms": [1.5, 2.5], "refresh_ms": 0.0}]
-    monkeypatch.setattr("sogrid.experiments.timing.step_times", lambda *args, **options: rows)
-    arguments = ["fig6_2", "--out", str(tmp_path), "--quiet"]
-    assert cli.main(["reproduce", *arguments]) == 0
-    capsys.readouterr()
-    assert cli.main(["clock", *arguments]) == 0
-    head, row, _, last = capsys.readouterr().out.splitlines()
-    assert head.split("  ")[1] == "method"
-    assert row.split() == ["standard_sgd", "2.00", "1.50", "to", "2.50", "1.00", "0.0"]
-    path = tmp_path / f"{FIG}.smoke.json"
-    assert last == f"record: {path}"
-    assert Record.read(path)["clock"]["rows"] == rows
-    assert cli.main(["records", "verify", str(path)]) == 0
-    assert cli.main(["reproduce", *arguments]) == 0
-    assert Record.read(path)["clock"]["rows"] == rows
-
-
-def test_clock_without_a_record_is_one_line_and_1(tmp_path, capsys):
-    assert cli.main(["clock", "fig6_2", "--out", str(tmp_path), "--quiet"]) == 1
-    assert f"{tmp_path / FIG}.smoke.json cannot be read as a record" in one_line(capsys)
-
-
 # Ctrl-C in the course of a figure
 
 
@@ -379,11 +350,10 @@ def test_what_is_not_there_is_named(verb, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "texts"),
     [
-        ([], ["reproduce", "search", "clock", "records", "examples:", "exit status"]),
+        ([], ["reproduce", "search", "records", "examples:", "exit status"]),
         (["reproduce"], ["FIG", "--profile", "--seed", "--methods", "--device", "--out", "--quiet"]),
         (["reproduce"], ["smoke", "laptop", "long", "thesis"]),
         (["search"], ["BENCHMARK", "--profile", "--methods", "--storage", "postgresql", "optuna-dashboard"]),
-        (["clock"], ["FIG", "--profile", "--device", "--out", "idle machine"]),
         (["records"], ["list", "show", "verify"]),
         (["records", "verify"], ["FILE", "default: those of the book"]),
     ],

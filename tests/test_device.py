@@ -16,8 +16,8 @@ import torch
 from fake_accelerator import DeviceFault, Generator, accelerator, preparing
 from torch import Tensor, nn
 
+from lab.grid_timing import configurations
 from sogrid.experiments.grid import Grid, pooled_digits, train_grid
-from sogrid.experiments.grid_timing import configurations
 from sogrid.kronecker import bordered, bordered_inverse, homogeneous
 from sogrid.linalg import Factored, ThinInverse, inverse_square_root, tikhonov_inverse, tikhonov_solve
 from sogrid.losses import (

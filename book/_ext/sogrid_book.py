@@ -1,7 +1,7 @@
 """Sphinx extension of the book: execution cache, files of other packages, clean pages.
 
 * The execution cache of jupyter-book looks at the code of a page only. Here it also depends on what the
-  page runs on (the package, the stored results, the requirements): a change there re-runs the pages.
+  page runs on (the packages, the stored results, the requirements): a change there re-runs the pages.
 * Pages that are not in the cache are executed before Sphinx reads them, several at once.
 * ``plotly.min.js`` and MathJax are copied from the installed wheels into the site, so that a built page
   needs no network and no large file is in git.
@@ -31,7 +31,7 @@ from sphinx.config import Config
 from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 
-WATCHED = ("sogrid", "book/results", "requirements.txt")
+WATCHED = ("sogrid", "book/lab", "book/results", "requirements.txt")
 VERSIONS = ("ipywidgets", "numpy", "plotly", "torch")
 KEEP = 2
 AT_ONCE = 4

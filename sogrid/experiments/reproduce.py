@@ -180,7 +180,7 @@ COMPARISONS = {
     ),
     "low_rank": Curves("fig6_3", CIFAR, ("acp_low_rank", "nnn2_low_rank", "kfac_low_rank")),
 }
-"""Learning curves that no figure of the thesis has, for ``python -m sogrid bench`` and the page on costs."""
+"""Learning curves that no figure of the thesis has, for ``python -m lab bench`` and the page on costs."""
 
 
 def record_path(out: str | Path, experiment: str, profile: str) -> Path:

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from sogrid.explorers import (
+from lab.explorers import (
     Explorer,
     damping_and_alpha,
     hyperparameter_interaction,
@@ -19,7 +19,7 @@ from sogrid.explorers import (
     search_replay,
     second_order_by_eye,
 )
-from sogrid.explorers.landscape import record_landscape
+from lab.explorers.landscape import record_landscape
 
 DOMAIN = {"lr": [0.001, 10.0], "scale": [1.0, 1000.0]}
 COSTS = {"acp": 13.3, "kfac": 24.4, "kfac_nat": 25.0, "standard_sgd": 5.3}

@@ -21,13 +21,15 @@ def extension():
 @pytest.fixture
 def project(tmp_path):
     """A tree with one file of each kind the cache watches, and a page."""
-    for name in ("sogrid/a.py", "book/results/r.json", "requirements.txt", "book/index.md"):
+    for name in ("sogrid/a.py", "book/lab/a.py", "book/results/r.json", "requirements.txt", "book/index.md"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("one")
     return tmp_path
 
 
-@pytest.mark.parametrize("name", ["sogrid/a.py", "sogrid/new.py", "book/results/r.json", "requirements.txt"])
+@pytest.mark.parametrize(
+    "name", ["sogrid/a.py", "sogrid/new.py", "book/lab/new.py", "book/results/r.json", "requirements.txt"]
+)
 def test_cache_depends_on_what_a_page_runs_on(extension, project, name):
     before = extension.inputs_hash(project)
     assert before == extension.inputs_hash(project)

@@ -6,9 +6,9 @@ from functools import cache, partial
 import pytest
 import torch
 
+from lab.grid_timing import grid_memory, grid_times
 from sogrid.experiments.benchmarks import METHODS, Method, Task
 from sogrid.experiments.grid import StackedMLP, pooled_digits, train_grid
-from sogrid.experiments.grid_timing import grid_memory, grid_times
 from sogrid.experiments.training import run
 from sogrid.losses import CrossEntropyAtLogits, Quadratic
 from sogrid.networks import MLP

@@ -1,4 +1,4 @@
-/* Draws the figures of a page: see sogrid/plotting.py for the HTML it finds.
+/* Draws the figures of a page: see book/lab/plotting.py for the HTML it finds.
  *
  * plotly.min.js (several megabytes) is loaded once, and only on a page that shows something. Explorers
  * share it and the theme through the global `sogridBook`:

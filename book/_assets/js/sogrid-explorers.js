@@ -1,4 +1,4 @@
-/* The explorers of a page: see sogrid/explorers/core.py for the HTML it finds, and for what leaves mean.
+/* The explorers of a page: see book/lab/explorers/core.py for the HTML it finds, and for what leaves mean.
  *
  * `resolve` and `short` are its functions of these names, line by line. A state is one index per control;
  * where it is drawn, the element says so (`data-shown`, for whoever waits). Formulas are in

@@ -6,7 +6,7 @@
   const FAR = 100;
   const STEPS = ["gradient", "newton", "gauss_newton", "natural"];
 
-  /* Loss, gradient and matrices [a, b, d] of ((a, b), (b, d)): sogrid/explorers/second_order.py. */
+  /* Loss, gradient and matrices [a, b, d] of ((a, b), (b, d)): book/lab/explorers/second_order.py. */
   function curvature([w1, w2], { x, y }) {
     const n = x.length;
     const mean = { loss: 0, gradient: [0, 0], newton: [0, 0, 0], gauss_newton: [0, 0, 0], natural: [0, 0, 0] };

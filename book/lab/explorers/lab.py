@@ -8,7 +8,7 @@ from typing import Any
 import ipywidgets as widgets
 import plotly.graph_objects as go
 
-from sogrid.explorers.core import Control, Explorer
+from lab.explorers.core import Control, Explorer
 
 __all__ = ["View"]
 

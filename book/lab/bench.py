@@ -1,7 +1,7 @@
 """The cost table: what an update costs, in time and memory, ours beside torch's and the peers'.
 
-Everything is measured in one process, in interleaved rounds (:func:`~sogrid.experiments.timing.race`):
-``python -m sogrid bench``, or ``make bench``, which also installs the peers; with ``--device cuda``
+Everything is measured in one process, in interleaved rounds (:func:`~lab.timing.race`):
+``python -m lab bench``, or ``make bench``, which also installs the peers; with ``--device cuda``
 on a GPU, which has a record of its own. Its parts:
 
 * *costs* of the two benchmarks' networks: milliseconds per update with the share of the refresh, the ratio to
@@ -52,8 +52,9 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lab.peers import PEERS
+from lab.timing import ROUNDS, SETTINGS, Contestant, contestant, minibatch, race
 from sogrid.experiments.benchmarks import BATCH, BENCHMARKS, LOW_RANK, REFRESH_EVERY, Task
-from sogrid.experiments.peers import PEERS
 from sogrid.experiments.records import RESULTS, Record, RecordError, provenance
 from sogrid.experiments.reproduce import (
     AE,
@@ -64,7 +65,6 @@ from sogrid.experiments.reproduce import (
     record_path,
     tuned_methods,
 )
-from sogrid.experiments.timing import ROUNDS, SETTINGS, Contestant, contestant, minibatch, race
 from sogrid.losses import Quadratic
 from sogrid.networks import MLP
 
@@ -252,12 +252,12 @@ def costs(part: str, *, rounds: int = ROUNDS, device: str = "cpu", progress: boo
 
     Args:
         part: ``"mnist_autoencoder"`` or ``"cifar10_classifier"``, with the peers, or ``"low_rank"``.
-        rounds: See :func:`~sogrid.experiments.timing.race`.
+        rounds: See :func:`~lab.timing.race`.
         device: Where.
         progress: Show a bar.
 
     Returns:
-        ``"rows"`` of :func:`~sogrid.experiments.timing.race` with, added: ``ratio`` to SGD's ``update_ms``;
+        ``"rows"`` of :func:`~lab.timing.race` with, added: ``ratio`` to SGD's ``update_ms``;
         ``flop``; ``gemm_share``; ``state_bytes`` (``None`` for a peer, which has it elsewhere),
         ``held_bytes`` and ``peak_bytes``, all three beyond the parameters. ``"gemm_gflops"``: the rate of
         ``torch.mm`` at the shapes of the network's forward and backward products. ``"peers"``: their
@@ -312,7 +312,7 @@ def growth(
         points: Axis → where; the others stay as in ``GROWTH``: a sigmoid network of ``depth`` square layers,
             the examples of an update and those of a refresh. Default ``POINTS``, on an accelerator
             ``POINTS_ACCELERATED``.
-        rounds: See :func:`~sogrid.experiments.timing.race`.
+        rounds: See :func:`~lab.timing.race`.
         device: Where.
         progress: Show a bar for each point.
 
@@ -342,7 +342,7 @@ def compiled(*, rounds: int = ROUNDS, device: str = "cpu", progress: bool = Fals
     On the CIFAR-10 network, where a step is least of all matrix products. A graph is made for each layer.
 
     Args:
-        rounds: See :func:`~sogrid.experiments.timing.race`.
+        rounds: See :func:`~lab.timing.race`.
         device: Where.
         progress: Show a bar.
 
@@ -472,7 +472,7 @@ def bench(
 
     Args:
         parts: Of :data:`PARTS`.
-        rounds: See :func:`~sogrid.experiments.timing.race`.
+        rounds: See :func:`~lab.timing.race`.
         device: Where.
         out: Folder of the record.
         progress: Show bars.

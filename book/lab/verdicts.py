@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from sogrid.experiments.figures import SAMPLERS, best_losses, milliseconds, runs_by_method, values_at
+from lab.figures import SAMPLERS, best_losses, milliseconds, runs_by_method, values_at
+from lab.plotting import METHODS
 from sogrid.experiments.reference import thesis_facts, thesis_values
-from sogrid.plotting import METHODS
 
 __all__ = ["Verdict", "verdict_table", "verdicts"]
 
@@ -89,7 +89,7 @@ def _judged(claim: _Claim, record: Record, longer: Record | None) -> tuple[str, 
     if missing:
         return UNTESTED, f"the record lacks {', '.join(map(_name, missing))}"
     if claim.clock and not milliseconds(record):
-        return UNTESTED, "the record has no step times yet (`python -m sogrid clock`)"
+        return UNTESTED, "the record has no step times yet (`python -m lab clock`)"
     verdict, numbers = claim.judge(record, longer)
     return UNTESTED if record["settings"]["profile"] == "smoke" else verdict, numbers
 

@@ -3,7 +3,7 @@
 Both take turns in one process, so that a busy machine slows them alike; medians over rounds are compared. An
 update is a whole one with its share of the refresh, one in 100 updates::
 
-    python -m sogrid.experiments.grid_timing [--device cuda]
+    python -m lab.grid_timing [--device cuda]
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch.profiler import profile
 
+from lab.timing import elapsed_ms
 from sogrid.experiments.benchmarks import BATCH, METHODS, REFRESH_EVERY, Task
 from sogrid.experiments.grid import pooled_digits, train_grid, training_grid
-from sogrid.experiments.timing import elapsed_ms
 from sogrid.networks import MLP
 
 __all__ = ["grid_memory", "grid_times"]

@@ -4,7 +4,7 @@ An 8 × 8 grid of small autoencoders trains as one batch (:mod:`sogrid.experimen
 JupyterLab a change of the optimizer, the damping or the minibatch is answered by training all 64 again. The
 built book, where nothing can train, looks the same losses up in a record that this module makes::
 
-    python -m sogrid.explorers.landscape
+    python -m lab.explorers.landscape
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from lab.explorers.core import At, Control, Explorer, Out, Short, say, select, short, slider
+from lab.explorers.lab import View
+from lab.plotting import COLORS
+from lab.plotting import METHODS as LOOKS
 from sogrid.experiments.benchmarks import METHODS, Task
 from sogrid.experiments.grid import pooled_digits, train_grid
 from sogrid.experiments.records import RESULTS, Record, provenance
-from sogrid.explorers.core import At, Control, Explorer, Out, Short, say, select, short, slider
-from sogrid.explorers.lab import View
-from sogrid.plotting import COLORS
-from sogrid.plotting import METHODS as LOOKS
 
 __all__ = ["RECORD", "SETTINGS", "LiveExplorer", "live_landscape", "record_landscape", "train_landscape"]
 
@@ -107,7 +107,7 @@ class LiveExplorer(Explorer):
 
     Args:
         live: The same picture, with a formula.
-        **picture: See :class:`~sogrid.explorers.core.Explorer`.
+        **picture: See :class:`~lab.explorers.core.Explorer`.
     """
 
     def __init__(self, live: Explorer, **picture: Any) -> None:

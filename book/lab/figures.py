@@ -1,4 +1,4 @@
-"""The figures and tables that pages and templates share, drawn from records (see :mod:`sogrid.plotting`)."""
+"""The figures and tables that pages and templates share, drawn from records (see :mod:`lab.plotting`)."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from lab.plotting import METHODS, color, figure, style
 from sogrid.experiments.reference import thesis_facts, thesis_values
 from sogrid.experiments.tuning import best_so_far, chosen
-from sogrid.plotting import METHODS, color, figure, style
 
 __all__ = [
     "SAMPLERS",

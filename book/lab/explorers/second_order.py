@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from sogrid.explorers.core import At, Explorer, Out, Short, say, slider
-from sogrid.plotting import COLORS
+from lab.explorers.core import At, Explorer, Out, Short, say, slider
+from lab.plotting import COLORS
 
 __all__ = ["DATA", "curvature", "second_order_by_eye", "second_order_steps"]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from sogrid.experiments.figures import by_point, milliseconds, runs_by_method
+from lab.explorers.core import At, Explorer, First, Short, select, short, slider, toggle
+from lab.figures import by_point, milliseconds, runs_by_method
+from lab.plotting import COLORS, METHODS, style
 from sogrid.experiments.reference import thesis_values
-from sogrid.explorers.core import At, Explorer, First, Short, select, short, slider, toggle
-from sogrid.plotting import COLORS, METHODS, style
 
 __all__ = ["break_even", "race", "seconds_per_update"]
 

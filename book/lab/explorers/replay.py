@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from sogrid.experiments.figures import SAMPLERS
+from lab.explorers.core import At, Explorer, First, Short, say, select, slider
+from lab.explorers.interaction import AXES, DIVERGED, GOOD, Scale, cells, unit
+from lab.figures import SAMPLERS
+from lab.plotting import COLORS, style
 from sogrid.experiments.search import Acceptance, winsorise
 from sogrid.experiments.tuning import best_so_far
-from sogrid.explorers.core import At, Explorer, First, Short, say, select, slider
-from sogrid.explorers.interaction import AXES, DIVERGED, GOOD, Scale, cells, unit
-from sogrid.plotting import COLORS, style
 
 __all__ = ["acceptance_maps", "search_replay"]
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from sogrid.experiments.figures import SAMPLERS
+from lab.explorers.core import At, Explorer, First, Short, say, select, short, slider
+from lab.figures import SAMPLERS
+from lab.plotting import COLORS, METHODS
 from sogrid.experiments.search import winsorise
-from sogrid.explorers.core import At, Explorer, First, Short, say, select, short, slider
-from sogrid.plotting import COLORS, METHODS
 
 __all__ = ["Scale", "cells", "hyperparameter_interaction", "unit"]
 

@@ -24,9 +24,7 @@ from book.explorer_records import (
     some_states,
 )
 
-from sogrid.curvature import empirical_fisher, fisher, gauss_newton, hessian
-from sogrid.experiments.records import Record
-from sogrid.explorers import (
+from lab.explorers import (
     At,
     Explorer,
     First,
@@ -44,12 +42,14 @@ from sogrid.explorers import (
     slider,
     toggle,
 )
-from sogrid.explorers.core import resolve, short
-from sogrid.explorers.damping import ALPHAS, CURVATURE, DAMPINGS, RATES
-from sogrid.explorers.landscape import RECORD, SETTINGS, record_landscape, train_landscape
-from sogrid.explorers.race import break_even, seconds_per_update
-from sogrid.explorers.replay import acceptance_maps
-from sogrid.explorers.second_order import DATA, MINIMUM, curvature, second_order_steps
+from lab.explorers.core import resolve, short
+from lab.explorers.damping import ALPHAS, CURVATURE, DAMPINGS, RATES
+from lab.explorers.landscape import RECORD, SETTINGS, record_landscape, train_landscape
+from lab.explorers.race import break_even, seconds_per_update
+from lab.explorers.replay import acceptance_maps
+from lab.explorers.second_order import DATA, MINIMUM, curvature, second_order_steps
+from sogrid.curvature import empirical_fisher, fisher, gauss_newton, hessian
+from sogrid.experiments.records import Record
 
 EVERY = pytest.mark.parametrize("name", EXPLORERS)
 RELEVANT = {"race": {"axis": 1}, "interaction": {"search": 1}}
@@ -512,7 +512,7 @@ def test_a_landscapes_record_is_taken_up_where_it_stopped(tmp_path, monkeypatch)
     path, few = tmp_path / "r.json", {**LANDSCAPE, "batch": [20], "methods": ["standard_sgd", "acp"]}
     whole = record_landscape(path, few)
     assert [run["damping"] for run in whole["runs"]] == [None, 0.001, 1.0]
-    monkeypatch.setattr("sogrid.explorers.landscape.train_landscape", None)
+    monkeypatch.setattr("lab.explorers.landscape.train_landscape", None)
     assert record_landscape(path, few) == whole
 
 

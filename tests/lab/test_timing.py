@@ -6,10 +6,10 @@ import pytest
 import torch
 from searched import VALUES
 
-from sogrid.experiments import timing
+from lab import timing
+from lab.timing import clock, step_times
 from sogrid.experiments.benchmarks import BENCHMARKS, METHODS, REFRESH_EVERY
 from sogrid.experiments.records import Record, RecordError
-from sogrid.experiments.timing import clock, step_times
 from sogrid.networks import MLP
 
 NAME = "mnist_autoencoder"

@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from sogrid.plotting import HEIGHT, figure, in_book
+from lab.plotting import HEIGHT, figure, in_book
 
 __all__ = [
     "At",
@@ -98,8 +98,8 @@ def slider(
     """A slider over ascending values, at first at the one nearest to ``start`` (default: the last).
 
     Args:
-        name: See :class:`~sogrid.explorers.core.Control`.
-        label: See :class:`~sogrid.explorers.core.Control`.
+        name: See :class:`~lab.explorers.core.Control`.
+        label: See :class:`~lab.explorers.core.Control`.
         values: Numbers.
         start: A number.
         words: What the reader sees of the values; default the numbers.
@@ -158,7 +158,7 @@ class Times:
 
 @dataclass(frozen=True, eq=False)
 class Short:
-    """A number as text: see :func:`~sogrid.explorers.core.short`."""
+    """A number as text: see :func:`~lab.explorers.core.short`."""
 
     value: Any
 
@@ -375,7 +375,7 @@ class Explorer:
 
     def widget(self) -> Any:
         """The view for JupyterLab: ipywidgets beside a live figure."""
-        from sogrid.explorers.lab import View
+        from lab.explorers.lab import View
 
         return View(self)
 

@@ -176,7 +176,7 @@ class BookRenderer(PlotlyRenderer):
         if not in_book():
             return {**super().to_mimebundle(fig_dict), "text/plain": alt or "a figure"}
         if not alt:
-            raise ValueError('this figure has no alt text: sogrid.plotting.figure(fig, alt="…")')
+            raise ValueError('this figure has no alt text: lab.plotting.figure(fig, alt="…")')
         height = layout.pop("height", None) or HEIGHT
         for name in ("width", "meta"):
             layout.pop(name, None)

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from sogrid.experiments.verdicts import CLAIMS, Verdict, verdict_table, verdicts
+from lab.verdicts import CLAIMS, Verdict, verdict_table, verdicts
 
 UPDATES = [0, 100, 300, 1000, 5000]
 
@@ -95,7 +95,7 @@ def test_what_the_record_lacks_is_named():
     assert found.verdict == "not testable at this scale"
     assert found.numbers == "the record lacks KFAC"
     everything = {"kfac": CLEAR, "acp": CLEAR, "acp_fixedalpha": CLEAR, "standard_sgd": FAR}
-    assert "sogrid clock" in verdict(curves("fig6_2_x", everything), "in time").numbers
+    assert "lab clock" in verdict(curves("fig6_2_x", everything), "in time").numbers
 
 
 @pytest.mark.parametrize(

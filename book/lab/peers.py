@@ -13,7 +13,7 @@ from importlib.metadata import version
 import torch
 from torch import Tensor, nn
 
-from sogrid.experiments.timing import Contestant
+from lab.timing import Contestant
 from sogrid.losses import Loss, Quadratic
 
 __all__ = ["PEERS", "Peer"]

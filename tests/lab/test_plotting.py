@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 import pytest
 
-from sogrid import plotting
+from lab import plotting
 from sogrid.experiments import benchmarks
 from sogrid.experiments.reference import thesis_values
 
@@ -135,7 +135,7 @@ def test_in_the_book_a_figure_without_alt_text_is_refused(monkeypatch):
     ],
 )
 def test_default_renderer_is_ours_only_if_no_other_was_asked_for(environment, first, expected):
-    code = f"import plotly.io as pio\n{first}\nimport sogrid.plotting\nprint(pio.renderers.default)"
+    code = f"import plotly.io as pio\n{first}\nimport lab.plotting\nprint(pio.renderers.default)"
     clean = {k: v for k, v in os.environ.items() if k not in ("SOGRID_BOOK", "PLOTLY_RENDERER")}
     run = subprocess.run(
         [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, check=True

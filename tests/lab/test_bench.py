@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from sogrid import cli
-from sogrid.experiments import bench as module
-from sogrid.experiments import timing
-from sogrid.experiments.bench import (
+from lab import bench as module
+from lab import cli, timing
+from lab.bench import (
     bench,
     compiled,
     costs,
@@ -23,12 +22,13 @@ from sogrid.experiments.bench import (
     report,
     time_to_loss,
 )
+from lab.peers import PEERS
+from lab.timing import Contestant, contestant, minibatch, race
+from sogrid import cli as records
 from sogrid.experiments.benchmarks import BATCH, BENCHMARKS, REFRESH_EVERY, Task
 from sogrid.experiments.muon import MuonAndAdam
-from sogrid.experiments.peers import PEERS
 from sogrid.experiments.records import Record, RecordError
 from sogrid.experiments.reproduce import AE, CIFAR, record_path
-from sogrid.experiments.timing import Contestant, contestant, minibatch, race
 from sogrid.losses import CrossEntropyAtLogits, Quadratic
 from sogrid.networks import MLP
 from sogrid.optimizers import KFAC
@@ -455,8 +455,8 @@ def test_parts_are_added_and_the_last_of_each_counts(
     again = Record.read(tmp_path / "bench.json")
     assert [run["part"] for run in again["runs"]] == [*module.PARTS, "growth"]
     assert latest(again)["growth"] == again["runs"][-1]
-    assert cli.main(["records", "show", str(tmp_path / "bench.json")]) == 0
-    assert cli.main(["records", "list", str(tmp_path / "bench.json")]) == 0
+    assert records.main(["records", "show", str(tmp_path / "bench.json")]) == 0
+    assert records.main(["records", "list", str(tmp_path / "bench.json")]) == 0
 
 
 def test_time_to_loss_needs_step_times(tmp_path):

@@ -11,9 +11,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from lab.explorers.core import At, Explorer, Short, Times, say, slider
+from lab.plotting import COLORS, style
 from sogrid.experiments import data
-from sogrid.explorers.core import At, Explorer, Short, Times, say, slider
-from sogrid.plotting import COLORS, style
 from sogrid.statistics import input_moments
 
 __all__ = ["damping_and_alpha", "digit_variances"]

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from sogrid.experiments.figures import (
+from lab.figures import (
     best_losses,
     by_learning_rate,
     caption,

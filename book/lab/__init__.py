@@ -1,0 +1,10 @@
+"""What the book draws with and measures with; it is no part of ``sogrid``, which never imports it.
+
+=============================================  =========================================
+:mod:`lab.plotting`, :mod:`lab.figures`        the style of figures, and those that pages share
+:mod:`lab.verdicts`                            the thesis's conclusions, judged from records
+:mod:`lab.explorers`                           figures that a reader steers
+:mod:`lab.timing`, :mod:`lab.bench`            what an update costs, beside
+:mod:`lab.peers`                               other libraries' optimizers
+=============================================  =========================================
+"""

@@ -1,0 +1,116 @@
+"""The command line of the book's laboratory, ``python -m lab``: ``clock`` and ``bench``.
+
+Torch is imported only by what needs it, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+
+from sogrid.cli import (
+    LAYOUT,
+    OK,
+    PROFILES,
+    add_options,
+    answer,
+    check_device,
+    checked,
+    table,
+)
+
+__all__ = ["main"]
+
+DESCRIPTION = "Measure what the book says of time and memory."
+
+CLOCK = """\
+Measure what an update of each method of a figure costs, interleaved in one process, and put the result
+into the figure's record, where it makes the time axis. Do it on an otherwise idle machine.
+"""
+
+BENCH = """\
+Measure what an update of each method costs, in time and memory, beside torch's optimizers and the libraries
+of `make bench`, all interleaved in one process; how that grows; and how soon each gets to the loss of SGD,
+from the learning curves in OUT or the book. The record is OUT/bench.json, of a GPU OUT/bench.cuda.json. Do it
+on an otherwise idle machine.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Do what the command line asks, and return the exit status.
+
+    Args:
+        arguments: Without the program's name; default ``sys.argv``.
+    """
+    return answer(_parser(), arguments)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m lab", description=DESCRIPTION, **LAYOUT)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    text = "measure the time axis of a figure"
+    command = commands.add_parser("clock", help=text, description=CLOCK, epilog=PROFILES, **LAYOUT)
+    command.add_argument("figure", metavar="FIG", help="its name, or the beginning of it")
+    add_options(command, "profile", "device", "out", "quiet")
+    command.set_defaults(action=_clock, parser=command)
+
+    text = "what an update costs, ours beside torch's and other libraries'"
+    command = commands.add_parser("bench", help=text, description=BENCH, **LAYOUT)
+    text = "only these: mnist_autoencoder, cifar10_classifier, low_rank, growth, compile, time_to_loss"
+    command.add_argument("--parts", nargs="+", metavar="PART", help=f"{text} (default: all)")
+    command.add_argument(
+        "--rounds",
+        type=int,
+        default=30,
+        help="updates timed of each method (default: 30)",
+    )
+    add_options(command, "device", "out", "quiet")
+    command.set_defaults(action=_bench, parser=command)
+    return parser
+
+
+def _clock(options: argparse.Namespace) -> int:
+    from lab.timing import clock
+    from sogrid.experiments.reproduce import EXPERIMENTS, Curves, record_path
+
+    name = checked(
+        options,
+        "figure",
+        {k: v for k, v in EXPERIMENTS.items() if isinstance(v, Curves)},
+    )
+    path = record_path(options.out, name, options.profile)
+    rows = clock(path, device=options.device, progress=not options.quiet)
+    print(
+        table(
+            [
+                (
+                    "  method",
+                    "ms per update",
+                    "quartiles",
+                    "ratio to SGD",
+                    "ms per refresh",
+                ),
+                *rows,
+            ]
+        )
+    )
+    print(f"\nrecord: {path}")
+    return OK
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from lab.bench import PARTS, bench, bench_path, report
+
+    fail, parts = options.parser.error, options.parts or PARTS
+    for part in parts:
+        if part not in PARTS:
+            fail(f"--parts: there are {', '.join(PARTS)}, got {part!r}")
+    if options.rounds < 2:
+        fail(f"--rounds must be 2 or more, got {options.rounds}")
+    check_device(options)
+    wanted = {key: getattr(options, key) for key in ("rounds", "device", "out")}
+    content = bench(parts=parts, **wanted, progress=not options.quiet)
+    for title, rows in report(content).items():
+        print(f"{title}\n{table(rows)}\n")
+    print(f"record: {bench_path(options.out, options.device)}")
+    return OK
