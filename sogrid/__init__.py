@@ -8,7 +8,7 @@ thesis                          module
 Fig. 2.1 the two passes         :mod:`sogrid.capture`
 §3 curvature, dense             :mod:`sogrid.curvature`
 §3, §5, §6 optimizers           :mod:`sogrid.optimizers`
-§3.1.3 Tikhonov, §6.2 Kronecker :mod:`sogrid.linalg`, :mod:`sogrid.kronecker`
+§3.1.3 Tikhonov, §6.2 Kronecker :mod:`sogrid.structured`, :mod:`sogrid.factorize`, :mod:`sogrid.kronecker`
 §4, §5.4, §6.5 experiments      :mod:`sogrid.experiments`
 ==============================  =====================================================
 """

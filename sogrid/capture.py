@@ -1,17 +1,13 @@
-"""The package's only hooks: what enters each linear layer and what comes back to it.
+"""What came through: the inputs of each watched layer and the gradients that come back to it.
 
-For a layer ``a = W h + b``, one forward and backward pass gives the inputs ``h: [n, n_in]`` and the
-gradients at the pre-activations ``[n, n_out]`` (the two arrows of Thesis Fig. 2.1).
+For a layer ``a = W h + b``, one forward and backward pass gives the inputs h and the gradients at the
+pre-activations (the two arrows of Thesis Fig. 2.1), which a record holds together as rows of the layer's
+linear map (:mod:`sogrid.rows`, :mod:`sogrid.layers`). The gradient is taken by a tensor hook on the
+layer's output, which autograd runs on the value before any in-place activation. A layer that is used
+several times in one forward pass has several positions.
 
-The hooks are torch's *global* module hooks, one pair for the whole process, which ask every capture
-whether it knows the module. Nothing is attached to the model, so copies, pickles and ``torch.save`` of
-it carry nothing of ours, and a capture that is closed or collected is gone without a trace. The
-gradient is taken by a tensor hook on the layer's output, which autograd runs on the value before any
-in-place activation.
-
-With *factored* gradients that is all a backward pass leaves: the layer's output is handed on through an
-autograd function that forms no weight gradient, its ``.grad`` stays ``None``, and the record holds the
-factors g and h of ∇W = (1/n) gᵀh.
+With *factored* gradients rows are all that a backward pass leaves: the ``.grad`` of the weight stays
+``None`` (:mod:`sogrid.autograd`).
 
 A record says what ``.grad`` is made of, or would be. So these are not seen at all: forward passes in
 evaluation mode, without gradients or inside a ``torch.func`` transform, a trace or an export; the
@@ -21,26 +17,56 @@ instead of adding them to ``.grad``.
 
 from __future__ import annotations
 
-import functools
-import threading
 import weakref
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.autograd.graph import GradientEdge
 
-__all__ = ["Capture", "CaptureError", "LayerRecord", "RootRecord"]
+from sogrid.autograd import (
+    CaptureError,
+    Hearer,
+    accumulates,
+    in_backward,
+    pull,
+    without_graph,
+    without_weight,
+)
+from sogrid.hooks import listen
+from sogrid.layers import Rule, rule_of
+from sogrid.private import graph_task
+from sogrid.rows import Rows
 
-_listeners: tuple[weakref.ref[Capture], ...] = ()
-_handles: list = []
-_lock = threading.RLock()
+__all__ = ["Capture", "CaptureError", "LayerRecord", "RootRecord", "Wanted", "join"]
+
+Probe = Callable[[Tensor], Iterable[Tensor]]
 
 
-class CaptureError(RuntimeError):
-    """A layer was used in a way whose curvature sogrid does not know."""
+@dataclass(frozen=True)
+class Wanted:
+    """What coming passes must leave behind.
+
+    Attributes:
+        rows: Names of the layers whose inputs and gradients are kept.
+        means: Whether the sum of the inputs of the others is kept, which costs one vector.
+        factored: Weights whose gradient is left as factors, and biases that go with them: no ``.grad``
+            is made, and their layers' inputs and gradients are kept.
+        cut: Whether the graph ends at the model's output: whoever owns the capture needs the gradient
+            there, the layers' inputs and outputs, and nothing else.
+        roots: Whether the model's own input, output and gradient are kept.
+        probe: A function from the model's output ``[n, k]`` to vectors ``[n, k]`` that are pulled back to
+            every layer in ``rows`` right after the forward pass (the graph stays), or ``None``.
+    """
+
+    rows: Container[str] = frozenset()
+    means: bool = True
+    factored: Container[Tensor] = frozenset()
+    cut: bool = False
+    roots: bool = False
+    probe: Probe | None = None
 
 
 class _Seen:
@@ -57,17 +83,31 @@ class _Seen:
 
 @dataclass(eq=False)
 class _Use:
-    """What one layer saw in one forward pass. The graph holds it, so it must not hold the graph."""
+    """One use of a layer. The graph holds it, so it must not hold the graph."""
 
     name: str
-    count: int
-    dtype: torch.dtype
-    kept: bool  # for statistics
-    input_sum: Tensor | None  # where gradients are matrices
-    inputs: _Seen | None  # where gradients are factored, or else a copy if the pass is kept
+    layer: nn.Module
+    rule: Rule
+    forward: int  # which of the capture's forward passes
+    examples: int
+    kept: bool  # whole, for statistics
+    input: _Seen | None
+    mean: Tensor | None  # over its rows, where the input is not needed
     output: _Seen | None  # where the graph is cut above
-    rows: list[Tensor] = field(default_factory=list)
+    probes: list[Tensor] = field(default_factory=list)
     over: bool = False  # a gradient has come back, or will not
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.layer.weight.dtype
+
+    def positions(self, values: Tensor) -> Tensor:
+        """What is shaped like the output, as rows ``[n, s, o]``."""
+        return self.rule.outputs(self.layer, values)
+
+    def pulled(self, k: int, like: Tensor) -> Tensor:
+        """The k-th probe as rows; zero where the model's output does not depend on this use."""
+        return self.positions(self.probes[k] if self.probes else torch.zeros_like(like))
 
 
 @dataclass
@@ -76,68 +116,96 @@ class LayerRecord:
 
     Attributes:
         count: Examples whose gradient arrived.
-        input_sum: Σ h over them, ``[n_in]``, if the layer's gradient is a matrix.
-        inputs: The inputs ``[n, n_in]`` of each forward pass, of those that were kept; if the layer's
-            gradient is factored, of all, and the model's own tensors.
-        grads: The gradients at the pre-activations ``[n, n_out]``, scaled as the loss was reduced.
-        rows: For each of these passes, the pulled-back probe vectors ``[n, n_out]``.
     """
 
     count: int = 0
-    input_sum: Tensor | None = None
-    inputs: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    rows: list[list[Tensor]] = field(default_factory=list)
-    _places: dict[_Use, int] = field(default_factory=dict, repr=False)
-    _task: int = -1  # the backward pass of the latest gradient
+    _uses: dict[_Use, Tensor | None] = field(default_factory=dict, repr=False)
+    _task: int = field(default=-1, repr=False)  # the backward pass of the latest gradient
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """The layer's input in each use that is kept, such as ``[n, n_in]``."""
+        return [use.input.tensor for use in self._uses if use.input is not None]
+
+    @property
+    def grads(self) -> list[Tensor]:
+        """The gradients at the pre-activations, such as ``[n, n_out]``, scaled as the loss was reduced."""
+        return [g for g in self._uses.values() if g is not None]
+
+    @property
+    def probes(self) -> list[list[Tensor]]:
+        """For each use that is kept, the vectors that were pulled back to it."""
+        return [use.probes for use in self._uses if use.input is not None]
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean input ``[i]``, over examples and positions."""
+        parts = [(use.examples, use.mean) for use in self._uses if use.mean is not None]
+        if len(parts) == 1:
+            return parts[0][1]
+        return sum(n * mean for n, mean in parts) / sum(n for n, _ in parts)
 
     @property
     def complete(self) -> bool:
-        """Whether every pass was kept."""
-        return all(use.kept for use in self._places)
+        """Whether every use was kept."""
+        return all(use.kept for use in self._uses)
 
-    def examples(self) -> tuple[Tensor, Tensor | None]:
-        """(h, g) of all passes, one after the other; no g where the graph was cut above.
+    def rows(self) -> Rows:
+        """All that was kept, with the gradients scaled as the loss was reduced; none where the graph was cut.
 
         Raises:
-            CaptureError: If a factored gradient's h was changed in place meanwhile.
+            CaptureError: If an input was changed in place meanwhile.
         """
-        for use in self._places:
-            if use.inputs is not None and not use.inputs.unchanged:
-                raise CaptureError(
-                    f"the input of layer {use.name!r} was changed in place after its backward pass, and "
-                    "factored gradients need it until step(): give each minibatch a tensor of its own"
-                )
-        return join(self.inputs), join(self.grads) if self.grads else None
+        passes: dict[int, list[_Use]] = {}
+        for use in self._uses:
+            if use.input is not None:
+                if not use.input.unchanged:
+                    raise CaptureError(
+                        f"the input of layer {use.name!r} was changed in place after its backward pass, and "
+                        "factored gradients need it until step(): give each minibatch a tensor of its own"
+                    )
+                passes.setdefault(use.forward, []).append(use)
+        uses = list(passes.values())
+        h = _stack([[use.rule.inputs(use.layer, use.input.tensor) for use in some] for some in uses])
+        if any(g is None for g in self._uses.values()):
+            return Rows(h, None, (), self.count)
+        g = _stack([[use.positions(self._uses[use]) for use in some] for some in uses])
+        count = max(len(use.probes) for use in self._uses)
+        probes = (
+            _stack([[use.pulled(k, self._uses[use]) for use in some] for some in uses]) for k in range(count)
+        )
+        return Rows(h, g, tuple(probes), self.count)
 
-    def outputs(self, layer: nn.Linear) -> Tensor:
-        """The pre-activations of all passes; computed again where they were not kept or are changed."""
-        seen = [(use.output, use.inputs.tensor) for use in self._places]
-        return join([a.tensor if a is not None and a.unchanged else layer(h) for a, h in seen])
+    def some_inputs(self, examples: int) -> tuple[Tensor, int]:
+        """Rows ``[·, i]`` of the first examples at least, and how many rows an example has."""
+        seen, parts = 0, []
+        for use in self._uses:
+            if seen < examples and use.input is not None:
+                parts.append(use.rule.inputs(use.layer, use.input.tensor[: examples - seen]))
+                seen += len(parts[-1])
+        return join([part.flatten(0, 1) for part in parts]), parts[0].shape[1]
+
+    def preactivations(self) -> Tensor:
+        """The outputs of all uses; computed again where they were not kept or are changed."""
+        seen = [(use.layer, use.output, use.input.tensor) for use in self._uses]
+        return join([a.tensor if a is not None and a.unchanged else layer(h) for layer, a, h in seen])
 
     def add(self, use: _Use, grad: Tensor | None) -> None:
-        """Count a pass, once: further gradients through it add to its first, as they do in ``.grad``."""
-        if use in self._places:
-            if use.inputs is not None and grad is not None:
-                place = self._places[use]
-                self.grads[place] = self.grads[place] + grad
+        """Count a use, once: further gradients through it add to its first, as they do in ``.grad``."""
+        if use in self._uses:
+            if grad is not None and self._uses[use] is not None:
+                self._uses[use] = self._uses[use] + grad
             return
-        self._places[use] = len(self.grads)
-        self.count += use.count
-        if use.input_sum is not None:
-            self.input_sum = use.input_sum if self.input_sum is None else self.input_sum + use.input_sum
-        if use.inputs is not None:
-            self.inputs.append(use.inputs.tensor)
-            self.rows.append(use.rows)
-        if use.inputs is not None and grad is not None:
-            self.grads.append(grad)
+        if all(other.forward != use.forward for other in self._uses):
+            self.count += use.examples
+        self._uses[use] = grad if use.input is not None else None
 
 
 @dataclass(eq=False)
 class RootRecord:
     """The model's own first input, output and output gradient, of one forward pass."""
 
-    input: Tensor
+    input: Any
     output: Tensor
     grad: Tensor | None = None
 
@@ -147,27 +215,32 @@ def join(passes: list[Tensor]) -> Tensor:
     return passes[0] if len(passes) == 1 else torch.cat(passes)
 
 
-class Capture:
-    """Listen to the linear layers of a model during training passes.
+def _stack(passes: list[list[Tensor]]) -> Tensor:
+    """``[n, s, ·]`` of the uses in each forward pass: positions side by side, passes one after the other.
 
-    Use it as a context manager in a page, or own it and :meth:`close` it in an optimizer.
+    Passes with other numbers of positions become one block of positions.
+    """
+    whole = [uses[0] if len(uses) == 1 else torch.cat(uses, 1) for uses in passes]
+    if len({part.shape[1] for part in whole}) > 1:
+        return torch.cat([part.flatten(0, 1) for part in whole]).unsqueeze(0)
+    return join(whole)
+
+
+class Capture:
+    """Listen to the layers of a model during training passes.
+
+    Use it as a context manager in a page, or own it and :meth:`close` it in an optimizer. Copies and
+    pickles of the model carry nothing of it, and one that is closed or collected leaves no trace.
 
     Args:
         model: The module whose forward is called.
-        layers: Name → layer; default every ``nn.Linear`` of the model.
-        keep: Keep whole inputs and gradients, not only their counts and sums.
+        layers: Name → layer; default every layer of the model that has a rule.
+        wanted: What passes leave behind; default the rows of every layer, and the roots.
 
     Attributes:
         records: Name → :class:`LayerRecord`.
-        roots: The model's own input, output and gradient of each pass, if ``keep_roots``.
-        keep: Names of the layers whose whole inputs and gradients coming passes keep.
-        keep_roots: Whether coming passes keep the roots.
-        factored: Weights whose gradient coming passes leave as factors, and biases that go with them:
-            no ``.grad`` is made.
-        cut: Whether the graph of coming passes ends at the model's output: whoever owns the capture
-            needs the gradient there, what it kept of the layers, and nothing else.
-        probe: ``None``, or a function from the model's output ``[n, k]`` to vectors ``[n, k]`` that are
-            pulled back to every kept layer right after the forward pass (the graph stays).
+        roots: The model's own input, output and gradient of each pass, if wanted.
+        wanted: What coming passes leave behind; may be replaced between passes.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
@@ -178,45 +251,30 @@ class Capture:
     """
 
     def __init__(
-        self, model: nn.Module, layers: dict[str, nn.Linear] | None = None, *, keep: bool = True
+        self, model: nn.Module, layers: dict[str, nn.Module] | None = None, wanted: Wanted | None = None
     ) -> None:
         """See the class."""
         if layers is None:
-            layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-        self.keep: set[str] = set(layers) if keep else set()
-        self.keep_roots = keep
-        self.factored: Container[Tensor] = frozenset()
-        self.cut = False
-        self.probe: Callable[[Tensor], Iterable[Tensor]] | None = None
+            layers = {name: m for name, m in model.named_modules() if rule_of(m) is not None}
+        self.wanted = Wanted(rows=set(layers), roots=True) if wanted is None else wanted
         self._model = model
-        self._names = {layer: name for name, layer in layers.items()}
-        self._known = {model, *self._names}
-        # the latest pass; in collect(), all
-        self._passes: list[dict[str, tuple[_Use, GradientEdge | None]]] = [{}]
-        self._collecting = False
-        self._task = -1
+        self._rules = {layer: (name, rule_of(layer)) for name, layer in layers.items()}
+        self._uses: dict[_Use, GradientEdge | None] = {}  # in the latest forward pass; in collect(), in all
+        self._latest: dict[str, list[_Use]] = {}
+        self._forward, self._task, self._collecting = 0, -1, False
         self.clear()
-        global _listeners
-        with _lock:
-            _listeners = (*_listeners, weakref.ref(self))
-            if not _handles:
-                _handles.append(register_module_forward_pre_hook(_before))
-                _handles.append(register_module_forward_hook(_after, with_kwargs=True))
-        weakref.finalize(self, _tidy).atexit = False
+        self._end = listen(self, model, self._rules, _begins, _ends)
 
     def clear(self) -> None:
         """Forget what has been seen."""
-        for use, _ in self._passes[-1].values():
+        for use in self._uses:
             use.over = True
-        self.records = {name: LayerRecord() for name in self._names.values()}
+        self.records = {name: LayerRecord() for name, _ in self._rules.values()}
         self.roots: list[RootRecord] = []
 
     def close(self) -> None:
         """Stop listening, for good."""
-        global _listeners
-        with _lock:
-            _listeners = tuple(ref for ref in _listeners if ref() is not self)
-        _tidy()
+        self._end()
 
     def __enter__(self) -> Capture:
         """The capture itself."""
@@ -227,17 +285,17 @@ class Capture:
         self.close()
 
     def pull(self, output: Tensor, vector: Tensor) -> dict[str, Tensor]:
-        """Jᵀv at every layer of the latest pass: ``vector`` at ``output``, ``[n, n_out]`` each.
+        """Jᵀv at every layer of the latest pass: ``vector`` at ``output``, summed over a layer's uses.
 
         Leaves the graph, the records and every ``.grad`` as they were. Layers that ``output`` does not
         depend on are absent.
         """
-        uses = dict(self._passes[-1].values())
-        return {use.name: grad for use, grad in _pull(output, vector, uses).items()}
+        found: dict[str, Tensor] = {}
+        for use, grad in pull(output, vector, self._uses).items():
+            found[use.name] = grad if use.name not in found else found[use.name] + grad
+        return found
 
-    def collect(
-        self, closure: Callable[[], Tensor], probe: Callable[[Tensor], Iterable[Tensor]] | None = None
-    ) -> dict[str, LayerRecord]:
+    def collect(self, closure: Callable[[], Tensor], probe: Probe | None = None) -> dict[str, LayerRecord]:
         """Records of the passes that a closure makes, alone and kept; no ``.grad`` is touched.
 
         Args:
@@ -247,109 +305,123 @@ class Capture:
         Raises:
             TypeError: If the closure returns anything else.
         """
-        before = self._passes, self.keep, self.keep_roots, self.probe
-        self._passes, self.keep, self.keep_roots, self.probe = [{}], set(self.records), False, probe
-        self._collecting = True
+        before = self._uses, self._latest, self._forward, self.wanted
+        self._uses, self._latest, self._collecting = {}, {}, True
+        self.wanted = replace(self.wanted, rows=set(self.records), roots=False, probe=probe)
         try:
             loss = closure()
             if not isinstance(loss, Tensor) or loss.dim() != 0:
                 raise TypeError(f"the closure must return the scalar loss, got {loss!r}")
-            uses = {use: edge for layers in self._passes for use, edge in layers.values()}
             records: dict[str, LayerRecord] = {}
-            for use, grad in _pull(loss, torch.ones_like(loss), uses).items():
-                records.setdefault(use.name, LayerRecord()).add(use, grad)
+            for use, grad in pull(loss, torch.ones_like(loss), self._uses).items():
+                records.setdefault(use.name, LayerRecord()).add(use, grad.to(use.dtype))
             return records
         finally:
             self._collecting = False
-            self._passes, self.keep, self.keep_roots, self.probe = before
+            self._uses, self._latest, self._forward, self.wanted = before
 
-    def _begin(self) -> None:
-        """The model's forward starts: a new pass."""
+    # -- what the hooks tell -----------------------------------------------------------------------
+
+    def begins(self) -> None:
+        """A forward pass of the model starts."""
         if not self._collecting:
-            self._passes.clear()
-        self._passes.append({})
+            self._uses = {}
+        self._latest = {}
+        self._forward += 1
 
-    def _watches(self, module: nn.Module) -> bool:
-        return module in self._names and module.training and module.weight.requires_grad
+    def watches(self, module: nn.Module) -> bool:
+        """Whether a module is a layer whose use counts."""
+        return module in self._rules and module.training and module.weight.requires_grad
 
-    def _roots(self, module: nn.Module) -> bool:
-        return module is self._model and (module.training or bool(self._passes[-1])) and not _in_backward()
+    def factors(self, weight: Tensor) -> bool:
+        """Whether a weight goes without a gradient."""
+        return weight in self.wanted.factored
 
-    def _see_layer(self, layer: nn.Linear, h: Tensor, output: Tensor, heard: list | None) -> None:
+    def roots_at(self, module: nn.Module) -> bool:
+        """Whether a forward pass that ends is the model's own."""
+        return module is self._model and (module.training or bool(self._latest)) and not in_backward()
+
+    def see_layer(self, layer: nn.Module, x: Tensor, output: Tensor, heard: list[Hearer] | None) -> None:
         """A watched layer has computed its output; ``heard`` by the function that handed it on, if any."""
-        name = self._names[layer]
-        count = h.shape[0] if h.dim() == 2 else 0
-        if not count:
+        name, rule = self._rules[layer]
+        if (needed := rule.unfit(layer, x)) is not None:
             raise CaptureError(
-                f"layer {name!r} got an input of shape {tuple(h.shape)}; sogrid needs [examples, features] "
-                "with at least one example: flatten the other dimensions before the layer"
+                f"layer {name!r} got an input of shape {tuple(x.shape)}; sogrid needs {needed}"
             )
-        latest = self._passes[-1]
-        if _in_backward():
-            if name in latest:  # an activation checkpoint computes again what was seen
+        earlier = self._latest.get(name, [])
+        if in_backward():
+            if earlier:  # an activation checkpoint computes again what was seen
                 return
             raise CaptureError(
                 f"layer {name!r} was first seen in a backward pass: give torch.utils.checkpoint "
                 "use_reentrant=False, and call the model in training mode"
             )
-        if name in latest:
-            if not any(use.over for use, _ in latest.values()):
-                raise CaptureError(
-                    f"layer {name!r} was applied twice in one forward pass; its curvature is not a sum over "
-                    "examples: leave it to torch's SGD"
-                )
-            self._begin()  # parts of the model are called on their own
-        weight, kept, me = layer.weight, name in self.keep, weakref.ref(self)
-        matrix, dtype, h = not (self.cut or weight in self.factored), weight.dtype, h.detach()
-        if h.dtype != dtype or (kept and matrix):
+        if earlier and any(use.over for uses in self._latest.values() for use in uses):
+            self.begins()  # parts of the model are called on their own
+            earlier = []
+        if any(use.examples != len(x) for use in earlier):
+            raise CaptureError(
+                f"layer {name!r} got {earlier[0].examples} and then {len(x)} examples in one forward pass: "
+                "several uses must be of the same examples"
+            )
+        use = self._use(name, layer, rule, x.detach(), output)
+        self._latest.setdefault(name, []).append(use)
+        self._uses[use] = None if self.wanted.cut else GradientEdge(output.grad_fn, output.output_nr)
+        if not self.wanted.cut:
+            self._hear(use, output, heard)
+
+    def _use(self, name: str, layer: nn.Module, rule: Rule, x: Tensor, output: Tensor) -> _Use:
+        """What a use leaves behind."""
+        wanted, kept = self.wanted, name in self.wanted.rows
+        formed, examples = not (wanted.cut or self.factors(layer.weight)), len(x)
+        if x.dtype != layer.weight.dtype or (kept and formed):
             # a copy, as the user's buffer may be filled again; without one, versions tell
-            h = h.to(dtype, copy=kept and matrix)
-        use = _Use(
-            name,
-            count,
-            dtype,
-            kept,
-            h.sum(0) if matrix else None,
-            _Seen(h) if kept or not matrix else None,
-            _Seen(output.detach()) if self.cut else None,
-        )
-        self._passes[-1][name] = use, None if self.cut else GradientEdge(output.grad_fn, output.output_nr)
-        if self.cut:
-            return
+            x = x.to(layer.weight.dtype, copy=kept and formed)
+        mean = rule.inputs(layer, x).mean((0, 1)) if formed and wanted.means else None
+        seen = _Seen(x) if kept or not formed else None
+        after = _Seen(output.detach()) if wanted.cut else None
+        return _Use(name, layer, rule, self._forward, examples, kept, seen, mean, after)
+
+    def _hear(self, use: _Use, output: Tensor, heard: list[Hearer] | None) -> None:
+        """Have the gradient at a use's output recorded when it comes."""
+        me, weight, dtype = weakref.ref(self), use.layer.weight, use.dtype
 
         def arrived(grad: Tensor) -> None:
             if (capture := me()) is not None:
                 capture._record(use, weight).add(use, grad.detach().to(dtype))
 
         if heard is None:
-            output.register_hook(lambda grad: arrived(grad) if _accumulates(weight) else None)
+            output.register_hook(lambda grad: arrived(grad) if accumulates(weight) else None)
         else:
             heard.append(arrived)
 
-    def _record(self, use: _Use, weight: Tensor) -> LayerRecord:
+    def _record(self, use: _Use, weight: Tensor | None) -> LayerRecord:
         """Where a gradient that arrives belongs: a new record if none of ``.grad`` is older."""
-        task, record = torch._C._current_graph_task_id(), self.records[use.name]
-        if use.input_sum is not None and weight.grad is None and task != record._task:
+        task, record = graph_task(), self.records[use.name]
+        formed = weight is not None and not self.factors(weight)
+        if formed and weight.grad is None and task != record._task:
             record = self.records[use.name] = LayerRecord()
         record._task, use.over = task, True
         return record
 
-    def _see_root(self, inputs: tuple, output: Tensor) -> None:
-        uses = {use: edge for use, edge in self._passes[-1].values() if use.kept}
-        if self.probe is not None and uses:
-            for vector in self.probe(output.detach()):
-                for use, row in _pull(output, vector, uses).items():
-                    use.rows.append(row)
-        if not self.keep_roots:
+    def see_root(self, inputs: tuple, output: Tensor) -> None:
+        """The model's own forward pass is over."""
+        latest = [use for uses in self._latest.values() for use in uses]
+        kept = {use: self._uses[use] for use in latest if use.kept}
+        if self.wanted.probe is not None and kept:
+            for vector in self.wanted.probe(output.detach()):
+                for use, pulled in pull(output, vector, kept).items():
+                    use.probes.append(pulled.to(use.dtype))
+        if not self.wanted.roots:
             return
-        x = next(iter(inputs), None)
-        x = x.detach().clone() if isinstance(x, Tensor) and not self.cut else x
+        x, cut = next(iter(inputs), None), self.wanted.cut
+        x = x.detach().clone() if isinstance(x, Tensor) and not cut else x
         root, me = RootRecord(x, output.detach().clone()), weakref.ref(self)
-        below = [use for use, _ in self._passes[-1].values()] if self.cut else []
+        below = latest if cut else []
 
         def arrived(grad: Tensor) -> None:
             capture = me()
-            if capture is not None and any(map(_accumulates, capture._model.parameters())):
+            if capture is not None and any(map(accumulates, capture._model.parameters())):
                 capture._add_root(root, grad.detach(), bool(below))
                 for use in below:
                     capture._record(use, None).add(use, None)
@@ -358,7 +430,7 @@ class Capture:
 
     def _add_root(self, root: RootRecord, grad: Tensor, stays: bool) -> None:
         """As :meth:`_record` and :meth:`LayerRecord.add`, for the model's output."""
-        task = torch._C._current_graph_task_id()
+        task = graph_task()
         if not stays and task != self._task and all(p.grad is None for p in self._model.parameters()):
             self.roots = []
         self._task = task
@@ -369,158 +441,25 @@ class Capture:
             self.roots.append(root)
 
 
-def _pull(output: Tensor, vector: Tensor, edges: dict[_Use, GradientEdge]) -> dict[_Use, Tensor]:
-    """Jᵀv at every edge that ``output`` depends on, in the dtype of the layer's weights."""
-    edges = {use: edge for use, edge in edges.items() if edge is not None}
-    if not edges or not output.requires_grad:
-        return {}
-    grads = torch.autograd.grad(output, list(edges.values()), vector, retain_graph=True, allow_unused=True)
-    pairs = zip(edges, grads, strict=True)
-    return {use: grad.detach().to(use.dtype) for use, grad in pairs if grad is not None}
+def _begins(captures: list[Capture], module: nn.Module) -> None:
+    if not in_backward():
+        for capture in captures:
+            if module is capture._model:
+                capture.begins()
 
 
-def _accumulates(parameter: Tensor) -> bool:
-    """Whether the backward pass that is running adds to the parameter's ``.grad``."""
-    return parameter.requires_grad and _runs(get_gradient_edge(parameter).node)
-
-
-def _runs(node: torch.autograd.graph.Node) -> bool:
-    """Whether the backward pass that is running adds what comes to this node to a ``.grad``."""
-    try:
-        return torch._C._will_engine_execute_node(node)
-    except RuntimeError:  # autograd.grad() was asked for this very parameter
-        return False
-
-
-def _watching() -> bool:
-    """Whether autograd records, and not for a ``torch.func`` transform, a trace or an export."""
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
-    return torch.is_grad_enabled() and not (transformed or traced)
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
-
-
-def _untraced(hook: Callable) -> Callable:
-    """A compiled model breaks its graph at this hook, and is watched like any other."""
-    disabled = torch._disable_dynamo(hook)
-
-    @functools.wraps(hook)
-    def call(*args):
-        return (disabled if torch.compiler.is_dynamo_compiling() else hook)(*args)
-
-    return call
-
-
-@_untraced
-def _before(module: nn.Module, args: tuple) -> None:
-    for ref in _listeners:
-        capture = ref()
-        if capture is not None and module is capture._model and _watching() and not _in_backward():
-            capture._begin()
-
-
-@_untraced
-def _after(module: nn.Module, args: tuple, kwargs: dict, output) -> Tensor | None:
-    """Tell every capture; return another output if a capture wants no gradients below it."""
-    captures = []
-    for ref in _listeners:
-        capture = ref()
-        if capture is not None and module in capture._known:
-            captures.append(capture)
-    if not (captures and isinstance(output, Tensor) and output.requires_grad and _watching()):
-        return None
-    inputs, handed_on, heard = args or tuple(kwargs.values()), output, None
-    watching = [capture for capture in captures if capture._watches(module)]
-    factored = [capture.factored for capture in watching if module.weight in capture.factored]
-    if factored:
-        handed_on, heard = _without_weight_gradient(module, inputs[0], output, factored)
-    if any(c.cut and c._roots(module) for c in captures):
-        handed_on = _without_graph(module, inputs, handed_on)
+def _ends(captures: list[Capture], module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+    """Tell every capture; return another output if one of them wants no gradients below it."""
+    handed_on, heard = output, None
+    watching = [capture for capture in captures if capture.watches(module)]
+    factoring = [capture.wanted.factored for capture in watching if capture.factors(module.weight)]
+    if factoring:
+        handed_on, heard = without_weight(module, inputs[0], output, factoring)
+    if any(capture.wanted.cut and capture.roots_at(module) for capture in captures):
+        handed_on = without_graph(module, inputs, handed_on)
     for capture in watching:
-        capture._see_layer(module, inputs[0], handed_on, heard)
+        capture.see_layer(module, inputs[0], handed_on, heard)
     for capture in captures:
-        if capture._roots(module):
-            capture._see_root(inputs, handed_on)
+        if capture.roots_at(module):
+            capture.see_root(inputs, handed_on)
     return None if handed_on is output else handed_on
-
-
-def _tidy() -> None:
-    """Take the process-wide hooks away with the last listener."""
-    global _listeners
-    with _lock:
-        _listeners = tuple(ref for ref in _listeners if ref() is not None)
-        if not _listeners:
-            while _handles:
-                _handles.pop().remove()
-
-
-# --- outputs handed on ------------------------------------------------------------------------------
-# Both functions take parameters along, and give them no gradient: autograd then still runs the node
-# that would have added to .grad, which is how a gradient that accumulates is known (see _accumulates).
-
-
-class _Factored(torch.autograd.Function):
-    """The output of a linear layer, as it is, with a backward pass that forms no weight gradient."""
-
-    @staticmethod
-    def forward(ctx, output, h, weight, bias, heard):
-        ctx.heard = heard
-        ctx.save_for_backward(h, weight)  # h for autograd's own check of in-place changes
-        ctx.mark_dirty(output)  # not a view of it, which in-place activations could not change
-        return output
-
-    @staticmethod
-    def backward(ctx, g):
-        if torch.is_grad_enabled():
-            raise CaptureError(
-                "create_graph=True needs a second derivative, which factored gradients do not have: give the "
-                "optimizer gradients='matrix'"
-            )
-        if _runs(ctx.next_functions[2][0]):
-            for arrived in ctx.heard:
-                arrived(g)
-        _, weight = ctx.saved_tensors
-        _, for_h, _, for_bias, _ = ctx.needs_input_grad
-        return None, g @ weight.to(g.dtype) if for_h else None, None, g.sum(0) if for_bias else None, None
-
-
-class _Cut(torch.autograd.Function):
-    """The output of a model, as it is, with nothing below."""
-
-    @staticmethod
-    def forward(ctx, output, *parameters):
-        ctx.count = len(parameters)
-        ctx.mark_dirty(output)
-        return output
-
-    @staticmethod
-    def backward(ctx, g):
-        return None, *[None] * ctx.count
-
-
-def _without_weight_gradient(
-    layer: nn.Linear, h: Tensor, output: Tensor, factored: list[Container[Tensor]]
-) -> tuple[Tensor, list[Callable[[Tensor], None]]]:
-    """The output, and whom its backward pass will call with the gradient there."""
-    if getattr(layer.forward, "__func__", None) is not nn.Linear.forward:
-        raise CaptureError(
-            f"{type(layer).__name__} computes something else than nn.Linear, so its gradient may have no "
-            "such factors: give the optimizer gradients='matrix'"
-        )
-    bias = layer.bias  # one that is trained elsewhere gets its gradient as ever
-    if bias is not None and (not bias.requires_grad or any(bias in some for some in factored)):
-        bias = None
-    heard: list[Callable[[Tensor], None]] = []
-    return _Factored.apply(output.detach(), h, layer.weight, bias, heard), heard
-
-
-def _without_graph(model: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
-    if any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-        raise CaptureError(
-            "the model's input needs a gradient, and this optimizer with gradients='factored' ends the graph "
-            "at the model's output: detach the input, or use gradients='matrix'"
-        )
-    return _Cut.apply(output.detach(), *(p for p in model.parameters() if p.requires_grad))

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sogrid.linalg import Factored, ThinInverse
+from sogrid.structured import Factored, ThinInverse
 
 __all__ = [
     "bordered",

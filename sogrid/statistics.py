@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sogrid.linalg import Gram
+from sogrid.structured import Gram
 
 __all__ = [
     "Statistics",
@@ -37,9 +37,14 @@ def input_rows(h: Tensor, centered: bool = True) -> tuple[Tensor, Tensor]:
     return mean, deviation * h.shape[-2] ** -0.5
 
 
-def output_rows(passes: Sequence[Tensor]) -> Tensor:
-    """R = g/√n of the per-example rows ``[..., n, o]`` of all passes, so that B = RᵀR."""
-    return torch.cat(tuple(passes), -2) * passes[0].shape[-2] ** -0.5
+def output_rows(passes: Sequence[Tensor], examples: int | None = None) -> Tensor:
+    """R = g/√n of the rows ``[..., n·s, o]`` of all passes, so that B = RᵀR.
+
+    Args:
+        passes: Gradients, or vectors pulled back, at a layer's output.
+        examples: n; default as many as each pass has rows.
+    """
+    return torch.cat(tuple(passes), -2) * (examples or passes[0].shape[-2]) ** -0.5
 
 
 def input_moments(h: Tensor, centered: bool = True) -> tuple[Tensor, Tensor]:

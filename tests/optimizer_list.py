@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sogrid.losses import CrossEntropyAtLogits, Loss
 from sogrid.optimizers import ACP, KFAC, CenteredGradientDescent, NaturalNN, Newton, UpdatedBackprop
 from sogrid.optimizers.layerwise import Layerwise
+from sogrid.shell import LayerOptimizer
 
 N, N_IN, N_HIDDEN, N_OUT = 12, 4, 5, 3
 
@@ -46,12 +47,12 @@ class Method:
 
     @property
     def layerwise(self) -> bool:
-        return issubclass(self.kind, Layerwise)
+        return issubclass(self.kind, LayerOptimizer)
 
     @property
     def refreshes(self) -> bool:
         """Whether it keeps statistics."""
-        return self.layerwise and self.kind.uses_statistics
+        return issubclass(self.kind, Layerwise) and self.kind is not CenteredGradientDescent
 
     @property
     def starts_from_grad(self) -> bool:

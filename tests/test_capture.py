@@ -2,7 +2,10 @@
 
 import copy
 import gc
+import pickle
+import warnings
 import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,8 +14,8 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.modules import module as torch_hooks
 from torch.utils.checkpoint import checkpoint
 
-from sogrid import capture as capture_module
-from sogrid.capture import Capture, CaptureError
+from sogrid.capture import Capture, CaptureError, Wanted
+from sogrid.hooks import watched
 
 RTOL = 1e-12  # float64 rounding
 
@@ -24,9 +27,9 @@ def close(a, b):
 @pytest.fixture(autouse=True)
 def _nothing_left_behind():
     yield
-    if list(capture_module._listeners):
+    if watched():
         gc.collect()  # tracebacks
-    assert not list(capture_module._listeners)
+    assert not watched()
     assert not torch_hooks._global_forward_hooks
     assert not torch_hooks._global_forward_pre_hooks
 
@@ -60,6 +63,11 @@ def x(draw):
     return draw(6, 3)
 
 
+def probed(capture, probe):
+    """Have the capture pull back other vectors."""
+    capture.wanted = replace(capture.wanted, probe=probe)
+
+
 def by_hand(model, x, loss):
     """{name: (h, g)} by autograd alone, for the tanh or ReLU network."""
     h, found = x, {}
@@ -80,7 +88,7 @@ def assert_records(capture, expected):
     for name, (h, g) in expected.items():
         record = capture.records[name]
         assert record.count == len(h)
-        close(record.input_sum, h.sum(0))
+        close(record.mean, h.mean(0))
         close(torch.cat(record.inputs), h)
         close(torch.cat(record.grads), g)
 
@@ -100,14 +108,14 @@ def test_inputs_and_gradients_are_those_of_autograd(x):
     close(root.grad, 2 * root.output / root.output.numel())
 
 
-def test_without_keep_only_counts_and_sums_remain(x):
+def test_unless_rows_are_wanted_only_counts_and_means_remain(x):
     model = Net()
     expected = by_hand(model, x, mean_square)
-    with Capture(model, keep=False) as capture:
+    with Capture(model, wanted=Wanted()) as capture:
         mean_square(model(x)).backward()
     for name, record in capture.records.items():
-        assert (record.count, record.inputs, record.grads, record.rows) == (len(x), [], [], [])
-        close(record.input_sum, expected[name][0].sum(0))
+        assert (record.count, record.inputs, record.grads, record.probes) == (len(x), [], [], [])
+        close(record.mean, expected[name][0].mean(0))
     assert capture.roots == []
 
 
@@ -158,12 +166,12 @@ def test_in_place_activations_change_nothing(x):
     expected = by_hand(Net(torch.relu), x, mean_square)
     model = Net(torch.relu_)
     with Capture(model) as capture:
-        capture.probe = lambda f: [torch.ones_like(f)]
+        probed(capture, lambda f: [torch.ones_like(f)])
         mean_square(model(x)).backward()
     assert_records(capture, expected)
     ones = by_hand(Net(torch.relu), x, torch.sum)
     for name, record in capture.records.items():
-        close(record.rows[0][0], ones[name][1])
+        close(record.probes[0][0], ones[name][1])
 
 
 def test_output_changed_in_place_by_the_user(x):
@@ -191,20 +199,19 @@ def test_input_buffer_may_be_filled_again_before_the_records_are_used(x):
 def test_probes_are_pulled_back_for_the_layers_that_are_kept(x, draw):
     model, vectors = Net(), [draw(6, 2), draw(6, 2)]
     with Capture(model) as capture:
-        capture.keep, capture.probe = {"a", "c"}, lambda f: vectors
+        capture.wanted = Wanted(rows={"a", "c"}, probe=lambda f: vectors)
         model(x).sum().backward()
     for i, vector in enumerate(vectors):
         expected = by_hand(model, x, lambda f, v=vector: (f * v).sum())
         for name in "ac":
-            close(capture.records[name].rows[0][i], expected[name][1])
+            close(capture.records[name].probes[0][i], expected[name][1])
     assert capture.records["b"].count == 6
-    assert capture.records["b"].rows == []
+    assert capture.records["b"].probes == []
 
 
 def test_probes_are_not_asked_for_when_nothing_is_kept(x):
     model = Net()
-    with Capture(model, keep=False) as capture:
-        capture.probe = lambda f: pytest.fail("asked")
+    with Capture(model, wanted=Wanted(probe=lambda f: pytest.fail("asked"))):
         model(x).sum().backward()
 
 
@@ -241,7 +248,7 @@ def test_checkpointed_layers_are_seen_once(x, checkpointed):
     assert_records(capture, by_hand(model, x, mean_square))
     ones = by_hand(model, x, torch.sum)
     for name, record in capture.records.items():
-        close(record.rows[0][0], ones[name][1])
+        close(record.probes[0][0], ones[name][1])
 
 
 def test_a_checkpoint_around_the_whole_model(x):
@@ -273,12 +280,12 @@ def test_a_model_in_eval_mode_with_one_layer_in_training_mode(x):
     model = Net().eval()
     model.c.train()
     with Capture(model) as capture:
-        capture.probe = lambda f: [torch.ones_like(f)]
+        probed(capture, lambda f: [torch.ones_like(f)])
         for _ in range(2):
             model(x)  # thrown away
             mean_square(model(x)).backward()
     assert [capture.records[name].count for name in "abc"] == [0, 0, 12]
-    close(capture.records["c"].rows[0][0], by_hand(model, x, torch.sum)["c"][1])
+    close(capture.records["c"].probes[0][0], by_hand(model, x, torch.sum)["c"][1])
 
 
 def test_a_model_that_is_one_layer(x):
@@ -314,7 +321,8 @@ def test_keyword_arguments_no_arguments_and_outputs_that_are_not_tensors(x):
 
 def test_a_compiled_model_is_watched_like_any_other(x):
     model = Net()
-    with Capture(model) as capture, pytest.warns(UserWarning, match="global hooks"):
+    with Capture(model) as capture, warnings.catch_warnings():
+        warnings.simplefilter("error")
         mean_square(torch.compile(model, backend="aot_eager")(x)).backward()
     assert_records(capture, by_hand(model, x, mean_square))
     torch._dynamo.reset()
@@ -412,7 +420,7 @@ def test_a_gradient_penalty_does_not_count_examples_twice(x):
         (mean_square(f) + slope.square().sum()).backward()
     for record in capture.records.values():
         assert record.count == len(x)
-        close(record.input_sum, record.inputs[0].sum(0))
+        close(record.mean, record.inputs[0].mean(0))
 
 
 def test_frozen_layers_are_not_watched(x):
@@ -466,7 +474,7 @@ def test_gradients_cleared_between_forward_and_backward(x):
 
 def test_collect_is_separate_from_the_training_pass(x, draw):
     model, other = Net(), draw(5, 3)
-    with Capture(model, keep=False) as capture:
+    with Capture(model, wanted=(wanted := Wanted())) as capture:
         training = model(x)
         collected = capture.collect(lambda: mean_square(model(other)), lambda f: [torch.ones_like(f)])
         assert all(p.grad is None for p in model.parameters())
@@ -476,10 +484,10 @@ def test_collect_is_separate_from_the_training_pass(x, draw):
     for name, (h, g) in expected.items():
         close(collected[name].inputs[0], h)
         close(collected[name].grads[0], g)
-        close(collected[name].rows[0][0], ones[name][1])
+        close(collected[name].probes[0][0], ones[name][1])
         assert capture.records[name].count == len(x)
         assert capture.records[name].inputs == []
-    assert (capture.keep, capture.probe) == (set(), None)
+    assert capture.wanted is wanted
 
 
 def test_collect_takes_every_pass_of_its_closure(x):
@@ -495,12 +503,12 @@ def test_collect_takes_every_pass_of_its_closure(x):
 
 def test_collect_that_fails_leaves_the_capture_as_it_was(x):
     model = Net()
-    with Capture(model, keep=False) as capture:
+    with Capture(model, wanted=(wanted := Wanted())) as capture:
         with pytest.raises(ZeroDivisionError):
             capture.collect(lambda: model(x).sum() / (1 // 0), lambda f: [f])
         with pytest.raises(TypeError, match="scalar loss"):
             capture.collect(lambda: model(x))
-        assert (capture.keep, capture.probe) == (set(), None)
+        assert capture.wanted is wanted
         mean_square(model(x)).backward()
         assert [record.count for record in capture.records.values()] == [6, 6, 6]
 
@@ -518,9 +526,7 @@ def test_collect_of_nothing_is_empty(x):
 
 def factors_only(model):
     """A capture of the whole model that leaves no ``.grad``."""
-    capture = Capture(model)
-    capture.factored = set(model.parameters())
-    return capture
+    return Capture(model, wanted=Wanted(factored=set(model.parameters())))
 
 
 @pytest.mark.parametrize("activation", [torch.tanh, torch.relu, torch.relu_])
@@ -535,9 +541,9 @@ def test_factors_without_a_gradient(x, activation):
     assert all(p.grad is None for p in model.parameters())
     for name, (h, g) in expected.items():
         record = capture.records[name]
-        assert (record.count, record.input_sum) == (6, None)
-        close(record.examples()[0], h)
-        close(record.examples()[1], g)
+        assert record.count == 6
+        close(record.rows().inputs, h)
+        close(record.rows().outputs, g)
 
 
 def test_factors_are_not_copies(x):
@@ -554,8 +560,8 @@ def test_factors_of_checkpointed_layers(x, checkpointed):
         mean_square(model(x)).backward()
     assert all(p.grad is None for p in model.parameters())
     for name, (h, g) in by_hand(model, x, mean_square).items():
-        close(capture.records[name].examples()[0], h)
-        close(capture.records[name].examples()[1], g)
+        close(capture.records[name].rows().inputs, h)
+        close(capture.records[name].rows().outputs, g)
 
 
 @pytest.mark.parametrize(
@@ -574,17 +580,15 @@ def test_factors_of_what_is_not_seen(x, draw, between):
             between(model, other)
         loss.backward()
     for name, (h, g) in expected.items():
-        close(capture.records[name].examples()[0], h)
-        close(capture.records[name].examples()[1], g)
+        close(capture.records[name].rows().inputs, h)
+        close(capture.records[name].rows().outputs, g)
 
 
 def test_factors_of_some_layers(x):
     """Any other layer, and a bias that is not among them, gets its gradient as ever."""
     model, twin = Net(), Net()
     mean_square(twin(x)).backward()
-    capture = Capture(model)
-    capture.factored = {model.b.weight, model.c.weight, model.c.bias}
-    with capture:
+    with Capture(model, wanted=Wanted(factored={model.b.weight, model.c.weight, model.c.bias})):
         mean_square(model(x)).backward()
     missing = [name for name, p in model.named_parameters() if p.grad is None]
     assert missing == ["b.weight", "c.weight", "c.bias"]
@@ -602,15 +606,13 @@ def test_a_capture_of_matrices_beside_one_of_factors(x):
             mean_square(model(x)).backward()
         for capture in (one, other):
             for name, (h, g) in expected.items():
-                close(capture.records[name].examples()[0], h)
-                close(capture.records[name].examples()[1], g)
+                close(capture.records[name].rows().inputs, h)
+                close(capture.records[name].rows().outputs, g)
 
 
 def test_a_graph_that_is_cut_at_the_output(x, draw):
     model, alone = Net(), by_hand(Net(), x, mean_square)
-    capture = Capture(model)
-    capture.cut = True
-    with capture:
+    with Capture(model, wanted=Wanted(rows=set("abc"), cut=True, roots=True)) as capture:
         f = model(x)
         assert capture.pull(f, torch.ones_like(f)) == {}
         torch.autograd.grad(mean_square(f), f)
@@ -620,9 +622,9 @@ def test_a_graph_that_is_cut_at_the_output(x, draw):
     close(root.grad, 2 * root.output / root.output.numel())
     for name, (h, _) in alone.items():
         record, layer = capture.records[name], getattr(model, name)
-        close(record.examples()[0], h)
-        assert (record.count, record.grads, record.examples()[1]) == (6, [], None)
-        close(record.outputs(layer), layer(h))
+        close(record.rows().inputs, h)
+        assert (record.count, record.grads, record.rows().g) == (6, [], None)
+        close(record.preactivations(), layer(h))
 
 
 # --- captures and each other -----------------------------------------------------------------------
@@ -633,7 +635,7 @@ def test_two_captures_do_not_see_each_other_pull(x):
     model = Net()
     expected = by_hand(model, x, lambda f: f.square().sum())
     with Capture(model) as one, Capture(model, {"a": model.a}) as two:
-        two.probe = lambda f: [torch.ones_like(f), f]
+        probed(two, lambda f: [torch.ones_like(f), f])
         for part in x.split(3):
             loss = model(part).square().sum()
             two.collect(lambda: model(x).sum())
@@ -659,38 +661,90 @@ def test_closing_twice_is_closing_once():
     capture = Capture(Net())
     capture.close()
     capture.close()
-    assert not torch_hooks._global_forward_hooks
+    assert not watched()
 
 
 def test_collected_captures_take_their_hooks_along(x):
     model = Net()
     capture = Capture(model)
     loss = model(x).sum()
-    assert len(torch_hooks._global_forward_hooks) == 1
+    assert len(watched()) == 4
     del capture
-    assert not torch_hooks._global_forward_hooks
+    assert not watched()
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any("__getstate__" in vars(module) for module in model.modules())
     loss.backward()
     assert model.a.weight.grad is not None
+
+
+# --- the models of others, and copies ----------------------------------------------------------------
+
+
+def test_other_models_have_no_hook_and_compile_whole(x):
+    other = Net()
+    with Capture(Net()):
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in other.modules())
+        compiled = torch.compile(other, backend="aot_eager", fullgraph=True)
+        close(compiled(x), other(x))
+    torch._dynamo.reset()
+
+
+def test_copies_and_pickles_have_the_hooks_of_the_user_alone(x):
+    model, kept = Net(), []
+    handle = model.a.register_forward_hook(print)
+    with Capture(model):
+        model.b.register_forward_pre_hook(print, with_kwargs=True)
+        for copied in (copy.deepcopy(model), copy.copy(model), pickle.loads(pickle.dumps(model))):
+            for name, module in copied.named_modules():
+                assert "__getstate__" not in vars(module) or module in model.modules()
+                kept.append((name, len(module._forward_hooks), len(module._forward_pre_hooks)))
+        assert b"sogrid" not in pickle.dumps(model)
+        handle.remove()
+        assert len(model.a._forward_hooks) == 1
+    assert not model.a._forward_hooks
+    assert sorted(set(kept))[:3] == [("", 0, 0), ("a", 1, 0), ("b", 0, 1)]
+
+
+def test_a_module_with_a_state_of_its_own_keeps_it(x):
+    class Counted(nn.Linear):
+        def __getstate__(self):
+            return {**super().__getstate__(), "copies": vars(self).get("copies", 0) + 1}
+
+    layer = Counted(3, 2)
+    with Capture(layer):
+        twin = copy.deepcopy(layer)
+    assert twin.copies == 1
+    assert not twin._forward_hooks
+
+
+def test_hooks_come_before_those_of_the_user(x):
+    """A hook that changes the output changes what comes after the layer, not the layer."""
+    model = nn.Sequential(nn.Linear(3, 2)).double()
+    model[0].register_forward_hook(lambda module, inputs, output: 2 * output)
+    with Capture(model) as capture:
+        model(x).sum().backward()
+    close(capture.records["0"].grads[0], torch.full((6, 2), 2.0, dtype=torch.float64))
 
 
 # --- errors ----------------------------------------------------------------------------------------
 
 
-def test_a_layer_applied_twice_is_refused_by_name(x):
+def test_several_uses_must_be_of_the_same_examples(x):
     layer = nn.Linear(3, 3).double()
-    model = nn.Sequential(layer, nn.Tanh(), layer)
+    model = nn.ModuleList([layer])
+    model.forward = lambda x: layer(x).sum() + layer(x[:2]).sum()
     with Capture(model) as capture:
-        with pytest.raises(CaptureError, match="layer '0' was applied twice"):
+        with pytest.raises(CaptureError, match="layer '0' got 6 and then 2 examples in one forward pass"):
             model(x)
         capture.clear()
         layer(x).sum().backward()
         assert capture.records["0"].count == 6
 
 
-@pytest.mark.parametrize("shape", [(3,), (0, 3), (2, 5, 3)])
+@pytest.mark.parametrize("shape", [(3,), (0, 3), (0, 5, 3), (2, 0, 3)])
 def test_inputs_that_are_not_examples_by_features_are_refused_by_name(shape):
     model = Net()
-    with Capture(model), pytest.raises(CaptureError, match=r"layer 'a' got an input of shape \(.*flatten"):
+    with Capture(model), pytest.raises(CaptureError, match=r"layer 'a' got an input of shape \(.*needs \[ex"):
         model(torch.ones(shape).double())
 
 
@@ -719,10 +773,10 @@ def test_an_exception_in_the_probe_reaches_the_user_and_nothing_else(x):
         raise ZeroDivisionError
 
     with Capture(model) as capture:
-        capture.probe = broken
+        probed(capture, broken)
         with pytest.raises(ZeroDivisionError):
             model(x)
-        capture.probe = None
+        probed(capture, None)
         mean_square(model(x)).backward()
     assert_records(capture, by_hand(model, x, mean_square))
 
@@ -744,8 +798,8 @@ def abandon(f):
 
 
 @pytest.mark.parametrize("finish", [backward, twice, abandon], ids=lambda f: f.__name__)
-@pytest.mark.parametrize("keep", [True, False])
-def test_the_graph_is_freed_without_the_garbage_collector(x, finish, keep):
+@pytest.mark.parametrize("rows", ["abc", ""])
+def test_the_graph_is_freed_without_the_garbage_collector(x, finish, rows):
     """A hook that held the graph that holds the hook would leak every activation, for good."""
     alive = []
 
@@ -764,8 +818,7 @@ def test_the_graph_is_freed_without_the_garbage_collector(x, finish, keep):
     gc.collect()
     gc.disable()
     try:
-        with Capture(model, keep=keep) as capture:
-            capture.probe = lambda f: [torch.ones_like(f)]
+        with Capture(model, wanted=Wanted(rows=set(rows), probe=lambda f: [torch.ones_like(f)])) as capture:
             for _ in range(3):
                 finish(model(x))
                 model.zero_grad()

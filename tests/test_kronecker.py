@@ -16,8 +16,8 @@ from sogrid.kronecker import (
     unvec,
     vec,
 )
-from sogrid.linalg import Factored
 from sogrid.statistics import input_moments
+from sogrid.structured import Factored
 
 RTOL = 1e-12  # of the norm, float64 rounding times a condition number of at most 1e3
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from references import relative_error
 
-from sogrid.linalg import Gram
 from sogrid.optimizers import ACP
 from sogrid.statistics import (
     Statistics,
@@ -18,6 +17,7 @@ from sogrid.statistics import (
     second_moment,
     squared_gradient_bound,
 )
+from sogrid.structured import Gram
 
 RTOL = 1e-12  # of the norm, float64 rounding
 

@@ -1,8 +1,8 @@
 r"""A grid as one batch: K configurations of one method, trained at once.
 
 K networks of one shape are one network whose weights carry a leading dimension, ``[K, o, i]``; inputs are
-``[n, d]``, shared, or ``[K, n, d]``, and hyperparameters ``[K]``. Update functions and the optimizers' verbs
-(*measure*, *invert*, *update*) are those of a single network: they broadcast. Every configuration keeps the
+``[n, d]``, shared, or ``[K, n, d]``, and hyperparameters ``[K]``. The method's verbs (:mod:`sogrid.method`)
+are those of a single network: they broadcast. Every configuration keeps the
 weights, the data order and the losses of its own run by :func:`~sogrid.experiments.training.run`, to
 rounding, and one that diverges disturbs no other.
 
@@ -26,15 +26,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 
+from sogrid.bound import bounded
 from sogrid.experiments import data
-from sogrid.experiments.benchmarks import BATCH, METHODS, Method, Task
+from sogrid.experiments.benchmarks import BATCH, METHODS, Task
+from sogrid.experiments.benchmarks import Method as Row
 from sogrid.experiments.training import Curve, Minibatches
-from sogrid.linalg import Factored, add_to, failures_are_nan, matrixwise, vectorwise
+from sogrid.factorize import failures_are_nan
 from sogrid.losses import Loss, Quadratic
+from sogrid.method import Change, Gradient, Method
 from sogrid.networks import MLP
-from sogrid.optimizers import UpdatedBackprop
-from sogrid.optimizers.layerwise import Layerwise, StatisticsBatch, bounded
-from sogrid.statistics import Statistics
+from sogrid.optimizers.layerwise import Layerwise
+from sogrid.optimizers.updated_backprop import Chain, UpdatedBackprop, UpdatedBackpropMethod
+from sogrid.rows import Rows, share
+from sogrid.statistics import Statistics, refresh_due
+from sogrid.structured import Factored, add_to, matrixwise, vectorwise
 
 __all__ = ["Grid", "Pass", "StackedMLP", "pooled_digits", "train_grid", "training_grid"]
 
@@ -139,13 +144,27 @@ class _Order:
         return taken[0] if len(taken) == 1 else torch.stack(taken)[self.own]
 
 
+class GradientDescent(Method):
+    """torch's plain SGD as a method; its rate is that of the loss as it is reduced."""
+
+    uses_statistics = False
+
+    def __init__(self, reduction: str) -> None:
+        """See the class."""
+        self.reduction = reduction
+
+    def update(self, gradient, state, group):
+        rate = group["lr"] if self.reduction == "mean" else group["lr"] / gradient.w.scale
+        return -matrixwise(rate) * gradient.w, -vectorwise(rate) * gradient.b
+
+
 class Grid:
-    """K configurations under way: their networks, the verbs of their optimizer, and who is still alive.
+    """K configurations under way: their networks, their method, and who is still alive.
 
     Args:
         networks: One for each.
-        optimizers: Their own, of one kind; what is a number in their parameter groups may differ. The first
-            is taken over.
+        optimizers: Their own, of one kind; what is a number in their parameter groups may differ. Only
+            their method and hyperparameters are used.
         loss: Training loss.
 
     Raises:
@@ -156,18 +175,16 @@ class Grid:
         self, networks: Sequence[MLP], optimizers: Sequence[torch.optim.Optimizer], loss: Loss
     ) -> None:
         """See the class."""
-        self.stack, self.loss, self.optimizer = StackedMLP(networks), loss, optimizers[0]
-        self.group, like = self.optimizer.param_groups[0], self.stack.weights[0]
-        plain = isinstance(self.optimizer, torch.optim.SGD) and not any(
-            group[key] for group in (o.param_groups[0] for o in optimizers) for key in MORE_THAN_SGD
-        )
-        if not (plain or isinstance(self.optimizer, Layerwise)):
-            raise ValueError(f"{self.optimizer!r} has no update that a grid could take")
-        if len(self.group["params"]) < 2 * len(self.stack.weights):
+        self.stack, self.loss, first = StackedMLP(networks), loss, optimizers[0]
+        groups, like = [optimizer.param_groups[0] for optimizer in optimizers], self.stack.weights[0]
+        self.method = _method(first, groups, loss)
+        if len(groups[0]["params"]) < 2 * len(self.stack.weights):
             raise ValueError("a grid trains all weights and biases, in one parameter group")
-        for key in self.group.keys() - {"params"}:
-            self.group[key] = _together(key, [o.param_groups[0][key] for o in optimizers], like)
-        self.group["updates"] = 0
+        keys = groups[0].keys() - {"params"}
+        self.group = {key: _together(key, [group[key] for group in groups], like) for key in keys}
+        self.group |= {"updates": 0, "refreshed": -1}
+        self.refresh_every = getattr(first, "refresh_every", None)
+        self.averaging = getattr(first, "averaging", 0.0)
         self.statistics: list[Statistics | None] = [None] * len(self.stack.weights)
         self.state: list[dict[str, Any]] = [{} for _ in self.stack.weights]
         self.alive = torch.ones(len(networks), dtype=torch.bool, device=like.device)
@@ -182,30 +199,28 @@ class Grid:
     @property
     def keeps_statistics(self) -> bool:
         """Whether there is anything to refresh."""
-        return getattr(self.optimizer, "uses_statistics", False)
+        return isinstance(self.method, Method) and self.method.uses_statistics
 
     @property
     def refresh_due(self) -> bool:
         """Whether the next update wants statistics first."""
-        return getattr(self.optimizer, "refresh_due", False)
+        fresh = self.group["refreshed"] == self.group["updates"]
+        return self.keeps_statistics and not fresh and refresh_due(self.group["updates"], self.refresh_every)
 
     @torch.no_grad()
     def refresh(self, x: Tensor, y: Tensor) -> None:
         """Measure and invert, layer by layer."""
         seen = self.stack.trace(x.expand(len(self.alive), -1, -1))
-        g, probe = seen.pull(self.loss.gradient(seen.f.detach(), y)), self.optimizer.probe()
-        rows: list[list[Tensor]] = [[] for _ in g]
-        for v in () if probe is None else zip(*map(probe, seen.f.detach()), strict=True):  # as each alone
-            for kept, pulled in zip(rows, seen.pull(torch.stack(v)), strict=True):
-                kept.append(pulled)
+        f, probe = seen.f.detach(), self.method.probe(self.group["updates"])
+        vectors = [] if probe is None else zip(*map(probe, f), strict=True)  # as each alone
+        g = seen.pull(self.loss.gradient(f, y))
+        pulled = [seen.pull(torch.stack(v)) for v in vectors]
         for layer, (h, g_layer) in enumerate(zip(seen.inputs, g, strict=True)):
-            batch, old = StatisticsBatch(h, g_layer, rows[layer], True), self.statistics[layer]
-            statistics, averaging = self.optimizer.measure(batch, self.group), self.optimizer.averaging
-            if averaging > 0:
-                statistics = statistics.dense() if old is None else old.blend(statistics.dense(), averaging)
-                self.statistics[layer] = statistics
+            probes = tuple(_rows(some[layer]) for some in pulled)
+            found = self.method.measure(Rows(_rows(h), _rows(g_layer), probes, f.shape[-2]), self.group)
+            self.statistics[layer] = found = share(found, self.statistics[layer], self.averaging)
             with failures_are_nan():
-                self.state[layer] = self.optimizer.invert(statistics, self.group, f"layer {layer + 1}")
+                self.state[layer] = self.method.invert(found, self.group, f"layer {layer + 1}")
             for value in self.state[layer].values():
                 for part in value if isinstance(value, tuple) else (value,):
                     self.mark(part.isfinite().reshape(len(self.alive), -1).all(1), INDEFINITE)
@@ -222,22 +237,17 @@ class Grid:
             self.stack.biases[layer] += db
         self.group["updates"] += 1
 
-    def _changes(self, seen: Pass, grad_f: Tensor) -> Iterator[tuple[Tensor | Factored, Tensor]]:
+    def _changes(self, seen: Pass, grad_f: Tensor) -> Iterator[Change]:
         """(ΔW, Δb) of each layer, within the bound."""
-        lr, stack, n, bound = self.group["lr"], self.stack, seen.f.shape[-2], self.group.get("max_change")
-        if isinstance(self.optimizer, UpdatedBackprop):
-            chain = [a.detach() for a in seen.preactivations], stack.weights, stack.biases, stack.activations
-            each = ([value] * len(stack.weights) for value in (lr, bound))
-            yield from self.optimizer.update_chain(seen.inputs, *chain, seen.f.detach(), grad_f, *each)
+        stack, group, f = self.stack, self.group, seen.f.detach()
+        if isinstance(self.method, UpdatedBackpropMethod):
+            a = [a.detach() for a in seen.preactivations]
+            chain = Chain(seen.inputs, a, stack.weights, stack.biases, stack.activations, f, grad_f)
+            yield from self.method.update(chain, [group] * len(stack.weights))
             return
         for h, g, state in zip(seen.inputs, seen.pull(grad_f), self.state, strict=True):
-            grad_w, grad_b = Factored(g, h, 1 / n), g.mean(-2)
-            if isinstance(self.optimizer, Layerwise):
-                change = self.optimizer.update(grad_w, grad_b, h.mean(-2), state, self.group)
-                yield bounded(*change, h, bound)
-            else:  # torch's follows the loss as it is reduced
-                rate = lr if self.loss.reduction == "mean" else lr * n
-                yield -matrixwise(rate) * grad_w, -vectorwise(rate) * grad_b
+            gradient = Gradient(Factored(g, h, 1 / f.shape[-2]), g.mean(-2), h.mean(-2))
+            yield bounded(*self.method.update(gradient, state, group), h, group.get("max_change"))
 
     @torch.no_grad()
     def evaluate(self, x: Tensor, y: Tensor, examples: int = 250) -> tuple[Tensor, Tensor]:
@@ -250,6 +260,22 @@ class Grid:
         return values / len(x), errors / len(x)
 
 
+def _rows(x: Tensor) -> Tensor:
+    """One position for each example: ``[K, n, ·]`` to ``[K, n, 1, ·]``."""
+    return x.unsqueeze(-2)
+
+
+def _method(
+    optimizer: torch.optim.Optimizer, groups: Sequence[dict[str, Any]], loss: Loss
+) -> Method | UpdatedBackpropMethod:
+    """What a kind of optimizer does in a step."""
+    if isinstance(optimizer, Layerwise | UpdatedBackprop):
+        return optimizer.method
+    if isinstance(optimizer, torch.optim.SGD) and not any(g[key] for g in groups for key in MORE_THAN_SGD):
+        return GradientDescent(loss.reduction)
+    raise ValueError(f"{optimizer!r} has no update that a grid could take")
+
+
 def _together(key: str, values: Sequence[Any], like: Tensor) -> Any:
     """A hyperparameter of K configurations: what they share, or numbers ``[K]``."""
     if all(value == values[0] for value in values):
@@ -260,7 +286,7 @@ def _together(key: str, values: Sequence[Any], like: Tensor) -> Any:
 
 
 def training_grid(
-    task: Task, method: str | Method, settings: Sequence[dict[str, Any]], seeds: Sequence[int]
+    task: Task, method: str | Row, settings: Sequence[dict[str, Any]], seeds: Sequence[int]
 ) -> Grid:
     """The grid that :func:`train_grid` trains, with nothing done yet."""
     if isinstance(method, str) and method not in METHODS:
@@ -277,7 +303,7 @@ def training_grid(
 
 def train_grid(
     task: Task,
-    method: str | Method,
+    method: str | Row,
     settings: Sequence[dict[str, Any]],
     *,
     seeds: int | Sequence[int] = 0,

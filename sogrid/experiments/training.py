@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from sogrid.experiments.benchmarks import BATCH, METHODS, Task
 from sogrid.experiments.checkpoints import Checkpoint, Interrupted, StopSignals, source_digest
 from sogrid.experiments.records import provenance
-from sogrid.linalg import FactorizationError
+from sogrid.factorize import FactorizationError
 from sogrid.losses import Loss
 
 __all__ = ["Curve", "Minibatches", "evaluation_points", "run", "train"]

@@ -19,25 +19,20 @@ h̄ is the current minibatch's. Where the thesis is open, this is what we chose:
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
-from sogrid.linalg import (
-    Factored,
-    Gram,
-    ThinInverse,
-    add_outer,
-    matrixwise,
-    naming_the_damping,
-    tikhonov_inverse,
-    vectorwise,
-)
-from sogrid.optimizers.base import check_hyperparameter
+from sogrid.factorize import naming_the_damping, tikhonov_inverse
+from sogrid.method import Method
 from sogrid.optimizers.centered import bias_update, centered_gradient
-from sogrid.optimizers.layerwise import Layerwise, StatisticsBatch
+from sogrid.optimizers.layerwise import Layerwise, StatisticsOptions
+from sogrid.parameters import check_hyperparameter
 from sogrid.statistics import Statistics, input_rows, second_moment, squared_gradient_bound
+from sogrid.structured import Factored, Gram, ThinInverse, add_outer, matrixwise, vectorwise
 
-__all__ = ["ACP", "acp_inverse", "acp_update"]
+__all__ = ["ACP", "ACPMethod", "acp_inverse", "acp_update"]
 
 
 def acp_inverse(
@@ -56,7 +51,7 @@ def acp_inverse(
         shift: d = ε/α, a number or ``[...]``.
         tikhonov: ``"printed"``: (C + dI)⁻¹; ``"exact"``: (M + dI − h̄h̄ᵀ/(1+d))⁻¹, M = C + h̄h̄ᵀ.
         name: Named in errors.
-        rank: Of the matrix that is shifted; see :func:`~sogrid.linalg.tikhonov_inverse`.
+        rank: Of the matrix that is shifted; see :func:`~sogrid.factorize.tikhonov_inverse`.
 
     Raises:
         FactorizationError: If the damped matrix is not positive definite.
@@ -96,13 +91,73 @@ def acp_update(
     return dw, bias_update(grad_b, dw, mean_h, rate, bias_correction)
 
 
+class ACPMethod(Method):
+    """Algorithm 4 as verbs.
+
+    Args:
+        stored_mean: Centre by the mean of the statistics minibatch in place of the update's own, as the
+            exact Tikhonov form does in any case.
+    """
+
+    def __init__(self, stored_mean: bool = False) -> None:
+        """See the class."""
+        self.stored_mean, self.uses_mean = stored_mean, not stored_mean
+
+    def check(self, group):  # noqa: D102
+        check_hyperparameter("damping (ε)", group["damping"])
+        check_hyperparameter("curvature_floor", group["curvature_floor"], positive=True)
+        if not isinstance(group["output_curvature"], str):
+            check_hyperparameter("output_curvature (α)", group["output_curvature"], positive=True)
+        elif group["output_curvature"] != "heuristic":
+            raise ValueError(
+                f"output_curvature (α) must be a number or 'heuristic', got {group['output_curvature']!r}"
+            )
+        if group["tikhonov"] not in ("printed", "exact"):
+            raise ValueError(f"tikhonov must be 'printed' or 'exact', got {group['tikhonov']!r}")
+
+    def measure(self, rows, group):  # noqa: D102
+        alpha = None
+        if isinstance(group["output_curvature"], str):
+            alpha = squared_gradient_bound(rows.outputs).clamp(min=group["curvature_floor"])
+        mean, deviations = input_rows(rows.inputs, rows.biased)
+        return Statistics(mean, second_moment(deviations), alpha)
+
+    def invert(self, statistics, group, name):  # noqa: D102
+        mean, covariance, alpha = statistics
+        scale = group["output_curvature"] if alpha is None else alpha
+        shift, exact = group["damping"] / scale, group["tikhonov"] == "exact"
+        with naming_the_damping(lambda shift: shift * scale):
+            inverse = acp_inverse(mean, covariance, shift, group["tikhonov"], name, group["rank"])
+        state = {"inverse": inverse}
+        if exact or self.stored_mean:
+            state["mean"] = mean
+        if exact:
+            state["corner"] = (torch.ones_like(mean[..., 0]) * shift).to(mean.dtype)  # as_tensor would sync
+        if alpha is not None:
+            state["output_curvature"] = alpha
+        return state
+
+    def update(self, gradient, state, group):  # noqa: D102
+        exact = group["tikhonov"] == "exact"
+        return acp_update(
+            gradient.w,
+            gradient.b,
+            state["mean"] if exact or self.stored_mean else gradient.mean_h,
+            state["inverse"],
+            lr=group["lr"],
+            output_curvature=state.get("output_curvature", group["output_curvature"]),
+            bias_correction=exact or group["bias_correction"],
+            corner=state["corner"] if exact else 0.0,
+        )
+
+
 class ACP(Layerwise):
-    """Algorithm 4 for the linear layers of a model.
+    """Algorithm 4 for the layers of a model.
 
     A minibatch of one has no deviation from its own mean: only biases move (printed form).
 
     Args:
-        model: See :class:`~sogrid.optimizers.layerwise.Layerwise`.
+        model: See :class:`~sogrid.shell.LayerOptimizer`.
         lr: Learning rate λ; the step is proportional to λ/α.
         damping: ε ≥ 0; ε/α is added to the covariance of the inputs. The larger, the nearer to centred
             gradient descent with learning rate λ/ε. Zero needs an invertible covariance.
@@ -111,18 +166,14 @@ class ACP(Layerwise):
         bias_correction: Add the term −ΔW h̄ of eq. (6.2.5) to the bias; off in the printed algorithm.
         tikhonov: ``"printed"`` or ``"exact"``; see the module. The exact form includes the bias term.
         curvature_floor: Smallest α the heuristic may return.
-        reduction: How the training loss is reduced over examples: ``"mean"`` or ``"sum"``.
-        refresh_every: N, updates between refreshes of the statistics; ``None``: only by ``refresh``.
-        averaging: ρ in [0, 1), weight of the old statistics at a refresh.
-        other_lr: Learning rate of plain SGD for parameters outside linear layers.
-        params: What to train, as in torch; default all trainable parameters.
-        gradients: ``"matrix"`` or ``"factored"``; see :class:`~sogrid.optimizers.layerwise.Layerwise`.
-        max_change: κ, a bound on the change of pre-activations; see there.
-        rank: Only so many leading directions of each matrix of the statistics count; see there. ``None``:
-            all, exact.
+        stored_mean: Centre by the mean of the statistics minibatch in place of the update's own.
+        **options: ``refresh_every``, ``averaging`` and ``rank``, see
+            :class:`~sogrid.optimizers.layerwise.Layerwise`; ``reduction``, ``other_lr``, ``params``,
+            ``gradients`` and ``max_change``, see :class:`~sogrid.shell.LayerOptimizer`.
 
     Raises:
-        ValueError: As in :class:`~sogrid.optimizers.layerwise.Layerwise`.
+        TypeError: See :class:`~sogrid.shell.LayerOptimizer`.
+        ValueError: See there.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
@@ -141,77 +192,15 @@ class ACP(Layerwise):
         bias_correction: bool = False,
         tikhonov: str = "printed",
         curvature_floor: float = 1e-12,
-        reduction: str = "mean",
-        refresh_every: int | None = 100,
-        averaging: float = 0.0,
-        other_lr: float | Tensor | None = None,
-        params=None,
-        gradients: str = "matrix",
-        max_change: float | Tensor | None = None,
-        rank: int | None = None,
+        stored_mean: bool = False,
+        **options: Unpack[StatisticsOptions],
     ) -> None:
         """See the class."""
-        super().__init__(
-            model,
-            lr,
-            damping=damping,
-            output_curvature=output_curvature,
-            bias_correction=bias_correction,
-            tikhonov=tikhonov,
-            curvature_floor=curvature_floor,
-            reduction=reduction,
-            refresh_every=refresh_every,
-            averaging=averaging,
-            other_lr=other_lr,
-            params=params,
-            gradients=gradients,
-            max_change=max_change,
-            rank=rank,
-        )
-
-    def check_hyperparameters(self, group):  # noqa: D102
-        super().check_hyperparameters(group)
-        check_hyperparameter("damping (ε)", group["damping"])
-        check_hyperparameter("curvature_floor", group["curvature_floor"], positive=True)
-        if not isinstance(group["output_curvature"], str):
-            check_hyperparameter("output_curvature (α)", group["output_curvature"], positive=True)
-        elif group["output_curvature"] != "heuristic":
-            raise ValueError(
-                f"output_curvature (α) must be a number or 'heuristic', got {group['output_curvature']!r}"
-            )
-        if group["tikhonov"] not in ("printed", "exact"):
-            raise ValueError(f"tikhonov must be 'printed' or 'exact', got {group['tikhonov']!r}")
-
-    def measure(self, batch: StatisticsBatch, group):  # noqa: D102
-        alpha = None
-        if isinstance(group["output_curvature"], str):
-            alpha = squared_gradient_bound(batch.g).clamp(min=group["curvature_floor"])
-        mean, rows = input_rows(batch.h, batch.has_bias)
-        return Statistics(mean, second_moment(rows), alpha)
-
-    def invert(self, statistics, group, name):  # noqa: D102
-        mean, covariance, alpha = statistics
-        scale = group["output_curvature"] if alpha is None else alpha
-        shift = group["damping"] / scale
-        with naming_the_damping(lambda shift: shift * scale):
-            inverse = acp_inverse(mean, covariance, shift, group["tikhonov"], name, group["rank"])
-        state = {"inverse": inverse}
-        if group["tikhonov"] == "exact":
-            corner = (torch.ones_like(mean[..., 0]) * shift).to(mean.dtype)  # as_tensor would sync
-            state |= {"mean": mean, "corner": corner}
-        if alpha is not None:
-            state["output_curvature"] = alpha
-        return state
-
-    def update(self, grad_w, grad_b, mean_h, state, group):  # noqa: D102
-        exact = group["tikhonov"] == "exact"
-        return acp_update(
-            grad_w,
-            grad_b,
-            state["mean"] if exact else mean_h,
-            state["inverse"],
-            lr=group["lr"],
-            output_curvature=state.get("output_curvature", group["output_curvature"]),
-            bias_correction=exact or group["bias_correction"],
-            corner=state["corner"] if exact else 0.0,
-        )
+        own = {
+            "damping": damping,
+            "output_curvature": output_curvature,
+            "bias_correction": bias_correction,
+            "tikhonov": tikhonov,
+            "curvature_floor": curvature_floor,
+        }
+        super().__init__(ACPMethod(stored_mean), model, lr, own, **options)

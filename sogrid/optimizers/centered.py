@@ -8,13 +8,17 @@ direction (without it, not always: THESIS row 23).
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 
-from sogrid.linalg import Factored, matrixwise, vectorwise
+from sogrid.method import Method
 from sogrid.optimizers.layerwise import Layerwise
+from sogrid.shell import LayerOptions
+from sogrid.structured import Factored, matrixwise, vectorwise
 
-__all__ = ["CenteredGradientDescent", "centered_gradient", "centered_update"]
+__all__ = ["CenteredGradientDescent", "CenteredMethod", "bias_update", "centered_gradient", "centered_update"]
 
 
 def centered_gradient(grad_w: Tensor | Factored, grad_b: Tensor | None, mean_h: Tensor) -> Tensor | Factored:
@@ -72,24 +76,29 @@ def bias_update(
     return db - (dw @ mean_h.unsqueeze(-1)).squeeze(-1) if correction else db
 
 
-class CenteredGradientDescent(Layerwise):
-    """Algorithm 3 for the linear layers of a model.
-
-    Args:
-        model: See :class:`~sogrid.optimizers.layerwise.Layerwise`.
-        lr: λ.
-        bias_correction: Add the term −ΔW h̄ of eq. (6.2.5) to the bias; off in the printed algorithm.
-        reduction: See :class:`~sogrid.optimizers.layerwise.Layerwise`.
-        other_lr: See there.
-        params: See there.
-        gradients: See there.
-        max_change: See there.
-
-    Raises:
-        ValueError: As in :class:`~sogrid.optimizers.layerwise.Layerwise`.
-    """
+class CenteredMethod(Method):
+    """Algorithm 3 as verbs; there is nothing to measure."""
 
     uses_statistics = False
+
+    def update(self, gradient, state, group):  # noqa: D102
+        return centered_update(*gradient, lr=group["lr"], bias_correction=group["bias_correction"])
+
+
+class CenteredGradientDescent(Layerwise):
+    """Algorithm 3 for the layers of a model.
+
+    Args:
+        model: See :class:`~sogrid.shell.LayerOptimizer`.
+        lr: λ.
+        bias_correction: Add the term −ΔW h̄ of eq. (6.2.5) to the bias; off in the printed algorithm.
+        **options: ``reduction``, ``other_lr``, ``params``, ``gradients`` and ``max_change``; see
+            :class:`~sogrid.shell.LayerOptimizer`.
+
+    Raises:
+        TypeError: See :class:`~sogrid.shell.LayerOptimizer`.
+        ValueError: See there.
+    """
 
     def __init__(
         self,
@@ -97,26 +106,8 @@ class CenteredGradientDescent(Layerwise):
         lr: float | Tensor,
         *,
         bias_correction: bool = False,
-        reduction: str = "mean",
-        other_lr: float | Tensor | None = None,
-        params=None,
-        gradients: str = "matrix",
-        max_change: float | Tensor | None = None,
+        **options: Unpack[LayerOptions],
     ) -> None:
         """See the class."""
-        super().__init__(
-            model,
-            lr,
-            bias_correction=bias_correction,
-            reduction=reduction,
-            refresh_every=None,
-            other_lr=other_lr,
-            params=params,
-            gradients=gradients,
-            max_change=max_change,
-        )
-
-    def update(self, grad_w, grad_b, mean_h, state, group):  # noqa: D102
-        return centered_update(
-            grad_w, grad_b, mean_h, lr=group["lr"], bias_correction=group["bias_correction"]
-        )
+        own = {"bias_correction": bias_correction}
+        super().__init__(CenteredMethod(), model, lr, own, refresh_every=None, **options)

@@ -23,27 +23,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from sogrid.capture import CaptureError
+from sogrid.factorize import naming_the_damping, tikhonov_inverse
 from sogrid.kronecker import homogeneous, homogeneous_gradient, kronecker_solve
-from sogrid.linalg import (
-    Factored,
-    Gram,
-    ThinInverse,
-    matrixwise,
-    mean_eigenvalue,
-    naming_the_damping,
-    tikhonov_inverse,
-)
 from sogrid.losses import CrossEntropyAtLogits, CrossEntropyAtProbabilities, Loss
-from sogrid.optimizers.base import check_count, check_hyperparameter
-from sogrid.optimizers.layerwise import Layerwise
+from sogrid.method import Method
+from sogrid.optimizers.layerwise import Layerwise, StatisticsOptions
+from sogrid.parameters import check_count, check_hyperparameter
 from sogrid.statistics import Statistics, input_rows, output_rows, second_moment
+from sogrid.structured import Factored, Gram, ThinInverse, matrixwise, mean_eigenvalue
 
-__all__ = ["KFAC", "kfac_inverses", "kfac_update", "output_vectors"]
+__all__ = ["KFAC", "KFACMethod", "kfac_inverses", "kfac_update", "output_vectors"]
 
 CURVATURES = ("fisher_exact", "fisher_sampled", "gauss_newton_probabilities", "empirical_fisher")
 MOST_EXACT_OUTPUTS = 128
@@ -90,7 +85,7 @@ def kfac_inverses(
         damping: ε, a number or ``[...]``.
         pi_correction: Balance the split by the factors' mean eigenvalues.
         name: Named in errors.
-        rank: Of both factors, after π; see :func:`~sogrid.linalg.tikhonov_inverse`.
+        rank: Of both factors, after π; see :func:`~sogrid.factorize.tikhonov_inverse`.
 
     Raises:
         FactorizationError: If a damped factor is not positive definite.
@@ -132,11 +127,75 @@ def kfac_update(
     return step[..., :-1], step[..., -1]
 
 
-class KFAC(Layerwise):
-    """KFAC for the linear layers of a model.
+class KFACMethod(Method):
+    """KFAC as verbs.
 
     Args:
-        model: See :class:`~sogrid.optimizers.layerwise.Layerwise`. Call the model itself, not its
+        loss: What the training loss is.
+        curvature: What the output factor stands for; see the module.
+        samples: Draws per example for ``"fisher_sampled"``.
+        seed: Of the draws.
+
+    Raises:
+        ValueError: For a curvature that does not go with the loss.
+    """
+
+    uses_mean = False
+
+    def __init__(self, loss: Loss, curvature: str, samples: int, seed: int) -> None:
+        """See the class."""
+        if curvature not in CURVATURES:
+            raise ValueError(f"curvature must be one of {CURVATURES}, got {curvature!r}")
+        categorical = isinstance(loss, CrossEntropyAtLogits | CrossEntropyAtProbabilities)
+        if curvature == "gauss_newton_probabilities" and not categorical:
+            raise ValueError(
+                f"E[g gᵀ] is the Gauss-Newton matrix only for one-hot cross-entropy, not for {loss!r}: use "
+                "'fisher_sampled' (for the quadratic loss the two matrices are the same)"
+            )
+        check_count("samples", samples)
+        self.loss, self.curvature, self.samples, self.seed = loss, curvature, samples, seed
+
+    def check(self, group):  # noqa: D102
+        check_hyperparameter("damping (ε)", group["damping"], positive=True)
+
+    def probe(self, updates):  # noqa: D102
+        if not self.curvature.startswith("fisher"):
+            return None
+        return partial(
+            output_vectors,
+            loss=self.loss,
+            samples=self.samples if self.curvature == "fisher_sampled" else None,
+            seed=(self.seed * 1_000_003 + updates) % 2**63,
+        )
+
+    def measure(self, rows, group):  # noqa: D102
+        if not self.curvature.startswith("fisher"):
+            passes = [rows.outputs]
+        elif rows.probes:
+            passes = rows.pulled
+        else:
+            raise CaptureError(
+                "KFAC saw the layers but not the model's output, where the Fisher's targets are drawn: call "
+                "the model itself, not its parts, and let its forward return the output tensor"
+            )
+        h = homogeneous(rows.inputs) if rows.biased else rows.inputs
+        mean, inputs = input_rows(h, centered=False)
+        return Statistics(mean, second_moment(inputs), second_moment(output_rows(passes, rows.examples)))
+
+    def invert(self, statistics, group, name):  # noqa: D102
+        _, a, b = statistics
+        inverses = kfac_inverses(a, b, group["damping"], group["pi_correction"], name, group["rank"])
+        return dict(zip(("a_inverse", "b_inverse"), inverses, strict=True))
+
+    def update(self, gradient, state, group):  # noqa: D102
+        return kfac_update(gradient.w, gradient.b, state["a_inverse"], state["b_inverse"], lr=group["lr"])
+
+
+class KFAC(Layerwise):
+    """KFAC for the layers of a model.
+
+    Args:
+        model: See :class:`~sogrid.shell.LayerOptimizer`. Call the model itself, not its
             parts: its output is where the Fisher's targets are drawn.
         lr: Learning rate λ.
         damping: ε > 0: √ε is added to both factors, or shared between them by ``pi_correction``.
@@ -147,24 +206,15 @@ class KFAC(Layerwise):
         samples: Draws per example for ``"fisher_sampled"``.
         pi_correction: Balance the damping between the two factors.
         seed: Of the draws; each refresh has its own stream, so that a resumed run repeats them.
-        refresh_every: N, updates between refreshes of the statistics; ``None``: only by ``refresh``.
-        averaging: ρ in [0, 1), weight of the old statistics at a refresh.
-        other_lr: Learning rate of plain SGD for parameters outside linear layers.
-        params: What to train, as in torch; default all trainable parameters.
-        gradients: ``"matrix"`` or ``"factored"``; see :class:`~sogrid.optimizers.layerwise.Layerwise`.
-        max_change: κ, a bound on the change of pre-activations; see there.
-        rank: Only so many leading directions of each matrix of the statistics count; see there. ``None``:
-            all, exact.
+        **options: ``refresh_every``, ``averaging`` and ``rank``, see
+            :class:`~sogrid.optimizers.layerwise.Layerwise`; ``other_lr``, ``params``, ``gradients`` and
+            ``max_change``, see :class:`~sogrid.shell.LayerOptimizer`.
 
     Raises:
-        TypeError: If ``loss`` is not a :class:`~sogrid.losses.Loss`.
-        ValueError: For a curvature that does not go with the loss, and as in
-            :class:`~sogrid.optimizers.layerwise.Layerwise`.
+        TypeError: If ``loss`` is not a :class:`~sogrid.losses.Loss`, and as in
+            :class:`~sogrid.shell.LayerOptimizer`.
+        ValueError: For a curvature that does not go with the loss, and as there.
     """
-
-    saved = (*Layerwise.saved, "loss", "curvature", "samples", "seed")
-
-    uses_mean = False
 
     def __init__(
         self,
@@ -177,72 +227,12 @@ class KFAC(Layerwise):
         samples: int = 1,
         pi_correction: bool = True,
         seed: int = 0,
-        refresh_every: int | None = 100,
-        averaging: float = 0.0,
-        other_lr: float | Tensor | None = None,
-        params=None,
-        gradients: str = "matrix",
-        max_change: float | Tensor | None = None,
-        rank: int | None = None,
+        **options: Unpack[StatisticsOptions],
     ) -> None:
         """See the class."""
         self._require_loss(loss)
-        if curvature not in CURVATURES:
-            raise ValueError(f"curvature must be one of {CURVATURES}, got {curvature!r}")
-        categorical = isinstance(loss, CrossEntropyAtLogits | CrossEntropyAtProbabilities)
-        if curvature == "gauss_newton_probabilities" and not categorical:
-            raise ValueError(
-                f"E[g gᵀ] is the Gauss-Newton matrix only for one-hot cross-entropy, not for {loss!r}: use "
-                "'fisher_sampled' (for the quadratic loss the two matrices are the same)"
-            )
-        check_count("samples", samples)
-        self.loss, self.curvature, self.samples, self.seed = loss, curvature, samples, seed
-        super().__init__(
-            model,
-            lr,
-            damping=damping,
-            pi_correction=pi_correction,
-            reduction=loss.reduction,
-            refresh_every=refresh_every,
-            averaging=averaging,
-            other_lr=other_lr,
-            params=params,
-            gradients=gradients,
-            max_change=max_change,
-            rank=rank,
+        method, own = (
+            KFACMethod(loss, curvature, samples, seed),
+            {"damping": damping, "pi_correction": pi_correction},
         )
-
-    def check_hyperparameters(self, group):  # noqa: D102
-        super().check_hyperparameters(group)
-        check_hyperparameter("damping (ε)", group["damping"], positive=True)
-
-    def probe(self):  # noqa: D102
-        if not self.curvature.startswith("fisher"):
-            return None
-        return partial(
-            output_vectors,
-            loss=self.loss,
-            samples=self.samples if self.curvature == "fisher_sampled" else None,
-            seed=(self.seed * 1_000_003 + self.param_groups[0]["updates"]) % 2**63,
-        )
-
-    def measure(self, batch, group):  # noqa: D102
-        if not self.curvature.startswith("fisher"):
-            passes = [batch.g]
-        elif batch.rows:
-            passes = batch.rows
-        else:
-            raise CaptureError(
-                "KFAC saw the layers but not the model's output, where the Fisher's targets are drawn: call "
-                "the model itself, not its parts, and let its forward return the output tensor"
-            )
-        mean, rows = input_rows(homogeneous(batch.h) if batch.has_bias else batch.h, centered=False)
-        return Statistics(mean, second_moment(rows), second_moment(output_rows(passes)))
-
-    def invert(self, statistics, group, name):  # noqa: D102
-        _, a, b = statistics
-        inverses = kfac_inverses(a, b, group["damping"], group["pi_correction"], name, group["rank"])
-        return dict(zip(("a_inverse", "b_inverse"), inverses, strict=True))
-
-    def update(self, grad_w, grad_b, mean_h, state, group):  # noqa: D102
-        return kfac_update(grad_w, grad_b, state["a_inverse"], state["b_inverse"], lr=group["lr"])
+        super().__init__(method, model, lr, own, reduction=loss.reduction, **options)

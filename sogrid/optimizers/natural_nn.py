@@ -9,21 +9,22 @@ In the original parameters W = VU, b = d − VUμ one such step is
     ΔW = −λ [∇W − ∇b μᵀ] (C + εI)⁻¹,    Δb = −λ ∇b − ΔW μ
 
 which is eqs. (6.2.4) and (6.2.5) with α = 1 (THESIS row 28): **NNN is ACP** with the bias term and
-the stored mean. :class:`NaturalNN` takes that step; re-whitening then costs the function nothing at
+the stored mean, and so :class:`NaturalNN` is written; re-whitening then costs the function nothing at
 all. :class:`WhitenedLinear` is the layer as published, for reading and for the proof.
 """
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from sogrid.linalg import inverse_square_root, naming_the_damping, tikhonov_inverse
-from sogrid.optimizers.acp import acp_update
-from sogrid.optimizers.base import check_hyperparameter
-from sogrid.optimizers.layerwise import Layerwise
-from sogrid.statistics import Statistics, input_moments, input_rows, second_moment
+from sogrid.factorize import inverse_square_root
+from sogrid.optimizers.acp import ACP
+from sogrid.optimizers.layerwise import StatisticsOptions
+from sogrid.statistics import input_moments
 
 __all__ = ["NaturalNN", "WhitenedLinear"]
 
@@ -75,76 +76,26 @@ class WhitenedLinear(nn.Module):
         self.whitening.copy_(whitening)
 
 
-class NaturalNN(Layerwise):
-    """Natural neural network for the linear layers of a model, in their original parameters.
-
-    It equals :class:`~sogrid.optimizers.acp.ACP` with α = 1, the bias term, and the mean of the statistics
-    minibatch in place of the update's own; see the module.
+class NaturalNN(ACP):
+    """Natural neural network for the layers of a model, in their original parameters; see the module.
 
     Args:
-        model: See :class:`~sogrid.optimizers.layerwise.Layerwise`.
+        model: See :class:`~sogrid.shell.LayerOptimizer`.
         lr: Learning rate λ.
         damping: ε ≥ 0, added to the covariance that whitens.
-        reduction: How the training loss is reduced over examples: ``"mean"`` or ``"sum"``.
-        refresh_every: N, updates between re-whitenings; ``None``: only by ``refresh``.
-        averaging: ρ in [0, 1), weight of the old statistics at a refresh.
-        other_lr: Learning rate of plain SGD for parameters outside linear layers.
-        params: What to train, as in torch; default all trainable parameters.
-        gradients: ``"matrix"`` or ``"factored"``; see :class:`~sogrid.optimizers.layerwise.Layerwise`.
-        max_change: κ, a bound on the change of pre-activations; see there.
-        rank: Only so many leading directions of each matrix of the statistics count; see there. ``None``:
-            all, exact.
+        **options: As of :class:`~sogrid.optimizers.acp.ACP`; a refresh is a re-whitening.
 
     Raises:
-        ValueError: As in :class:`~sogrid.optimizers.layerwise.Layerwise`.
+        TypeError: See :class:`~sogrid.shell.LayerOptimizer`.
+        ValueError: See there.
     """
-
-    uses_mean = False
 
     def __init__(
         self,
         model: nn.Module,
         lr: float | Tensor,
         damping: float | Tensor = 1.0,
-        *,
-        reduction: str = "mean",
-        refresh_every: int | None = 100,
-        averaging: float = 0.0,
-        other_lr: float | Tensor | None = None,
-        params=None,
-        gradients: str = "matrix",
-        max_change: float | Tensor | None = None,
-        rank: int | None = None,
+        **options: Unpack[StatisticsOptions],
     ) -> None:
         """See the class."""
-        super().__init__(
-            model,
-            lr,
-            damping=damping,
-            reduction=reduction,
-            refresh_every=refresh_every,
-            averaging=averaging,
-            other_lr=other_lr,
-            params=params,
-            gradients=gradients,
-            max_change=max_change,
-            rank=rank,
-        )
-
-    def check_hyperparameters(self, group):  # noqa: D102
-        super().check_hyperparameters(group)
-        check_hyperparameter("damping (ε)", group["damping"])
-
-    def measure(self, batch, group):  # noqa: D102
-        mean, rows = input_rows(batch.h, batch.has_bias)
-        return Statistics(mean, second_moment(rows))
-
-    def invert(self, statistics, group, name):  # noqa: D102
-        with naming_the_damping(float):
-            inverse = tikhonov_inverse(statistics.covariance, group["damping"], name, group["rank"])
-        return {"inverse": inverse, "mean": statistics.mean}
-
-    def update(self, grad_w, grad_b, mean_h, state, group):  # noqa: D102
-        return acp_update(
-            grad_w, grad_b, state["mean"], state["inverse"], lr=group["lr"], bias_correction=True
-        )
+        super().__init__(model, lr, damping, bias_correction=True, stored_mean=True, **options)

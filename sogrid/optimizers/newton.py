@@ -9,11 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sogrid.capture import Capture, CaptureError
+from sogrid.capture import Capture, CaptureError, Wanted
 from sogrid.curvature import fisher, gauss_newton, hessian
-from sogrid.linalg import shift_diagonal
 from sogrid.losses import Loss
-from sogrid.optimizers.base import CapturingOptimizer, check_hyperparameter
+from sogrid.parameters import check_hyperparameter
+from sogrid.shell import Watching
+from sogrid.structured import shift_diagonal
 
 __all__ = ["Newton", "newton_update"]
 
@@ -54,7 +55,7 @@ def _held_block(model: nn.Module, matrix: Tensor) -> Tensor:
     return matrix
 
 
-class Newton(CapturingOptimizer):
+class Newton(Watching):
     """Dense second-order steps for a small model, in an ordinary training loop.
 
     The minibatch and its targets are recovered from the model's input, output and output gradient.
@@ -95,7 +96,10 @@ class Newton(CapturingOptimizer):
         self._bind()
 
     def _bind(self) -> None:
-        self._capture = Capture(self.model, {})
+        self._capture = Capture(self.model, {}, self._wanted())
+
+    def _wanted(self) -> Wanted:
+        return Wanted(roots=True)
 
     def add_param_group(self, param_group: dict) -> None:
         """Refused after the first: the matrix is that of the whole model, with one λ and one ε."""
@@ -123,4 +127,3 @@ class Newton(CapturingOptimizer):
         self._require_finite({"Newton step (singular matrix? raise the damping)": [change]})
         for parameter, part in zip(held, change.split([p.numel() for p in held]), strict=True):
             parameter.add_(part.view_as(parameter))
-        self._capture.clear()

@@ -22,20 +22,34 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.func import grad, jvp, vjp
 
-from sogrid.capture import CaptureError, join
-from sogrid.linalg import Factored, matrixwise, vectorwise
+from sogrid.bound import bounded
+from sogrid.capture import CaptureError, LayerRecord, Wanted, join
 from sogrid.losses import Loss
-from sogrid.optimizers.layerwise import Layerwise, bounded
+from sogrid.method import Change
+from sogrid.shell import LayerOptimizer
+from sogrid.structured import Factored, matrixwise, vectorwise
 
-__all__ = ["UpdatedBackprop", "gauss_newton_term", "hessian_term", "updated_backprop_update"]
+__all__ = [
+    "Chain",
+    "UpdatedBackprop",
+    "UpdatedBackpropMethod",
+    "gauss_newton_term",
+    "hessian_term",
+    "updated_backprop_update",
+]
 
 Activation = Callable[[Tensor], Tensor]
+RANDOM = (
+    *(nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d),
+    *(nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU),
+)
+"""A second run of these would not repeat the first."""
 
 
 def updated_backprop_update(
@@ -51,7 +65,7 @@ def updated_backprop_update(
     biased: Sequence[bool] | None = None,
     slopes: Sequence[Slope] | None = None,
     factored: bool = False,
-) -> list[tuple[Tensor | Factored, Tensor | None]]:
+) -> list[Change]:
     """(ΔW, Δb) of every layer of a chain h_l = f_l(W_l h_{l−1} + b_l), by Algorithm 2.
 
     Args:
@@ -63,13 +77,13 @@ def updated_backprop_update(
         curvature: ``(l, v) -> H_l v`` for ``v: [n, n_out]``, of ``gauss_newton_term`` or
             ``hessian_term``; ``None`` drops the term.
         lr: λ of each layer, a number or ``[...]``; all tensors may have such leading dimensions.
-        max_change: κ of each layer, ``None`` for no bound; see :func:`~sogrid.optimizers.layerwise.bounded`.
+        max_change: κ of each layer, ``None`` for no bound; see :func:`~sogrid.bound.bounded`.
         biased: Which layers have a bias to train; default all. Δb of another is ``None``.
         slopes: Those of the activations at the pre-activations, if they are there already.
         factored: Leave every ΔW factored.
     """
     slopes = activation_slopes(activations, preactivations) if slopes is None else slopes
-    changes: list[tuple[Tensor | Factored, Tensor | None]] = []
+    changes: list[Change] = []
     dh = grad_f
     for layer in reversed(range(len(weights))):
         h, w = inputs[layer], weights[layer]
@@ -174,7 +188,74 @@ def hessian_term(
     return term
 
 
-class UpdatedBackprop(Layerwise):
+class Chain(NamedTuple):
+    """What one forward pass through a chain h_l = f_l(W_l h_{l−1} + b_l) left; leading dimensions broadcast.
+
+    Attributes:
+        inputs: h_{l−1} of each layer, ``[..., n, n_in]``.
+        preactivations: a_l, ``[..., n, n_out]``.
+        weights: W_l, ``[..., n_out, n_in]``.
+        biases: b_l, ``[..., n_out]``, or ``None``.
+        activations: f_l.
+        f: The output, ``[..., n, n_f]``.
+        grad_f: ∂ℓ/∂f per example, un-normalised.
+    """
+
+    inputs: Sequence[Tensor]
+    preactivations: Sequence[Tensor]
+    weights: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    activations: Sequence[Activation]
+    f: Tensor
+    grad_f: Tensor
+
+
+class UpdatedBackpropMethod:
+    """Algorithm 2 as one verb: a whole chain is updated, not one layer alone.
+
+    Args:
+        loss: What the training loss is.
+        curvature: ``"gauss_newton"``, ``"hessian"`` or ``"none"``.
+
+    Raises:
+        ValueError: For another curvature.
+    """
+
+    def __init__(self, loss: Loss, curvature: str) -> None:
+        """See the class."""
+        if curvature not in ("gauss_newton", "hessian", "none"):
+            raise ValueError(f"curvature must be 'gauss_newton', 'hessian' or 'none', got {curvature!r}")
+        self.loss, self.curvature = loss, curvature
+
+    def update(
+        self, chain: Chain, groups: Sequence[dict[str, Any]], biased: Sequence[bool] | None = None
+    ) -> list[Change]:
+        """Factored (ΔW, Δb) of every layer; see :func:`updated_backprop_update`.
+
+        Args:
+            chain: The minibatch.
+            groups: Of each layer, with its λ and κ.
+            biased: Which layers have a bias to train; default all.
+        """
+        inputs, a, weights, biases, activations, f, grad_f = chain
+        slopes, y = activation_slopes(activations, a), self.loss.target(f, grad_f)
+        curvature = None
+        if self.curvature == "gauss_newton":
+
+            def product(v: Tensor) -> Tensor:
+                return self.loss.hessian_product(f, y, v)
+
+            curvature = gauss_newton_term(a, weights, activations, product, slopes)
+        elif self.curvature == "hessian":
+            curvature = hessian_term(a, weights, biases, activations, self.loss, y)
+        lr, bounds = ([group[key] for group in groups] for key in ("lr", "max_change"))
+        own = {"lr": lr, "max_change": bounds, "biased": biased, "slopes": slopes}
+        return updated_backprop_update(
+            inputs, a, weights, activations, grad_f, curvature, **own, factored=True
+        )
+
+
+class UpdatedBackprop(LayerOptimizer):
     """Algorithm 2 for a model that is a chain of linear layers and activations.
 
     The ordinary loop serves: the targets that the exact D may need are recovered from the gradient at
@@ -190,18 +271,17 @@ class UpdatedBackprop(Layerwise):
         params: Parameter groups, as in torch; all layers must be trained.
         gradients: ``"matrix"``: ``backward`` forms every ``.grad``, which the step only compares with its
             own. ``"factored"``: the graph ends at the model's output, and no ``.grad`` is made, nor one of
-            the model's input; see :class:`~sogrid.optimizers.layerwise.Layerwise`.
+            the model's input; see :class:`~sogrid.shell.LayerOptimizer`.
         max_change: κ, a bound on the change of pre-activations; see there. The gradient that is passed down
             is then that after the bounded step.
 
     Raises:
         TypeError: If ``loss`` is not a :class:`~sogrid.losses.Loss`.
         ValueError: If the model is not such a chain, and as in
-            :class:`~sogrid.optimizers.layerwise.Layerwise`.
+            :class:`~sogrid.shell.LayerOptimizer`.
     """
 
-    saved = (*Layerwise.saved, "loss", "curvature")
-    uses_statistics = False
+    saved = (*LayerOptimizer.saved, "method")
 
     def __init__(
         self,
@@ -217,121 +297,96 @@ class UpdatedBackprop(Layerwise):
         """See the class."""
         self._require_model(model)
         self._require_loss(loss)
-        self._chain(model)
-        if curvature not in ("gauss_newton", "hessian", "none"):
-            raise ValueError(f"curvature must be 'gauss_newton', 'hessian' or 'none', got {curvature!r}")
-        self.loss, self.curvature = loss, curvature
-        super().__init__(
-            model,
-            lr,
-            reduction=loss.reduction,
-            refresh_every=None,
-            params=params,
-            gradients=gradients,
-            max_change=max_change,
-        )
+        _chain(model)
+        self.method = UpdatedBackpropMethod(loss, curvature)
+        options = {"params": params, "gradients": gradients, "max_change": max_change}
+        super().__init__(model, lr, {}, reduction=loss.reduction, **options)
 
     def _bind(self) -> None:
-        self._chain(self.model)
+        _chain(self.model)
         super()._bind()
 
-    def _arm(self) -> None:
-        """The capture keeps every pass; of the graph it needs only the output, unless it compares."""
-        self._capture.cut = self.gradients == "factored"
+    def _wanted(self) -> Wanted:
+        """Every pass is kept; of the graph only the output is needed, unless ``.grad`` is compared."""
+        return Wanted(
+            rows={layer.name for layer in self._layers}, roots=True, cut=self.gradients == "factored"
+        )
 
     def _factors(self, layer, record):
         """Not a layer's own: the chain's, see :meth:`_changes`."""
 
-    def _looked_over(self, layer, record, factors):
+    def _looked_over(self, ready):
         if self.gradients == "factored":
-            return [record.examples()[0]]
-        return super()._looked_over(layer, record, factors)
-
-    @staticmethod
-    def _chain(model: nn.Module) -> list[tuple[nn.Linear, nn.Sequential]]:
-        """(layer, its activation) in order."""
-        if not isinstance(model, nn.Sequential):
-            raise ValueError("UpdatedBackprop needs an nn.Sequential of linear layers and activations")
-        chain: list[tuple[nn.Linear, list[nn.Module]]] = []
-        for name, module in model.named_children():
-            if isinstance(module, nn.Linear):
-                chain.append((module, []))
-            elif not chain or [*module.parameters(), *module.buffers()] or _is_random(module):
-                raise ValueError(
-                    f"module {name!r} ({type(module).__name__}) breaks the chain: UpdatedBackprop follows "
-                    "linear layers and parameter-free activations, not random, that treat every example alone"
-                )
-            else:
-                chain[-1][1].append(module)
-        return [(layer, _out_of_place(f)) for layer, f in chain]
+            return [_inputs(ready.record)]
+        return super()._looked_over(ready)
 
     def _changes(self, ready):
         by_module = {layer.module: (layer, record) for layer, record, _ in ready}
-        if len(by_module) != len(self._chain(self.model)):
+        layers, activations = zip(*_chain(self.model), strict=True)
+        if len(by_module) != len(layers):
             raise CaptureError(
                 "UpdatedBackprop updates a whole chain: every layer must be trained and hold a gradient"
             )
         roots = self._capture.roots
         if not roots:
             raise CaptureError("the model's output was not seen: call the model itself, in training mode")
-        layers, activations = zip(*self._chain(self.model), strict=True)
         watched, seen = zip(*(by_module[layer] for layer in layers), strict=True)
-        groups = [self.param_groups[layer.home] for layer in watched]
-        lr, bounds = ([group[key] for group in groups] for key in ("lr", "max_change"))
-        biased = [layer.trained_bias is not None for layer in watched]
-        inputs = [record.examples()[0] for record in seen]
-        a = [record.outputs(layer) for record, layer in zip(seen, layers, strict=True)]
-        scale = len(inputs[0]) if self.reduction == "mean" else 1
+        inputs = [_inputs(record) for record in seen]
+        scale = len(inputs[0]) if self.loss.reduction == "mean" else 1
         f, grad_f = join([r.output for r in roots]), join([r.grad for r in roots]) * scale
         self._require_finite({"the model's output": [grad_f]})
+        a = [record.preactivations() for record in seen]
         weights, biases = [layer.weight.detach() for layer in layers], [layer.bias for layer in layers]
         if self.gradients == "matrix" and f.is_cpu:
             (top,) = activation_slopes(activations[-1:], a[-1:])
-            self._require_untouched(layers[-1].weight.grad * scale, Factored(top.pull(grad_f), inputs[-1]))
-        chain = inputs, a, weights, biases, activations
-        changes = self.update_chain(*chain, f, grad_f, lr, bounds, biased)
+            _require_untouched(layers[-1].weight.grad * scale, Factored(top.pull(grad_f), inputs[-1]))
+        changes = self.method.update(
+            Chain(inputs, a, weights, biases, activations, f, grad_f),
+            [self.param_groups[layer.home] for layer in watched],
+            [layer.trained_bias is not None for layer in watched],
+        )
         yield from zip(watched, changes, strict=True)
 
-    def update_chain(
-        self,
-        inputs: Sequence[Tensor],
-        a: Sequence[Tensor],
-        weights: Sequence[Tensor],
-        biases: Sequence[Tensor | None],
-        activations: Sequence[Activation],
-        f: Tensor,
-        grad_f: Tensor,
-        lr: Sequence[float | Tensor],
-        max_change: Sequence[float | Tensor | None],
-        biased: Sequence[bool] | None = None,
-    ) -> list[tuple[Tensor | Factored, Tensor | None]]:
-        """Factored (ΔW, Δb) of every layer; see :func:`~sogrid.optimizers.updated_backprop_update`."""
-        slopes, y = activation_slopes(activations, a), self.loss.target(f, grad_f)
-        curvature = {
-            "gauss_newton": lambda: gauss_newton_term(
-                a, weights, activations, lambda v: self.loss.hessian_product(f, y, v), slopes
-            ),
-            "hessian": lambda: hessian_term(a, weights, biases, activations, self.loss, y),
-            "none": lambda: None,
-        }[self.curvature]()
-        own = {"lr": lr, "max_change": max_change, "biased": biased}
-        return updated_backprop_update(
-            inputs, a, weights, activations, grad_f, curvature, **own, slopes=slopes, factored=True
-        )
+    @property
+    def loss(self) -> Loss:
+        """What the training loss is."""
+        return self.method.loss
 
-    @staticmethod
-    def _require_untouched(grad: Tensor, own: Factored) -> None:
-        """The top layer's gradient is its ``.grad``, unless somebody changed that after backward."""
-        if bool(((own.dense() - grad).abs() > 1e-3 * grad.abs().max()).any()):
-            raise CaptureError(
-                "UpdatedBackprop builds its step from per-example gradients, and .grad no longer agrees with "
-                "them: it cannot honour gradient clipping, penalties added to the loss, or autocast"
+
+def _inputs(record: LayerRecord) -> Tensor:
+    return record.rows().inputs
+
+
+def _chain(model: nn.Module) -> list[tuple[nn.Linear, nn.Module]]:
+    """(layer, its activation) in order."""
+    if not isinstance(model, nn.Sequential):
+        raise ValueError("UpdatedBackprop needs an nn.Sequential of linear layers and activations")
+    chain: list[tuple[nn.Linear, list[nn.Module]]] = []
+    for name, module in model._modules.items():
+        if isinstance(module, nn.Linear) and all(module is not layer for layer, _ in chain):
+            chain.append((module, []))
+        elif not chain or [*module.parameters(), *module.buffers()] or _is_random(module):
+            raise ValueError(
+                f"module {name!r} ({type(module).__name__}) breaks the chain: UpdatedBackprop follows "
+                "linear layers, each used once, and parameter-free activations, not random, that treat every "
+                "example alone"
             )
+        else:
+            chain[-1][1].append(module)
+    return [(layer, _out_of_place(f)) for layer, f in chain]
+
+
+def _require_untouched(grad: Tensor, own: Factored) -> None:
+    """The top layer's gradient is its ``.grad``, unless somebody changed that after backward."""
+    if bool(((own.dense() - grad).abs() > 1e-3 * grad.abs().max()).any()):
+        raise CaptureError(
+            "UpdatedBackprop builds its step from per-example gradients, and .grad no longer agrees with "
+            "them: it cannot honour gradient clipping, penalties added to the loss, or autocast"
+        )
 
 
 def _is_random(module: nn.Module) -> bool:
-    """Whether a second run of a module would not repeat the first."""
-    return any(isinstance(m, nn.modules.dropout._DropoutNd | nn.RReLU) for m in module.modules())
+    return any(isinstance(part, RANDOM) for part in module.modules())
 
 
 def _out_of_place(modules: list[nn.Module]) -> nn.Module:

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from sogrid.bound import BOUND_EXAMPLES, bounded
 from sogrid.losses import Quadratic
 from sogrid.networks import MLP
 from sogrid.optimizers import ACP, KFAC, CenteredGradientDescent, NaturalNN, UpdatedBackprop
-from sogrid.optimizers.layerwise import BOUND_EXAMPLES, bounded
 
 METHODS = {
     "centred": lambda model, **o: CenteredGradientDescent(model, **o),

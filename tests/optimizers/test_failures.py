@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from sogrid.capture import CaptureError
-from sogrid.linalg import FactorizationError
+from sogrid.factorize import FactorizationError
 from sogrid.losses import CrossEntropyAtLogits, Quadratic
 from sogrid.optimizers import ACP, KFAC, NaturalNN, Newton, UpdatedBackprop
 

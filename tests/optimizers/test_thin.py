@@ -13,7 +13,7 @@ import torch
 from optimizer_list import assert_same, parameters
 from torch import nn
 
-from sogrid.linalg import FactorizationError
+from sogrid.factorize import FactorizationError
 from sogrid.losses import CrossEntropyAtLogits
 from sogrid.optimizers import ACP, KFAC, NaturalNN
 

@@ -1,7 +1,6 @@
 """Damped linear algebra against numpy in float64, and what its errors promise."""
 
 import re
-from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,22 +8,19 @@ import torch
 from references import relative_error
 from torch.utils.flop_counter import FlopCounterMode
 
-from sogrid.linalg import (
-    Factored,
+from sogrid.factorize import (
     FactorizationError,
+    failures_are_nan,
+    inverse_square_root,
+    tikhonov_inverse,
+    truncated,
+)
+from sogrid.structured import (
     Gram,
     ThinInverse,
     add_outer,
-    add_to,
-    conjugate_gradient,
-    failures_are_nan,
-    inverse_square_root,
     mean_eigenvalue,
-    scalar,
     shift_diagonal,
-    tikhonov_inverse,
-    tikhonov_solve,
-    truncated,
 )
 
 RTOL = 1e-12  # of the norm, float64 rounding times a condition number of at most 1e3
@@ -89,13 +85,11 @@ def test_shift_diagonal_takes_one_damping_for_each_leading_dimension(draw):
 
 @pytest.mark.parametrize("damping", [1e-2, 1.0, 1e4])
 @pytest.mark.parametrize("shape", [(1,), (6,), (2, 3, 4)], ids=str)
-def test_tikhonov_inverse_and_solve_are_numpys(semidefinite, draw, shape, damping):
+def test_tikhonov_inverse_is_numpys(semidefinite, shape, damping):
     matrix = semidefinite(*shape)
-    rhs = draw(*matrix.shape[:-1], 2)
     expected = numpy_inverse(matrix, damping)
     before = matrix.clone()
     assert relative_error(tikhonov_inverse(matrix, damping), expected) < RTOL
-    assert relative_error(tikhonov_solve(matrix, rhs, damping), expected @ rhs) < RTOL
     assert torch.equal(matrix, before)
 
 
@@ -128,14 +122,13 @@ def test_leading_dimensions_are_a_batch_of_single_problems(semidefinite):
 
 def test_what_float32_cannot_factorise_float64_does():
     """1 + 1e-8 is 1 in float32, where the damped matrix of ones is therefore singular."""
-    ones, rhs = torch.ones(3, 3), torch.tensor([[1.0], [2.0], [4.0]])
+    ones = torch.ones(3, 3)
     assert torch.linalg.cholesky_ex(shift_diagonal(ones, 1e-8))[1] != 0
     expected = numpy_inverse(ones, 1e-8)
-    inverse, solution = tikhonov_inverse(ones, 1e-8), tikhonov_solve(ones, rhs, 1e-8)
-    assert inverse.dtype == solution.dtype == torch.float32
+    inverse = tikhonov_inverse(ones, 1e-8)
+    assert inverse.dtype == torch.float32
     # condition 3e8 in float64 (1e-7), then rounding to float32 (6e-8)
     assert relative_error(inverse.double(), expected) < 1e-6
-    assert relative_error(solution.double(), expected @ rhs.double()) < 1e-6
 
 
 def test_float32_where_float32_is_enough(semidefinite):
@@ -332,8 +325,6 @@ def test_the_error_names_the_matrix_and_its_damping(draw, function):
     message = message_of(function, matrix, 0.125)
     assert message.startswith("layer 'fc7': ")
     assert "0.125" in message
-    with pytest.raises(FactorizationError, match="layer 'fc8'"):
-        tikhonov_solve(matrix, draw(2, 1), 0.125, "layer 'fc8'")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -371,235 +362,3 @@ def test_inverse_square_root_of_a_diagonal():
     matrix = torch.diag(torch.tensor([3.0, 8.0], dtype=torch.float64))
     expected = torch.diag(torch.tensor([1 / 2, 1 / 3], dtype=torch.float64))
     assert relative_error(inverse_square_root(matrix, 1.0), expected) < RTOL
-
-
-# --- conjugate gradient ----------------------------------------------------------------------------
-
-
-class Counted:
-    """v ↦ M v, counting."""
-
-    def __init__(self, matrix):
-        self.matrix, self.calls = matrix, 0
-
-    def __call__(self, v):
-        self.calls += 1
-        return self.matrix @ v
-
-
-def test_conjugate_gradient_solves_in_at_most_m_products(draw):
-    matrix = with_spectrum(np.linspace(1, 10, 8), draw)
-    rhs, product = draw(8), Counted(matrix)
-    before = rhs.clone()
-    x = conjugate_gradient(product, rhs)
-    # residual 1e-10 of ‖rhs‖ (the default tolerance) or rounding, times the condition number 10
-    assert relative_error(x, torch.linalg.solve(matrix, rhs)) < 1e-9
-    assert product.calls <= 8
-    assert torch.equal(rhs, before)
-
-
-def test_conjugate_gradient_needs_one_product_for_each_distinct_eigenvalue(draw):
-    """Finite termination: three eigenvalues, three products, in any dimension."""
-    matrix = with_spectrum([1.0] * 10 + [3.0] * 10 + [7.0] * 10, draw)
-    rhs, product = draw(30), Counted(matrix)
-    x = conjugate_gradient(product, rhs)
-    assert product.calls == 3
-    assert relative_error(x, torch.linalg.solve(matrix, rhs)) < 1e-9  # as above
-
-
-def test_conjugate_gradient_stops_at_its_tolerance_and_at_its_budget(draw):
-    """Looser means fewer products, and the tolerance is on the residual."""
-    matrix = with_spectrum(np.geomspace(1, 1e3, 30), draw)
-    rhs = draw(30)
-    calls = []
-    for tolerance in (1e-1, 1e-3, 1e-6):
-        product = Counted(matrix)
-        x = conjugate_gradient(product, rhs, tolerance=tolerance, iterations=1000)
-        calls.append(product.calls)
-        # the recursive residual drifts from the true one by rounding only
-        assert (rhs - matrix @ x).norm() < 1.01 * tolerance * rhs.norm()
-    assert calls == sorted(calls)
-    assert calls[0] < calls[-1]
-    product = Counted(matrix)
-    conjugate_gradient(product, rhs, tolerance=0.0, iterations=4)
-    assert product.calls == 4
-    conjugate_gradient(product, rhs, tolerance=0.0)
-    assert product.calls == 4 + 30
-
-
-def test_conjugate_gradient_errors_fall_in_the_matrix_norm(draw):
-    """The property that defines it: each iterate is the best in a growing Krylov space."""
-    matrix = with_spectrum(np.geomspace(1, 1e2, 12), draw)
-    rhs = draw(12)
-    exact = torch.linalg.solve(matrix, rhs)
-    errors = []
-    for k in range(8):
-        e = conjugate_gradient(lambda v: matrix @ v, rhs, iterations=k) - exact
-        errors.append((e @ matrix @ e).item())
-    assert all(later < earlier for earlier, later in pairwise(errors))
-
-
-def test_conjugate_gradient_of_zero_asks_for_nothing(draw):
-    product = Counted(with_spectrum([1.0, 2.0], draw))
-    assert torch.equal(conjugate_gradient(product, torch.zeros(2, dtype=torch.float64)), torch.zeros(2))
-    assert product.calls == 0
-
-
-@pytest.mark.parametrize(
-    "diagonal",
-    [[-1.0, -2.0], [1.0, -1.0], [0.0, 0.0], [1.0, float("nan")]],
-    ids=["negative", "zero along rhs", "zero", "NaN"],
-)
-def test_conjugate_gradient_refuses_curvature_that_is_not_positive(diagonal):
-    matrix = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
-    with pytest.raises(FactorizationError, match="curvature"):
-        conjugate_gradient(lambda v: matrix @ v, torch.ones(2, dtype=torch.float64))
-
-
-# --- gradients known by their factors ----------------------------------------------------------------
-
-SHAPES = [(1, 4, 6), (3, 4, 6), (4, 4, 6), (5, 4, 6), (6, 4, 6), (9, 4, 6), (5, 6, 4), (7, 6, 4)]  # n, o, i
-
-
-def factored(draw, n, o, i, *, centered=False, scale=0.3):
-    """G, by factors and as a matrix."""
-    left, right, mean = draw(n, o), draw(n, i), draw(i)
-    matrix = scale * left.mT @ (right - mean if centered else right)
-    gradient = Factored(left, right, scale)
-    return (gradient.centered(mean) if centered else gradient), matrix
-
-
-def whole(product):
-    return product.dense() if isinstance(product, Factored) else product
-
-
-def thin_inverse(draw, m, leading=()):
-    return tikhonov_inverse(Gram(draw(*leading, 2, m)), torch.full(leading, 0.7, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("centered", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_factors_multiply_like_their_matrix(draw, shape, centered):
-    """By dense and thin matrices and by columns, from both sides and in turn; s may be a tensor."""
-    for scale in (0.3, torch.tensor(0.3, dtype=torch.float64)):
-        gradient, matrix = factored(draw, *shape, centered=centered, scale=scale)
-        _, o, i = shape
-        right, left, column = draw(i, i), draw(o, o), draw(i, 1)
-        p, q = thin_inverse(draw, i), thin_inverse(draw, o)
-        both = 2 * (q @ (-1.5 * gradient) @ p)
-        for found, expected in [
-            (gradient, matrix),
-            (gradient.mT, matrix.mT),
-            (gradient @ right, matrix @ right),
-            (left @ gradient, left @ matrix),
-            (gradient @ p, matrix @ p.dense()),
-            (q @ gradient, q.dense() @ matrix),
-            (gradient @ column, matrix @ column),
-            (draw(1, o).fill_(2.0) @ gradient, 2 * matrix.sum(0, keepdim=True)),
-            (both, -3 * q.dense() @ matrix @ p.dense()),
-            (gradient[..., :-1], matrix[..., :-1]),
-            (gradient[..., -1], matrix[..., -1]),
-            ((left @ gradient)[..., -1], (left @ matrix)[..., -1]),
-        ]:
-            assert whole(found).shape == expected.shape
-            assert relative_error(whole(found), expected) < RTOL
-            weight = torch.ones_like(expected)
-            if weight.dim() == 2:
-                add_to(weight, found)
-                assert relative_error(weight, 1 + expected) < RTOL
-
-
-@pytest.mark.parametrize("centered", [False, True])
-def test_factors_are_not_written_to(draw, centered):
-    for n in (2, 9):
-        gradient, _ = factored(draw, n, 4, 6, centered=centered)
-        before = gradient.left.clone(), gradient.right.clone()
-        for product in (
-            gradient @ thin_inverse(draw, 6),
-            gradient @ draw(6, 6),
-            thin_inverse(draw, 4) @ gradient,
-        ):
-            add_to(torch.zeros(4, 6, dtype=torch.float64), -0.5 * product)
-        assert torch.equal(gradient.left, before[0])
-        assert torch.equal(gradient.right, before[1])
-
-
-@pytest.mark.parametrize("n", [2, 9])
-def test_factors_broadcast(draw, n):
-    """A grid of configurations, each with a scale and a damping of its own."""
-    scale = draw(3, 1, 1)
-    gradient = scale * Factored(draw(3, n, 4), draw(3, n, 6)).centered(draw(3, 6))
-    p, q = thin_inverse(draw, 6, (3,)), thin_inverse(draw, 4, (3,))
-    found, weight = whole(q @ gradient @ p), torch.zeros(3, 4, 6, dtype=torch.float64)
-    add_to(weight, gradient)
-    for k in range(3):
-        right = gradient.right[k] - gradient.mean[k]
-        one = scale[k] * gradient.left[k].mT @ right
-        assert relative_error(found[k], q.dense()[k] @ one @ p.dense()[k]) < RTOL
-        assert relative_error(weight[k], one) < RTOL
-
-
-@pytest.mark.parametrize("n", [2, 9])
-def test_one_factor_may_be_shared(draw, n):
-    """By a whole grid, as the inputs of a first layer are; the matrix, and its products from both sides."""
-    shared, own, x = draw(n, 4), draw(3, n, 6), draw(5, 6)
-    gradient = Factored(own, shared, 0.5)
-    for k in range(3):
-        one = 0.5 * own[k].mT @ shared
-        assert relative_error(gradient.dense()[k], one) < RTOL
-        assert relative_error(gradient.mT.dense()[k], one.mT) < RTOL
-        assert relative_error(whole(x @ gradient)[k], x @ one) < RTOL
-        assert relative_error(whole(gradient.mT @ x.mT)[k], one.mT @ x.mT) < RTOL
-
-
-def test_numpy_numbers_scale_factors(draw):
-    gradient, matrix = factored(draw, 2, 4, 6)
-    assert relative_error((np.float64(-2.0) * gradient).dense(), -2 * matrix) < RTOL
-
-
-@pytest.mark.parametrize(
-    ("n", "route"), [(3, Factored), (4, Factored), (5, torch.Tensor), (6, torch.Tensor), (7, torch.Tensor)]
-)
-@pytest.mark.parametrize("thin", [False, True])
-def test_where_factors_are_multiplied_and_where_the_matrix(draw, n, route, thin):
-    """A square matrix from the right meets n rows of R or o = 4 of G; from the left n of L or i = 6."""
-    gradient, _ = factored(draw, n, 4, 6)
-    right, left = (thin_inverse(draw, 6), thin_inverse(draw, 4)) if thin else (draw(6, 6), draw(4, 4))
-    assert isinstance(gradient @ right, route)
-    assert isinstance(left @ gradient, Factored) == (n < 4)  # as wide as L: nothing is left to spare
-    assert isinstance(gradient.mT @ left, Factored) == (n < 4)
-    assert isinstance(right @ gradient.mT, route)
-
-
-def addmm_flops(matrix, a, b, *, out_shape=None, **options):
-    """Torch's counter knows all products but this one, which is in place."""
-    return 2 * a[0] * a[1] * b[1]
-
-
-def flops(work):
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops}) as counter:
-        work()
-    return counter.get_total_flops()
-
-
-@pytest.mark.parametrize("columns", ["thin", 7, 1, 3, 8])
-@pytest.mark.parametrize("n", range(1, 12))
-def test_the_route_is_the_cheaper_one(draw, n, columns):
-    """Multiplications counted by torch, of the product and of forming it, from either side."""
-    gradient, _ = factored(draw, n, 5, 7)
-    thin = columns == "thin"
-    x = thin_inverse(draw, 7) if thin else draw(7, columns)
-    chosen = flops(lambda: whole(gradient @ x))
-    factor_first = flops(lambda: gradient.left.mT @ (gradient.right @ x))
-    matrix_first = flops(lambda: (gradient.left.mT @ gradient.right) @ x)
-    assert chosen == min(factor_first, matrix_first)
-    if not thin:
-        assert flops(lambda: whole(x.mT @ gradient.mT)) == chosen
-
-
-def test_a_scalar_is_read_where_nobody_waits():
-    assert scalar(torch.tensor(2.0)) == 2.0
-    assert isinstance(scalar(torch.tensor(2.0)), float)
-    for value in (torch.tensor([2.0]), torch.tensor(2.0, device="meta")):
-        assert scalar(value) is value
-    assert scalar(3) == 3

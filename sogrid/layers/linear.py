@@ -1,0 +1,27 @@
+"""Linear layers, on ``[n, i]`` or, used at many positions, on ``[n, …, i]``: tokens, time steps, pixels."""
+
+from torch import nn
+
+from sogrid.layers import rule
+
+
+@rule(nn.Linear)
+class Linear:
+    """a = W h + b; dimensions between the first and the last are positions."""
+
+    factors = True
+
+    def refusal(self, layer):  # noqa: D102
+        return None
+
+    def unfit(self, layer, x):  # noqa: D102
+        fits = x.dim() > 1 and x.numel()
+        return None if fits else "[examples, ..., features] with at least one example"
+
+    def inputs(self, layer, x):  # noqa: D102
+        return x.unsqueeze(1) if x.dim() == 2 else x.flatten(1, -2)
+
+    outputs = inputs
+
+    def matrix(self, layer, weight):  # noqa: D102
+        return weight

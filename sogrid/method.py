@@ -1,0 +1,79 @@
+"""What a layerwise method is: three verbs on plain tensors, whose leading dimensions broadcast.
+
+The shell (:mod:`sogrid.shell`) and the grid of configurations (:mod:`sogrid.experiments.grid`) know no more
+of a method than this.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from sogrid.rows import Rows
+from sogrid.statistics import Statistics
+from sogrid.structured import Factored, ThinInverse
+
+__all__ = ["Change", "Gradient", "Method"]
+
+Change = tuple[Tensor | Factored, Tensor | None]
+"""(ΔW, Δb) of one layer."""
+
+
+class Gradient(NamedTuple):
+    """One layer's gradient of the mean loss.
+
+    Attributes:
+        w: ∇W, ``[..., o, i]``, or its factors; not to be written to.
+        b: ∇b, ``[..., o]``; ``None`` for a layer whose bias is not trained.
+        mean_h: h̄ of the minibatch, ``[..., i]``; ``None`` where the method does not use it.
+    """
+
+    w: Tensor | Factored
+    b: Tensor | None
+    mean_h: Tensor | None
+
+
+class Method:
+    """Base of the methods. Hyperparameters are in the parameter group; a method of its own has few."""
+
+    uses_statistics = True
+    """Whether there is anything to refresh."""
+
+    uses_mean = True
+    """Whether the update uses the minibatch's own mean input."""
+
+    def check(self, group: dict[str, Any]) -> None:
+        """Validate a group's hyperparameters.
+
+        Raises:
+            TypeError: If one is not a number.
+            ValueError: If one is out of range.
+        """
+
+    def probe(self, updates: int) -> Callable[[Tensor], Iterable[Tensor]] | None:
+        """What to pull back from the model's output when statistics are taken, if anything.
+
+        Args:
+            updates: How many were made; draws from the model depend on it.
+        """
+        return None
+
+    def measure(self, rows: Rows, group: dict[str, Any]) -> Statistics:
+        """Statistics of one layer on a statistics minibatch."""
+        raise NotImplementedError
+
+    def invert(
+        self, statistics: Statistics, group: dict[str, Any], name: str
+    ) -> dict[str, Tensor | ThinInverse]:
+        """What the update needs of the statistics, kept in the layer's state; ``name`` is for errors.
+
+        Raises:
+            FactorizationError: If a damped matrix cannot be inverted.
+        """
+        raise NotImplementedError
+
+    def update(self, gradient: Gradient, state: dict[str, Any], group: dict[str, Any]) -> Change:
+        """The step of one layer."""
+        raise NotImplementedError

@@ -1,0 +1,44 @@
+"""What torch keeps private, in one place; each with what serves where a version has it no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+
+__all__ = ["breaking_graphs", "graph_task", "transformed", "will_execute", "without_autocast"]
+
+
+def _of(owner: Any, name: str, instead: Callable) -> Callable:
+    return getattr(owner, name, instead)
+
+
+graph_task: Callable[[], int] = _of(torch._C, "_current_graph_task_id", lambda: -1)
+"""The number of the backward pass that is running, −1 outside any."""
+
+will_execute: Callable[[Any], bool] = _of(torch._C, "_will_engine_execute_node", lambda node: True)
+"""Whether the backward pass that is running comes to a node; a ``RuntimeError`` at the leaves of
+``torch.autograd.grad``."""
+
+_interpreters = _of(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
+
+breaking_graphs: Callable[[Callable], Callable] = _of(torch, "_disable_dynamo", torch.compiler.disable)
+"""A function at which ``torch.compile`` breaks its graph; dynamo is not imported for it."""
+
+
+def transformed() -> bool:
+    """Whether a ``torch.func`` transform is running."""
+    return _interpreters() is not None
+
+
+def _autocast_off() -> AbstractContextManager:
+    stack = ExitStack()
+    for device in ("cpu", "cuda"):
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
+
+
+without_autocast: Callable[[], AbstractContextManager] = _of(torch._C, "_DisableAutocast", _autocast_off)
+"""A context in which no operation is autocast, on any device."""
