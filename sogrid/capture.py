@@ -101,6 +101,14 @@ class _Use:
     def dtype(self) -> torch.dtype:
         return self.layer.weight.dtype
 
+    def require_input(self) -> None:
+        """Refuse an input that was changed in place."""
+        if not self.input.unchanged:
+            raise CaptureError(
+                f"the input of layer {self.name!r} was changed in place after its backward pass, and "
+                "factored gradients need it until step(): give each minibatch a tensor of its own"
+            )
+
     def positions(self, values: Tensor) -> Tensor:
         """What is shaped like the output, as rows ``[n, s, o]``."""
         return self.rule.outputs(self.layer, values)
@@ -159,11 +167,7 @@ class LayerRecord:
         passes: dict[int, list[_Use]] = {}
         for use in self._uses:
             if use.input is not None:
-                if not use.input.unchanged:
-                    raise CaptureError(
-                        f"the input of layer {use.name!r} was changed in place after its backward pass, and "
-                        "factored gradients need it until step(): give each minibatch a tensor of its own"
-                    )
+                use.require_input()
                 passes.setdefault(use.forward, []).append(use)
         uses = list(passes.values())
         h = _stack([[use.rule.inputs(use.layer, use.input.tensor) for use in some] for some in uses])
@@ -175,6 +179,17 @@ class LayerRecord:
             _stack([[use.pulled(k, self._uses[use]) for use in some] for some in uses]) for k in range(count)
         )
         return Rows(h, g, tuple(probes), self.count)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """(h, g) of all rows, ``[n·s, ·]`` each, of a layer whose inputs and outputs are rows as they are.
+
+        Raises:
+            CaptureError: If an input was changed in place meanwhile.
+        """
+        for use in self._uses:
+            use.require_input()
+        h = [use.input.tensor.flatten(0, -2) for use in self._uses]
+        return join(h), join([g.flatten(0, -2) for g in self._uses.values()])
 
     def some_inputs(self, examples: int) -> tuple[Tensor, int]:
         """Rows ``[·, i]`` of the first examples at least, and how many rows an example has."""
@@ -337,9 +352,9 @@ class Capture:
         """Whether a weight goes without a gradient."""
         return weight in self.wanted.factored
 
-    def roots_at(self, module: nn.Module) -> bool:
-        """Whether a forward pass that ends is the model's own."""
-        return module is self._model and (module.training or bool(self._latest)) and not in_backward()
+    def ends(self) -> bool:
+        """Whether a forward pass of the model that is over counts."""
+        return (self._model.training or bool(self._latest)) and not in_backward()
 
     def see_layer(self, layer: nn.Module, x: Tensor, output: Tensor, heard: list[Hearer] | None) -> None:
         """A watched layer has computed its output; ``heard`` by the function that handed it on, if any."""
@@ -455,11 +470,12 @@ def _ends(captures: list[Capture], module: nn.Module, inputs: tuple, output: Ten
     factoring = [capture.wanted.factored for capture in watching if capture.factors(module.weight)]
     if factoring:
         handed_on, heard = without_weight(module, inputs[0], output, factoring)
-    if any(capture.wanted.cut and capture.roots_at(module) for capture in captures):
+    rooted = [capture for capture in captures if module is capture._model]
+    if any(capture.wanted.cut and capture.ends() for capture in rooted):
         handed_on = without_graph(module, inputs, handed_on)
     for capture in watching:
         capture.see_layer(module, inputs[0], handed_on, heard)
-    for capture in captures:
-        if capture.roots_at(module):
+    for capture in rooted:
+        if capture.ends():
             capture.see_root(inputs, handed_on)
     return None if handed_on is output else handed_on

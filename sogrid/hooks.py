@@ -111,31 +111,28 @@ class _Watch:
         return [listener for ref in self.listeners if (listener := ref()) is not None]
 
     def _before(self, module: nn.Module, args: tuple) -> None:
-        _call(self._begun, module)
+        if torch.compiler.is_dynamo_compiling():
+            _uncompiled(self._begun, module)
+        else:
+            self._begun(module)
 
     def _begun(self, module: nn.Module) -> None:
         if listeners := self._heard_by(module):
             self._functions[0](listeners, module)
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
-        return _call(self._over, module, args or tuple(kwargs.values()), output)
+        if torch.compiler.is_dynamo_compiling():
+            return _uncompiled(self._over, module, args, kwargs, output)
+        return self._over(module, args, kwargs, output)
 
-    def _over(self, module: nn.Module, inputs: tuple, output: Any) -> Tensor | None:
+    def _over(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
         if not (isinstance(output, Tensor) and output.requires_grad):
             return None
-        listeners = self._heard_by(module)
+        listeners, inputs = self._heard_by(module), args or tuple(kwargs.values())
         return self._functions[1](listeners, module, inputs, output) if listeners else None
 
 
 @breaking_graphs
 def _uncompiled(function: Callable, *args) -> Any:
-    return function(*args)
-
-
-def _call(function: Callable, *args) -> Any:
     """A compiled model breaks its graph here, and is watched like any other."""
-    return (_uncompiled if torch.compiler.is_dynamo_compiling() else _plain)(function, *args)
-
-
-def _plain(function: Callable, *args) -> Any:
     return function(*args)

@@ -346,8 +346,7 @@ class LayerOptimizer(Watching):
 
     def _factors(self, layer: Layer, record: LayerRecord) -> Gradient:
         """A layer's factored gradient of the mean loss."""
-        rows = record.rows()
-        g, h = rows.outputs, rows.inputs
+        h, g = record.factors()
         grad_b = None if layer.trained_bias is None else g.sum(0)
         mean_h = h.mean(0) if self.uses_mean else None
         if self.reduction == "mean":
