@@ -19,8 +19,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Container, Iterable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -38,9 +37,9 @@ from sogrid.autograd import (
 from sogrid.hooks import listen
 from sogrid.layers import Rule, rule_of
 from sogrid.private import graph_task
-from sogrid.rows import Rows
+from sogrid.uses import LayerRecord, RootRecord, Seen, Use
 
-__all__ = ["Capture", "CaptureError", "LayerRecord", "RootRecord", "Wanted", "join"]
+__all__ = ["Capture", "CaptureError", "LayerRecord", "RootRecord", "Wanted"]
 
 Probe = Callable[[Tensor], Iterable[Tensor]]
 
@@ -51,7 +50,7 @@ class Wanted:
 
     Attributes:
         rows: Names of the layers whose inputs and gradients are kept.
-        means: Whether the sum of the inputs of the others is kept, which costs one vector.
+        means: Whether the mean input of a layer is kept, one vector, where ``.grad`` is formed.
         factored: Weights whose gradient is left as factors, and biases that go with them: no ``.grad``
             is made, and their layers' inputs and gradients are kept.
         cut: Whether the graph ends at the model's output: whoever owns the capture needs the gradient
@@ -67,178 +66,6 @@ class Wanted:
     cut: bool = False
     roots: bool = False
     probe: Probe | None = None
-
-
-class _Seen:
-    """A tensor of the model's own, detached, as it was seen."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self._version = tensor, tensor._version
-
-    @property
-    def unchanged(self) -> bool:
-        """Whether nobody has written into it since."""
-        return self.tensor._version == self._version
-
-
-@dataclass(eq=False)
-class _Use:
-    """One use of a layer. The graph holds it, so it must not hold the graph."""
-
-    name: str
-    layer: nn.Module
-    rule: Rule
-    forward: int  # which of the capture's forward passes
-    examples: int
-    kept: bool  # whole, for statistics
-    input: _Seen | None
-    mean: Tensor | None  # over its rows, where the input is not needed
-    output: _Seen | None  # where the graph is cut above
-    probes: list[Tensor] = field(default_factory=list)
-    over: bool = False  # a gradient has come back, or will not
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.layer.weight.dtype
-
-    def require_input(self) -> None:
-        """Refuse an input that was changed in place."""
-        if not self.input.unchanged:
-            raise CaptureError(
-                f"the input of layer {self.name!r} was changed in place after its backward pass, and "
-                "factored gradients need it until step(): give each minibatch a tensor of its own"
-            )
-
-    def positions(self, values: Tensor) -> Tensor:
-        """What is shaped like the output, as rows ``[n, s, o]``."""
-        return self.rule.outputs(self.layer, values)
-
-    def pulled(self, k: int, like: Tensor) -> Tensor:
-        """The k-th probe as rows; zero where the model's output does not depend on this use."""
-        return self.positions(self.probes[k] if self.probes else torch.zeros_like(like))
-
-
-@dataclass
-class LayerRecord:
-    """What one layer saw since its gradient was last cleared.
-
-    Attributes:
-        count: Examples whose gradient arrived.
-    """
-
-    count: int = 0
-    _uses: dict[_Use, Tensor | None] = field(default_factory=dict, repr=False)
-    _task: int = field(default=-1, repr=False)  # the backward pass of the latest gradient
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        """The layer's input in each use that is kept, such as ``[n, n_in]``."""
-        return [use.input.tensor for use in self._uses if use.input is not None]
-
-    @property
-    def grads(self) -> list[Tensor]:
-        """The gradients at the pre-activations, such as ``[n, n_out]``, scaled as the loss was reduced."""
-        return [g for g in self._uses.values() if g is not None]
-
-    @property
-    def probes(self) -> list[list[Tensor]]:
-        """For each use that is kept, the vectors that were pulled back to it."""
-        return [use.probes for use in self._uses if use.input is not None]
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean input ``[i]``, over examples and positions."""
-        parts = [(use.examples, use.mean) for use in self._uses if use.mean is not None]
-        if len(parts) == 1:
-            return parts[0][1]
-        return sum(n * mean for n, mean in parts) / sum(n for n, _ in parts)
-
-    @property
-    def complete(self) -> bool:
-        """Whether every use was kept."""
-        return all(use.kept for use in self._uses)
-
-    def rows(self) -> Rows:
-        """All that was kept, with the gradients scaled as the loss was reduced; none where the graph was cut.
-
-        Raises:
-            CaptureError: If an input was changed in place meanwhile.
-        """
-        passes: dict[int, list[_Use]] = {}
-        for use in self._uses:
-            if use.input is not None:
-                use.require_input()
-                passes.setdefault(use.forward, []).append(use)
-        uses = list(passes.values())
-        h = _stack([[use.rule.inputs(use.layer, use.input.tensor) for use in some] for some in uses])
-        if any(g is None for g in self._uses.values()):
-            return Rows(h, None, (), self.count)
-        g = _stack([[use.positions(self._uses[use]) for use in some] for some in uses])
-        count = max(len(use.probes) for use in self._uses)
-        probes = (
-            _stack([[use.pulled(k, self._uses[use]) for use in some] for some in uses]) for k in range(count)
-        )
-        return Rows(h, g, tuple(probes), self.count)
-
-    def factors(self) -> tuple[Tensor, Tensor]:
-        """(h, g) of all rows, ``[n·s, ·]`` each, of a layer whose inputs and outputs are rows as they are.
-
-        Raises:
-            CaptureError: If an input was changed in place meanwhile.
-        """
-        for use in self._uses:
-            use.require_input()
-        h = [use.input.tensor.flatten(0, -2) for use in self._uses]
-        return join(h), join([g.flatten(0, -2) for g in self._uses.values()])
-
-    def some_inputs(self, examples: int) -> tuple[Tensor, int]:
-        """Rows ``[·, i]`` of the first examples at least, and how many rows an example has."""
-        seen, parts = 0, []
-        for use in self._uses:
-            if seen < examples and use.input is not None:
-                parts.append(use.rule.inputs(use.layer, use.input.tensor[: examples - seen]))
-                seen += len(parts[-1])
-        return join([part.flatten(0, 1) for part in parts]), parts[0].shape[1]
-
-    def preactivations(self) -> Tensor:
-        """The outputs of all uses; computed again where they were not kept or are changed."""
-        seen = [(use.layer, use.output, use.input.tensor) for use in self._uses]
-        return join([a.tensor if a is not None and a.unchanged else layer(h) for layer, a, h in seen])
-
-    def add(self, use: _Use, grad: Tensor | None) -> None:
-        """Count a use, once: further gradients through it add to its first, as they do in ``.grad``."""
-        if use in self._uses:
-            if grad is not None and self._uses[use] is not None:
-                self._uses[use] = self._uses[use] + grad
-            return
-        if all(other.forward != use.forward for other in self._uses):
-            self.count += use.examples
-        self._uses[use] = grad if use.input is not None else None
-
-
-@dataclass(eq=False)
-class RootRecord:
-    """The model's own first input, output and output gradient, of one forward pass."""
-
-    input: Any
-    output: Tensor
-    grad: Tensor | None = None
-
-
-def join(passes: list[Tensor]) -> Tensor:
-    """One tensor ``[n, ·]`` of all passes; not a copy if there is one."""
-    return passes[0] if len(passes) == 1 else torch.cat(passes)
-
-
-def _stack(passes: list[list[Tensor]]) -> Tensor:
-    """``[n, s, ·]`` of the uses in each forward pass: positions side by side, passes one after the other.
-
-    Passes with other numbers of positions become one block of positions.
-    """
-    whole = [uses[0] if len(uses) == 1 else torch.cat(uses, 1) for uses in passes]
-    if len({part.shape[1] for part in whole}) > 1:
-        return torch.cat([part.flatten(0, 1) for part in whole]).unsqueeze(0)
-    return join(whole)
 
 
 class Capture:
@@ -274,8 +101,8 @@ class Capture:
         self.wanted = Wanted(rows=set(layers), roots=True) if wanted is None else wanted
         self._model = model
         self._rules = {layer: (name, rule_of(layer)) for name, layer in layers.items()}
-        self._uses: dict[_Use, GradientEdge | None] = {}  # in the latest forward pass; in collect(), in all
-        self._latest: dict[str, list[_Use]] = {}
+        self._uses: dict[Use, GradientEdge | None] = {}  # in the latest forward pass; in collect(), in all
+        self._latest: dict[str, list[Use]] = {}
         self._forward, self._task, self._collecting = 0, -1, False
         self.clear()
         self._end = listen(self, model, self._rules, _begins, _ends)
@@ -385,7 +212,7 @@ class Capture:
         if not self.wanted.cut:
             self._hear(use, output, heard)
 
-    def _use(self, name: str, layer: nn.Module, rule: Rule, x: Tensor, output: Tensor) -> _Use:
+    def _use(self, name: str, layer: nn.Module, rule: Rule, x: Tensor, output: Tensor) -> Use:
         """What a use leaves behind."""
         wanted, kept = self.wanted, name in self.wanted.rows
         formed, examples = not (wanted.cut or self.factors(layer.weight)), len(x)
@@ -393,11 +220,11 @@ class Capture:
             # a copy, as the user's buffer may be filled again; without one, versions tell
             x = x.to(layer.weight.dtype, copy=kept and formed)
         mean = rule.inputs(layer, x).mean((0, 1)) if formed and wanted.means else None
-        seen = _Seen(x) if kept or not formed else None
-        after = _Seen(output.detach()) if wanted.cut else None
-        return _Use(name, layer, rule, self._forward, examples, kept, seen, mean, after)
+        seen = Seen(x) if kept or not formed else None
+        after = Seen(output.detach()) if wanted.cut else None
+        return Use(name, layer, rule, self._forward, examples, kept, seen, mean, after)
 
-    def _hear(self, use: _Use, output: Tensor, heard: list[Hearer] | None) -> None:
+    def _hear(self, use: Use, output: Tensor, heard: list[Hearer] | None) -> None:
         """Have the gradient at a use's output recorded when it comes."""
         me, weight, dtype = weakref.ref(self), use.layer.weight, use.dtype
 
@@ -410,7 +237,7 @@ class Capture:
         else:
             heard.append(arrived)
 
-    def _record(self, use: _Use, weight: Tensor | None) -> LayerRecord:
+    def _record(self, use: Use, weight: Tensor | None) -> LayerRecord:
         """Where a gradient that arrives belongs: a new record if none of ``.grad`` is older."""
         task, record = graph_task(), self.records[use.name]
         formed = weight is not None and not self.factors(weight)

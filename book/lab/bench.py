@@ -26,8 +26,8 @@ UBP                     4noi: forward and ΔW; and but for the first layer 2noi 
                         updated gradient, and 4noi of each layer above, twice swept through
 ======================  ==============================================================================
 
-where factors are multiplied first because that is cheaper (:class:`~sogrid.linalg.Factored`). The GEMM rate
-is that of float32; Muon's Newton-Schulz products are in bfloat16, so that it may reach more than all of it.
+where factors are multiplied first because that is cheaper (:class:`~sogrid.structured.Factored`). The GEMM
+rate is that of float32; Muon's Newton-Schulz products are in bfloat16, so it may reach more than all of it.
 
 Memory is counted too: *state* is the bytes of the tensors in ``state_dict``; *held* is what the allocator
 holds beyond the parameters after a refresh and an update, gradients cleared, which also sees what a peer
@@ -358,7 +358,8 @@ def compiled(*, rounds: int = ROUNDS, device: str = "cpu", progress: bool = Fals
         for name in COMPILED:
             plain, entry = contestant(task, name, device), contestant(task, name, device)
             batch = minibatch(entry, device=device)
-            entry.optimizer.update = torch.compile(entry.optimizer.update, dynamic=False)
+            method = entry.optimizer.method
+            method.update = torch.compile(method.update, dynamic=False)
             try:
                 entry.refresh(*batch)
                 entry.update(*batch)

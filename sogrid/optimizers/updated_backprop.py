@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vjp
 
 from sogrid.bound import bounded
-from sogrid.capture import CaptureError, LayerRecord, Wanted, join
+from sogrid.capture import CaptureError, Wanted
 from sogrid.losses import Loss
 from sogrid.method import Change
 from sogrid.shell import LayerOptimizer
 from sogrid.structured import Factored, matrixwise, vectorwise
+from sogrid.uses import LayerRecord, join
 
 __all__ = [
     "Chain",
