@@ -219,10 +219,13 @@ class Capture:
         if x.dtype != layer.weight.dtype or (kept and formed):
             # a copy, as the user's buffer may be filled again; without one, versions tell
             x = x.to(layer.weight.dtype, copy=kept and formed)
-        mean = rule.inputs(layer, x).mean((0, 1)) if formed and wanted.means else None
+        mean, rows = None, 0
+        if formed and wanted.means:
+            h = rule.inputs(layer, x)
+            mean, rows = h.mean((0, 1)), h.shape[0] * h.shape[1]
         seen = Seen(x) if kept or not formed else None
         after = Seen(output.detach()) if wanted.cut else None
-        return Use(name, layer, rule, self._forward, examples, kept, seen, mean, after)
+        return Use(name, layer, rule, self._forward, examples, kept, seen, mean, rows, after)
 
     def _hear(self, use: Use, output: Tensor, heard: list[Hearer] | None) -> None:
         """Have the gradient at a use's output recorded when it comes."""

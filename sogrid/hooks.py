@@ -21,6 +21,12 @@ from sogrid.private import breaking_graphs
 
 __all__ = ["listen", "watched"]
 
+HOOKS = {
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+}
+"""Where a module keeps the hooks of its forward pass, and which of them want more."""
+
 _lock = threading.RLock()
 _watches: weakref.WeakKeyDictionary[nn.Module, _Watch] = weakref.WeakKeyDictionary()
 
@@ -100,7 +106,7 @@ class _Watch:
             return state
         ours = {handle.id for handle in self._handles}
         state = {key: value for key, value in state.items() if key != "__getstate__"}
-        for key in [key for key in state if key.startswith("_forward_")]:  # hooks, and which take keywords
+        for key in HOOKS & state.keys():
             state[key] = OrderedDict((id_, hook) for id_, hook in state[key].items() if id_ not in ours)
         return state
 

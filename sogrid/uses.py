@@ -41,6 +41,7 @@ class Use:
         kept: Whether it is kept for statistics.
         input: What went in, if rows are wanted.
         mean: Over the rows of the input, ``[i]``, if ``.grad`` is formed.
+        rows: How many these are.
         output: What came out, if the graph is cut above.
         probes: What was pulled back to its output.
         over: Whether a gradient has come back, or will not.
@@ -54,6 +55,7 @@ class Use:
     kept: bool
     input: Seen | None
     mean: Tensor | None
+    rows: int
     output: Seen | None
     probes: list[Tensor] = field(default_factory=list)
     over: bool = False
@@ -110,10 +112,10 @@ class LayerRecord:
     @property
     def mean(self) -> Tensor:
         """The mean input ``[i]``, over examples and positions."""
-        parts = [(use.examples, use.mean) for use in self._uses if use.mean is not None]
+        parts = [use for use in self._uses if use.mean is not None]
         if len(parts) == 1:
-            return parts[0][1]
-        return sum(n * mean for n, mean in parts) / sum(n for n, _ in parts)
+            return parts[0].mean
+        return sum(use.rows * use.mean for use in parts) / sum(use.rows for use in parts)
 
     @property
     def complete(self) -> bool:

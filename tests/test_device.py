@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 from collections.abc import Callable
 
 import fake_accelerator
 import pytest
 import torch
 from fake_accelerator import DeviceFault, Generator, accelerator, preparing
+from filelock import FileLock
 from torch import Tensor, nn
 
 from lab.grid_timing import configurations
@@ -41,7 +43,8 @@ from sogrid.optimizers import (
     kfac_inverses,
     kfac_update,
 )
-from sogrid.optimizers.kfac import output_vectors
+from sogrid.optimizers.acp import ACPMethod
+from sogrid.optimizers.kfac import KFACMethod, output_vectors
 from sogrid.statistics import (
     Statistics,
     input_moments,
@@ -139,22 +142,21 @@ for _name, _options in ACPS.items():
     CASES[_name] = functools.partial(
         train, functools.partial(ACP, lr=0.1, damping=0.1, refresh_every=2, **_options)
     )
-for _loss in LOSSES:
+for _loss in LOSSES:  # each with what KFAC and updated backpropagation ask of it
     _kind = type(_loss).__name__
-    _curvatures = ["fisher_exact", "fisher_sampled", "empirical_fisher"]
-    if _kind.startswith("Cross"):
-        _curvatures[2] = "gauss_newton_probabilities"
-    for _curvature in _curvatures:
+    for _curvature in ("fisher_exact", "fisher_sampled"):
         _make = functools.partial(
             KFAC, lr=0.1, damping=0.1, loss=_loss, curvature=_curvature, samples=2, refresh_every=2
         )
         CASES[f"KFAC, {_curvature}, {_kind}"] = functools.partial(train, _make, _loss)
-    for _curvature in ("gauss_newton", "hessian"):
-        _make = functools.partial(UpdatedBackprop, lr=0.1, loss=_loss, curvature=_curvature)
-        CASES[f"UpdatedBackprop, {_curvature}, {_kind}"] = functools.partial(train, _make, _loss)
-CASES["UpdatedBackprop, none"] = functools.partial(
-    train, functools.partial(UpdatedBackprop, lr=0.1, loss=LOSSES[0], curvature="none")
-)
+    _make = functools.partial(UpdatedBackprop, lr=0.1, loss=_loss)
+    CASES[f"UpdatedBackprop, {_kind}"] = functools.partial(train, _make, _loss)
+for _curvature in ("hessian", "none"):
+    _make = functools.partial(UpdatedBackprop, lr=0.1, loss=LOSSES[3], curvature=_curvature)
+    CASES[f"UpdatedBackprop, {_curvature}"] = functools.partial(train, _make, LOSSES[3])
+for _curvature, _loss in (("gauss_newton_probabilities", LOSSES[4]), ("empirical_fisher", LOSSES[1])):
+    _make = functools.partial(KFAC, lr=0.1, damping=0.1, loss=_loss, curvature=_curvature)
+    CASES[f"KFAC, {_curvature}"] = functools.partial(train, _make, _loss)
 for _curvature in ("gauss_newton", "hessian", "fisher"):
     _make = functools.partial(Newton, lr=0.1, damping=0.1, loss=LOSSES[0], curvature=_curvature)
     CASES[f"Newton, {_curvature}"] = functools.partial(train, _make)
@@ -170,8 +172,9 @@ EVERY: dict[str, Make] = {
 CASES["NaturalNN"] = functools.partial(train, EVERY["NaturalNN"])
 CASES["CenteredGradientDescent"] = functools.partial(train, EVERY["CenteredGradientDescent"])
 for _name, _make in EVERY.items():
-    CASES[f"{_name}, backward in the engine's thread"] = functools.partial(train, _make, threaded=True)
-    CASES[f"{_name}, in-place ReLU"] = functools.partial(train, _make, activation=inplace_relu)
+    CASES[f"{_name}, backward in the engine's thread, in-place ReLU"] = functools.partial(
+        train, _make, threaded=True, activation=inplace_relu
+    )
 
 
 @case("KFAC, no π")
@@ -260,14 +263,13 @@ def resumed(name: str) -> None:
     train(LAYERWISE[name], watch=resume)
 
 
-for _name in LAYERWISE:
-    CASES[f"{_name}, batch norm"] = functools.partial(norms, _name, "batch")
-    CASES[f"{_name}, mean-only batch norm"] = functools.partial(norms, _name, "mean_only")
-    CASES[f"{_name}, groups"] = functools.partial(groups, _name)
+for _name, _norm in zip(LAYERWISE, ("batch", "mean_only", "batch", "mean_only"), strict=True):
+    CASES[f"{_name}, {_norm}"] = functools.partial(norms, _name, _norm)
     CASES[f"{_name}, tensors on the device"] = functools.partial(tensors, _name, False)
     CASES[f"{_name}, tensors on the host"] = functools.partial(tensors, _name, True)
-    CASES[f"{_name}, clipped"] = functools.partial(clipped, _name)
     CASES[f"{_name}, resumed"] = functools.partial(resumed, _name)
+CASES["ACP, groups"] = functools.partial(groups, "ACP")  # the shell's, whatever the method
+CASES["KFAC, clipped"] = functools.partial(clipped, "KFAC")
 
 
 @case("ACP, exact, tensors on the device")
@@ -338,7 +340,6 @@ def thin(make: Make, number: Callable[[nn.Module], float | Tensor] = lambda _: 0
 
 
 for _name, _make in THIN.items():
-    CASES[f"thin: {_name}"] = functools.partial(thin, _make)
     CASES[f"thin: {_name}, resumed"] = functools.partial(train, _make, sizes=WIDE, watch=resume)
     CASES[f"thin: {_name}, a tensor on the device"] = functools.partial(
         thin, _make, lambda m: torch.full((), 0.1, device=m.linear1.weight.device, dtype=torch.float64)
@@ -370,8 +371,6 @@ def rated(make: Make, on_host: bool, model: nn.Module, **options) -> torch.optim
 
 FACTORED = {name: make for name, make in EVERY.items() if name != "Newton"}
 for _name, _make in FACTORED.items():
-    CASES[f"factored: {_name}"] = functools.partial(factored, _make)
-    CASES[f"factored: {_name}, few examples"] = functools.partial(factored, _make, sizes=WIDE)
     CASES[f"factored: {_name}, engine's thread, in-place ReLU"] = functools.partial(
         factored, _make, threaded=True, activation=inplace_relu
     )
@@ -381,9 +380,6 @@ for _name, _make in FACTORED.items():
             factored, functools.partial(rated, _make, _on_host), sizes=WIDE, host_scalars=_on_host
         )
 for _name, _make in THIN.items():
-    CASES[f"factored, thin: {_name}"] = functools.partial(
-        thin, functools.partial(_make, gradients="factored")
-    )
     CASES[f"factored, thin: {_name}, resumed"] = functools.partial(
         train, functools.partial(_make, gradients="factored"), sizes=WIDE, watch=resume
     )
@@ -500,12 +496,17 @@ PLANTED: dict[str, Callable[[Tensor], object]] = {
 def planted_in_step(fault: Callable[[Tensor], object]) -> None:
     """In the update of a real optimizer."""
 
-    class Faulty(ACP):
-        def update(self, grad_w, grad_b, mean_h, state, group):
+    class Faulty(ACPMethod):
+        def update(self, gradient, state, group):
             fault(state["inverse"])
-            return super().update(grad_w, grad_b, mean_h, state, group)
+            return super().update(gradient, state, group)
 
-    must_fault(train, functools.partial(Faulty, lr=0.1))
+    def make(model):
+        optimizer = ACP(model, lr=0.1)
+        optimizer.method = Faulty()
+        return optimizer
+
+    must_fault(train, make)
 
 
 for _name, _fault in PLANTED.items():
@@ -525,11 +526,16 @@ def _():
 
 @case("caught: in a refresh")
 def _():
-    class Faulty(KFAC):
-        def measure(self, batch, group):
-            return super().measure(batch._replace(g=batch.g.cpu()), group)
+    class Faulty(KFACMethod):
+        def measure(self, rows, group):
+            return super().measure(rows._replace(g=rows.g.cpu()), group)
 
-    must_fault(train, functools.partial(Faulty, lr=0.1, loss=Quadratic(), curvature="empirical_fisher"))
+    def make(model):
+        optimizer = KFAC(model, lr=0.1, loss=Quadratic(), curvature="empirical_fisher")
+        optimizer.method = Faulty(Quadratic(), "empirical_fisher", 1, 0)
+        return optimizer
+
+    must_fault(train, make)
 
 
 @case("a clean function passes")
@@ -561,9 +567,17 @@ def _():
 # --- the tests -------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def report() -> dict[str, str]:
-    return fake_accelerator.run_apart(__file__, CASES)
+@pytest.fixture(scope="session")
+def report(tmp_path_factory, worker_id) -> dict[str, str]:
+    """What came of the cases, which one worker runs for all."""
+    shared = (
+        tmp_path_factory.getbasetemp().parent if worker_id != "master" else tmp_path_factory.mktemp("report")
+    )
+    path = shared / "fake_accelerator.json"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            path.write_text(json.dumps(fake_accelerator.run_apart(__file__, CASES)))
+    return json.loads(path.read_text())
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != ABORTS])

@@ -233,7 +233,11 @@ def test_passes_with_other_numbers_of_positions_accumulate(method):
     short, long = torch.randn(2, 3, 5, dtype=torch.float64), torch.randn(4, 6, 5, dtype=torch.float64)
     before = torch.cat([p.detach().flatten() for p in network.parameters()])
     optimizer = METHODS[method](network, lr=0.02, max_change=0.1)
-    (loss(network(short)) / 3 + loss(network(long)) * 2 / 3).backward()
+    with Capture(network) as capture:
+        (loss(network(short)) / 3 + loss(network(long)) * 2 / 3).backward()
+        rows, mean = capture.records["0"].rows(), capture.records["0"].mean
+    assert (rows.examples, len(rows.inputs)) == (6, 2 * 3 + 4 * 6)
+    assert relative_error(mean, torch.cat([short.flatten(0, 1), long.flatten(0, 1)]).mean(0)) < ROUNDING
     optimizer.step()
     after = torch.cat([p.detach().flatten() for p in network.parameters()])
     assert after.isfinite().all()

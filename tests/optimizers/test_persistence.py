@@ -384,11 +384,11 @@ def test_two_optimizers_of_two_models_at_once(method):
 
 # --- memory ----------------------------------------------------------------------------------------
 
-STEPS = 1000
+STEPS = 300
 
 
-@each([named("acp, averaging"), named("kfac, sampled fisher"), named("ubp"), named("centred")])
-def test_a_thousand_steps_leak_nothing(method):
+@each([named("kfac, sampled fisher"), named("ubp")])
+def test_hundreds_of_steps_leak_nothing(method):
     """Half of the steps' passes are thrown away; less than one object or 100 bytes per step remain."""
     model = network()
     optimizer = method(model)
