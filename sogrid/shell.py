@@ -301,6 +301,14 @@ class LayerOptimizer(Watching):
             factored=self._factored if self.gradients == "factored" else frozenset(),
         )
 
+    @property
+    def refresh_due(self) -> bool:
+        """Whether the next step would refresh statistics; a method without any has none to refresh."""
+        return False
+
+    def refresh(self, closure: Callable[[], Tensor]) -> None:
+        """Refresh the statistics, if the method keeps any."""
+
     # -- gradients ---------------------------------------------------------------------------------
 
     def _leaves_factors(self, layer: Layer) -> bool:

@@ -8,6 +8,7 @@ from sogrid.bound import BOUND_EXAMPLES, bounded
 from sogrid.losses import Quadratic
 from sogrid.networks import MLP
 from sogrid.optimizers import ACP, KFAC, CenteredGradientDescent, NaturalNN, UpdatedBackprop
+from sogrid.optimizers.kfac import KFACMethod
 
 METHODS = {
     "centred": lambda model, **o: CenteredGradientDescent(model, **o),
@@ -189,8 +190,8 @@ def test_only_the_first_examples_count(generator):
 @pytest.mark.parametrize("max_change", [None, 0.1])
 def test_probes_are_pulled_back_for_statistics_alone(x, max_change, monkeypatch):
     """A bound keeps inputs at every update, which must not cost a backward pass for KFAC's probes."""
-    pulled, probe = [], KFAC.probe
-    monkeypatch.setattr(KFAC, "probe", lambda self: lambda f: pulled.append(f) or probe(self)(f))
+    pulled, probe = [], KFACMethod.probe
+    monkeypatch.setattr(KFACMethod, "probe", lambda self, k: lambda f: pulled.append(f) or probe(self, k)(f))
     model = network()
     optimizer = KFAC(model, 0.1, 0.1, loss=Quadratic(), refresh_every=3, max_change=max_change)
     for _ in range(7):
