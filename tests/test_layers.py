@@ -180,6 +180,49 @@ def test_minibatches_accumulate(name, method):
     assert relative_error(found, whole) < 1e-11
 
 
+def seen_on_tokens():
+    """A linear layer on tokens, its input, and h ``[n, s, i]`` and g ``[n, s, o]`` by autograd alone."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(5, 3).double(), torch.randn(N, 7, 5, dtype=torch.float64) + 0.5
+    a = layer(x)
+    (g,) = torch.autograd.grad(loss(a.tanh()), a)
+    return nn.Sequential(layer, nn.Tanh()), x, x, N * g
+
+
+def assert_step(network, optimizer, x, dw, db):
+    layer = network[0]
+    weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
+    train(network, optimizer, x, 1)
+    assert relative_error(layer.weight.detach() - weight, dw) < 1e-11
+    assert relative_error(layer.bias.detach() - bias, db) < 1e-11
+
+
+def test_kfac_averages_inputs_over_positions_and_sums_outputs_over_them():
+    """Its *expand* form (Eschenhagen et al. 2023): A over all n·s uses, B over the n examples."""
+    network, x, h, g = seen_on_tokens()
+    tilde = torch.cat([h, torch.ones(N, 7, 1, dtype=h.dtype)], -1)
+    a = sum(torch.outer(v, v) for v in tilde.reshape(-1, 6)) / (7 * N)
+    b = sum(torch.outer(v, v) for v in g.reshape(-1, 3)) / N
+    gradient = sum(torch.outer(u, v) for u, v in zip(g.reshape(-1, 3), tilde.reshape(-1, 6), strict=True)) / N
+    root = 0.3**0.5
+    inverses = [torch.linalg.inv(m + root * torch.eye(len(m), dtype=m.dtype)) for m in (b, a)]
+    change = -0.1 * inverses[0] @ gradient @ inverses[1]
+    optimizer = METHODS["kfac"](network, lr=0.1, pi_correction=False)
+    assert_step(network, optimizer, x, change[:, :-1], change[:, -1])
+
+
+def test_acp_centres_over_examples_and_positions():
+    """Eqs. (6.2.4) and (6.2.5) with the mean and the covariance of all n·s inputs."""
+    network, x, h, g = seen_on_tokens()
+    rows, outputs = h.reshape(-1, 5), g.reshape(-1, 3)
+    mean = rows.mean(0)
+    covariance = sum(torch.outer(v - mean, v - mean) for v in rows) / len(rows)
+    centred = sum(torch.outer(u, v - mean) for u, v in zip(outputs, rows, strict=True)) / N
+    dw = -0.1 * centred @ torch.linalg.inv(covariance + 0.3 * torch.eye(5, dtype=h.dtype))
+    db = -0.1 * outputs.sum(0) / N - dw @ mean
+    assert_step(network, ACP(network, 0.1, 0.3, bias_correction=True), x, dw, db)
+
+
 def step(network, method, x):
     """What one step changes, of each parameter."""
     before = [p.detach().clone() for p in network.parameters()]
