@@ -371,6 +371,9 @@ def rated(make: Make, on_host: bool, model: nn.Module, **options) -> torch.optim
 
 FACTORED = {name: make for name, make in EVERY.items() if name != "Newton"}
 for _name, _make in FACTORED.items():
+    CASES[f"factored: {_name}, bounded"] = functools.partial(
+        factored, functools.partial(_make, max_change=0.1), sizes=WIDE
+    )
     CASES[f"factored: {_name}, engine's thread, in-place ReLU"] = functools.partial(
         factored, _make, threaded=True, activation=inplace_relu
     )
