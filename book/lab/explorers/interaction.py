@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 
 from lab.explorers.core import At, Explorer, First, Short, say, select, short, slider
-from lab.figures import SAMPLERS
-from lab.plotting import COLORS, METHODS
+from lab.plotting import COLORS, looks
 from sogrid.experiments.search import winsorise
 
 __all__ = ["Scale", "cells", "hyperparameter_interaction", "unit"]
@@ -245,6 +244,6 @@ def _words(window: tuple[float, float] | None) -> str:
 
 def _name(name: tuple[str, str, int], names: Sequence[tuple[str, str, int]]) -> str:
     """Method, sampler and seed of a search, as far as there are several."""
-    words = METHODS[name[0]][0], SAMPLERS[name[1]], f"seed {name[2]}"
+    words = looks(name[0]).name, looks(name[1]).name, f"seed {name[2]}"
     kept = [w for i, w in enumerate(words) if len({other[i] for other in names}) > 1]
     return ", ".join(kept or words[:1])

@@ -22,7 +22,6 @@ from tqdm.auto import tqdm
 from lab.explorers.core import At, Control, Explorer, Out, Short, say, select, short, slider
 from lab.explorers.lab import View
 from lab.plotting import COLORS
-from lab.plotting import METHODS as LOOKS
 from sogrid.experiments.benchmarks import METHODS, Task
 from sogrid.experiments.grid import pooled_digits, train_grid
 from sogrid.experiments.records import RESULTS, Record, provenance
@@ -139,7 +138,7 @@ def live_landscape(record: dict[str, Any] | None = None) -> LiveExplorer:
         [[[np.reshape(found[m, _own(m, d), b], shape) for b in batches] for d in dampings] for m in methods],
         dtype=float,
     )
-    names = [LOOKS[method][0] for method in methods]
+    names = [METHODS[method].name for method in methods]
     train = cache(partial(train_landscape, settings))
 
     def trained(values: dict[str, Any], data: Any) -> dict[str, np.ndarray]:
@@ -148,7 +147,7 @@ def live_landscape(record: dict[str, Any] | None = None) -> LiveExplorer:
         return _summary(losses[updates.index(values["updates"])])
 
     controls = [
-        select("method", "optimizer", names, LOOKS["acp"][0] if "acp" in methods else None),
+        select("method", "optimizer", names, METHODS["acp"].name if "acp" in methods else None),
         slider("damping", "damping ε", dampings, 0.1),
         slider("batch", "examples in a minibatch", batches),
         slider("updates", "updates", updates),

@@ -11,7 +11,8 @@ import numpy as np
 
 from lab.explorers.core import At, Explorer, First, Short, select, short, slider, toggle
 from lab.figures import by_point, milliseconds, runs_by_method
-from lab.plotting import COLORS, METHODS, style
+from lab.plotting import COLORS, looks, style
+from sogrid.experiments.benchmarks import METHODS
 from sogrid.experiments.reference import thesis_values
 
 __all__ = ["break_even", "race", "seconds_per_update"]
@@ -116,7 +117,7 @@ def race(record: dict[str, Any], figure_key: str | None = None) -> Explorer:
     power = {"type": "log", "exponentformat": "power"}
     names = [CURVES[c][0] for c in curves]
     return Explorer(
-        alt=f"Learning curves of {', '.join(METHODS[m][0] for m in methods)}, by update or by second; solid "
+        alt=f"Learning curves of {', '.join(looks(m).name for m in methods)}, by update or by second; solid "
         "up to a budget, and faint beyond it.",
         controls=[
             select("axis", "race by", ["updates", "seconds"]),
@@ -175,7 +176,7 @@ def _markers(method: str, curves: list[str], theirs: dict[str, Any], last: float
             if curve:  # a zero has no place on a logarithmic axis
                 pairs = [p for p in zip(curve["x"], curve["y"][method], strict=True) if p[1]]
                 x[i][j], y[i][j] = [p[0] for p in pairs], [p[1] for p in pairs]
-    name, _, dash = METHODS[method]
+    name, _, dash = looks(method)
     marker = {"symbol": "circle-open" if dash == "solid" else "diamond-open", "size": 9, "line": {"width": 2}}
     return {
         "type": "scatter",
@@ -198,7 +199,7 @@ def _ranking(methods: list[str], means: dict, reached: dict) -> list[Any]:
     there = np.array([reached[m] for m in methods]) - 1  # [method, axis, cost, budget]
     now = np.stack([values[i][:, there[i]] for i in range(len(methods))])
     order = now.argsort(0, kind="stable")  # [place, curve, axis, cost, budget]
-    names, pieces = [METHODS[m][0] for m in methods], []
+    names, pieces = [looks(m).name for m in methods], []
     for place in order[:PODIUM]:
         who = At(place, "curve", "axis", "cost", "budget")
         value = At(values, who, "curve", At(there, who, "axis", "cost", "budget"))

@@ -9,8 +9,7 @@ import numpy as np
 
 from lab.explorers.core import At, Explorer, First, Short, say, select, slider
 from lab.explorers.interaction import AXES, DIVERGED, GOOD, Scale, cells, unit
-from lab.figures import SAMPLERS
-from lab.plotting import COLORS, style
+from lab.plotting import COLORS, SAMPLERS, looks, style
 from sogrid.experiments.search import Acceptance, winsorise
 from sogrid.experiments.tuning import best_so_far
 
@@ -130,21 +129,21 @@ def search_replay(record: dict[str, Any], searches: int = 3) -> Explorer:
             "xaxis": "x3",
             "yaxis": "y2",
         }
-        for y, s, name in ((other, "random", "beside"), (biased, BIASED, SAMPLERS[BIASED]))
+        for y, s, name in ((other, "random", "beside"), (biased, BIASED, looks(BIASED).name))
     ]
-    race[0]["name"] = At([SAMPLERS[s] for s in samplers], "beside")
+    race[0]["name"] = At([looks(s).name for s in samplers], "beside")
     kept = [_kept(found[BIASED, seed], these) for seed, these in zip(seeds, maps, strict=True)]
     ends = np.log10(domain["lr"]).tolist()
     log = {"type": "log", "dtick": 2, "tickangle": 0, "minor": {"dtick": 1}, "exponentformat": "power"}
     here = lambda name: Short(At(column(name, [BIASED]), "trial"))  # noqa: E731
-    title = {s: words.replace(" ", "<br>", words.count(" ") - 1) for s, words in SAMPLERS.items()}
+    title = {s: row.name.replace(" ", "<br>", row.name.count(" ") - 1) for s, row in SAMPLERS.items()}
     panels = {"range": ends, **log}
     return Explorer(
         alt=f"Two searches of {count} trials each, by learning rate and init scale, coloured by loss, and "
         "the best loss of each so far. Behind biased random search: where it keeps proposals.",
         controls=[
             slider("trial", "trial", range(1, count + 1), min(16, count)),
-            select("beside", "beside it", [SAMPLERS[s] for s in samplers]),
+            select("beside", "beside it", [looks(s).name for s in samplers]),
             select("seed", "seed", [str(seed) for seed in seeds]),
         ],
         traces=[*panel(samplers, ("beside",), ""), acceptance, *panel([BIASED], (), "2"), *race],
@@ -186,7 +185,7 @@ def search_replay(record: dict[str, Any], searches: int = 3) -> Explorer:
             kept=At(np.array(kept), "seed", "trial"),
             loss=here("loss"),
             best=Short(At(biased, "trial")),
-            beside=At([SAMPLERS[s] for s in samplers], "beside"),
+            beside=At([looks(s).name for s in samplers], "beside"),
             other=Short(At(other, "trial")),
         ),
     )
