@@ -19,9 +19,15 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = "experiments/digits/*.gz", "experiments/thesis/*.json"
 
 SMOKE = """
+import pkgutil
+
+import sogrid
 import torch
 from sogrid import ACP, KFAC, CrossEntropyAtLogits, MLP
 
+for module in pkgutil.walk_packages(sogrid.__path__, "sogrid."):
+    if not module.name.startswith(("sogrid.__main__", "sogrid.experiments")):
+        __import__(module.name)
 assert all(name not in sys.modules for name in ("numpy", "tqdm", "optuna")), "more than torch"
 loss, x, y = CrossEntropyAtLogits("mean"), torch.rand(8, 5), torch.arange(8) % 3
 for make in (
