@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from lab.plotting import HEIGHT, figure, in_book
+from lab.plotting import COLORS, HEIGHT, figure, in_book
 
 __all__ = [
     "At",
@@ -54,6 +54,7 @@ __all__ = [
     "Short",
     "Times",
     "resolve",
+    "ring",
     "say",
     "select",
     "short",
@@ -236,6 +237,19 @@ def say(template: str, **leaves: Any) -> list[Any]:
     parts = Formatter().parse(template)
     pieces = [piece for text, name, _, _ in parts for piece in (text, name and leaves[name])]
     return [piece for piece in pieces if piece]
+
+
+def ring(x: Any, y: Any, size: float = 22) -> dict[str, Any]:
+    """A trace: one place, ringed."""
+    return {
+        "type": "scatter",
+        "x": [x],
+        "y": [y],
+        "mode": "markers",
+        "marker": {"symbol": "circle-open", "size": size, "color": COLORS["pink"], "line": {"width": 3}},
+        "showlegend": False,
+        "hoverinfo": "skip",
+    }
 
 
 def _compact(node: Any) -> Any:

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from lab.explorers.core import At, Control, Explorer, Out, Short, say, select, short, slider
+from lab.explorers.core import At, Control, Explorer, Out, Short, ring, say, select, short, slider
 from lab.explorers.lab import View
-from lab.plotting import COLORS
 from sogrid.experiments.benchmarks import METHODS, Task
 from sogrid.experiments.grid import pooled_digits, train_grid
 from sogrid.experiments.records import RESULTS, Record, provenance
@@ -203,15 +202,6 @@ def _picture(
         "text": [[f"λ {short(across)}, s {short(up)}" for across in lr] for up in scale],
         "hovertemplate": "%{text}: log₁₀ loss %{z:.3f}<extra></extra>",
     }
-    ring = {
-        "type": "scatter",
-        "x": [seen["across"]],
-        "y": [seen["up"]],
-        "mode": "markers",
-        "marker": {"symbol": "circle-open", "size": 22, "color": COLORS["pink"], "line": {"width": 3}},
-        "showlegend": False,
-        "hoverinfo": "skip",
-    }
     axis = lambda title, values: {  # noqa: E731
         "title": {"text": title},
         "tickvals": list(range(len(values))),
@@ -222,7 +212,7 @@ def _picture(
         "alt": f"Training loss of {len(lr) * len(scale)} small autoencoders by learning rate and init scale, "
         "after so many updates; the best is ringed, and those that diverged are left blank.",
         "controls": controls,
-        "traces": [grid, ring],
+        "traces": [grid, ring(seen["across"], seen["up"])],
         "layout": {
             "xaxis": axis("learning rate λ", lr),
             "yaxis": axis("init scale s", scale),
