@@ -389,7 +389,7 @@ class Explorer:
 
     def widget(self) -> Any:
         """The view for JupyterLab: ipywidgets beside a live figure."""
-        from lab.explorers.lab import View
+        from lab.explorers.widgets import View
 
         return View(self)
 

@@ -20,7 +20,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from lab.explorers.core import At, Control, Explorer, Out, Short, ring, say, select, short, slider
-from lab.explorers.lab import View
+from lab.explorers.widgets import View
 from sogrid.experiments.benchmarks import METHODS, Task
 from sogrid.experiments.grid import pooled_digits, train_grid
 from sogrid.experiments.records import RESULTS, Record, provenance
