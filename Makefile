@@ -47,11 +47,12 @@ test: $(STAMP) ## Run all tests; those of the pages need Chromium and `make book
 claims: $(STAMP) ## Run the tests of the thesis's claims and write what they measure into the book's ledger
 	$(BIN)/python -m pytest -q --ledger book/results/claims.json tests/test_thesis_claims*.py
 
-lint: $(STAMP) ## Check code, notebooks and spelling
+lint: $(STAMP) ## Check code, notebooks, spelling, and who imports whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(NOTEBOOKS) -exec $(BIN)/nbstripout --verify {} +
 	$(BIN)/codespell
+	$(BIN)/lint-imports --no-logo --no-cache
 
 format: $(STAMP) ## Format code and notebooks, and strip outputs
 	$(NOTEBOOKS) -exec $(BIN)/nbstripout {} +

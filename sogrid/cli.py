@@ -12,6 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from sogrid.extras import MissingExtraError
+
 __all__ = ["LAYOUT", "OK", "PROFILES", "add_options", "answer", "check_device", "checked", "main", "table"]
 
 OK, FAILURE = 0, 1  # argparse exits with 2 for wrong usage
@@ -98,6 +100,9 @@ def answer(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> 
     except BrokenPipeError:  # as in `sogrid records list | head`
         sys.stderr.close()
         return OK
+    except MissingExtraError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return FAILURE
     except (OSError, ValueError) as error:
         if not isinstance(error, OSError) and not _ours(error):
             raise

@@ -8,3 +8,7 @@
 :mod:`lab.peers`                               other libraries' optimizers
 =============================================  =========================================
 """
+
+from sogrid.extras import need
+
+need(__name__, "book", "numpy", "plotly", "tqdm", "ipywidgets")

@@ -91,7 +91,7 @@ BOUNDED = ("acp_bounded", "nnn2_bounded", "kfac_bounded")
 BOTH = tuple(f"{name}_low_rank" for name in BOUNDED)
 RANKED = tuple(f"{name} rank {LOW_RANK['rank']}" for name in (*OURS[1:], *BOUNDED))
 MATRIX = ("acp matrix", "kfac matrix")
-METHODS = {
+CONTESTANTS = {
     AE: (*TORCH, *OURS, "jaco_update", *BOUNDED, *BOTH, "jaco_update_bounded", *MATRIX),
     CIFAR: (*TORCH, *OURS, "kfac_nat", *BOUNDED, *MATRIX),
     "low_rank": (SGD, *OURS[1:], *BOUNDED, *RANKED),
@@ -280,7 +280,7 @@ def costs(part: str, *, rounds: int = ROUNDS, device: str = "cpu", progress: boo
     products = Products(first.model, device=device)
     first.update(*batch)  # what libraries keep from their first call is nobody's memory
     with warnings.catch_warnings(action="ignore"), _frozen():  # the peers use what torch deprecates
-        for name in METHODS[part]:
+        for name in CONTESTANTS[part]:
             enter(name, lambda name=name: contestant(task, name, device))
         for name, kind in peers.items():
             try:

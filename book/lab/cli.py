@@ -58,12 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("bench", help=text, description=BENCH, **LAYOUT)
     text = "only these: mnist_autoencoder, cifar10_classifier, low_rank, growth, compile, time_to_loss"
     command.add_argument("--parts", nargs="+", metavar="PART", help=f"{text} (default: all)")
-    command.add_argument(
-        "--rounds",
-        type=int,
-        default=30,
-        help="updates timed of each method (default: 30)",
-    )
+    command.add_argument("--rounds", type=int, default=30, help="updates timed of each method (default: 30)")
     add_options(command, "device", "out", "quiet")
     command.set_defaults(action=_bench, parser=command)
     return parser
@@ -73,27 +68,10 @@ def _clock(options: argparse.Namespace) -> int:
     from lab.timing import clock
     from sogrid.experiments.reproduce import EXPERIMENTS, Curves, record_path
 
-    name = checked(
-        options,
-        "figure",
-        {k: v for k, v in EXPERIMENTS.items() if isinstance(v, Curves)},
-    )
+    name = checked(options, "figure", {k: v for k, v in EXPERIMENTS.items() if isinstance(v, Curves)})
     path = record_path(options.out, name, options.profile)
     rows = clock(path, device=options.device, progress=not options.quiet)
-    print(
-        table(
-            [
-                (
-                    "  method",
-                    "ms per update",
-                    "quartiles",
-                    "ratio to SGD",
-                    "ms per refresh",
-                ),
-                *rows,
-            ]
-        )
-    )
+    print(table([("  method", "ms per update", "quartiles", "ratio to SGD", "ms per refresh"), *rows]))
     print(f"\nrecord: {path}")
     return OK
 

@@ -10,12 +10,11 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from lab.plotting import METHODS, color, figure, style
+from lab.plotting import color, figure, looks, style
 from sogrid.experiments.reference import thesis_facts, thesis_values
 from sogrid.experiments.tuning import best_so_far, chosen
 
 __all__ = [
-    "SAMPLERS",
     "best_losses",
     "by_learning_rate",
     "by_point",
@@ -40,7 +39,6 @@ __all__ = [
 WORDS = {"lr": "λ", "damping": "ε", "scale": "s"}
 AXES = {"update": "update", "second": "second of training"}
 QUANTITIES = {"train": ("train_mse", "train_cross_entropy"), "test": ("test_mse",)}
-SAMPLERS = {"grid": "grid search", "random": "random search", "biased": "biased random search"}
 TICKS = {"type": "log", "dtick": "D2", "minor": {"dtick": "D1"}, "exponentformat": "power"}
 
 
@@ -80,9 +78,9 @@ def learning_curves(
         for lost in (len(run[y]) - 1 for run in runs if run["status"] != "finished"):
             where = slice(lost, lost + 1)
             traces.append(
-                _marker(method, at[where], mean[where], "x", f"{METHODS[method][0]}, a seed diverged")
+                _marker(method, at[where], mean[where], "x", f"{looks(method).name}, a seed diverged")
             )
-        ends.append(f"{METHODS[method][0]} {mean[-1]:.3g}")
+        ends.append(f"{looks(method).name} {mean[-1]:.3g}")
         last = max(last, at[-1])
     for method, runs in runs_by_method(longer or {"runs": []}).items():
         at, columns = _columns(longer, method, runs, x, y)
@@ -90,7 +88,7 @@ def learning_curves(
         beyond = [i for i, run_update in enumerate(runs[0]["update"]) if run_update >= _updates(record)]
         line = {**style(method)["line"], "width": 1}
         kept = {"x": [at[i] for i in beyond], "y": [values[i] for i in beyond], "line": line}
-        look = {"name": f"{METHODS[method][0]}, one seed", "legendgroup": method, "showlegend": False}
+        look = {"name": f"{looks(method).name}, one seed", "legendgroup": method, "showlegend": False}
         traces.append(go.Scatter(**kept, **look, mode="lines"))
         last = max(last, at[-1])
     if figure_key is not None:
@@ -167,8 +165,8 @@ def _thesis_markers(key: str, x: str, y: str, methods: Iterable[str], last: floa
         ]
         if pairs:
             at, found = map(list, zip(*pairs, strict=True))
-            symbol = "circle-open" if METHODS[method][2] == "solid" else "diamond-open"
-            traces.append(_marker(method, at, found, symbol, f"{METHODS[method][0]} (thesis 2017)"))
+            symbol = "circle-open" if looks(method).dash == "solid" else "diamond-open"
+            traces.append(_marker(method, at, found, symbol, f"{looks(method).name} (thesis 2017)"))
     return traces
 
 
@@ -245,7 +243,7 @@ def comparison_table(record: dict[str, Any], update: int, figure_key: str) -> st
         spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
         theirs = f"{thesis[method]:.3g}" if thesis.get(method) is not None else ""
         ours = f"{fmean(values):.3g}{spread}"
-        lines.append(f"| {METHODS[method][0]} | {ours} | {theirs} | {_settings(runs[0]['settings'])} |")
+        lines.append(f"| {looks(method).name} | {ours} | {theirs} | {_settings(runs[0]['settings'])} |")
     return "\n".join(lines)
 
 
@@ -265,7 +263,7 @@ def cost_table(record: dict[str, Any], figure_key: str) -> str:
     for row in record["clock"]["rows"]:
         ratio = headline.get(row["method"], {}).get("ratio_to_sgd")
         lines.append(
-            f"| {METHODS[row['method']][0]} | {row['update_ms']:.1f} | {row['refresh_ms'] / every:.2f} "
+            f"| {looks(row['method']).name} | {row['update_ms']:.1f} | {row['refresh_ms'] / every:.2f} "
             f"| {row['update_ms'] / sgd:.2f} | {'' if ratio is None else f'{ratio:.2f}'} |"
         )
     return "\n".join(lines)
@@ -340,7 +338,7 @@ def learning_rate_table(record: dict[str, Any]) -> str:
         good = good_learning_rates(record, method)
         lr, low, high = (_short(good[key]) for key in ("lr", "low", "high"))
         lines.append(
-            f"| {METHODS[method][0]} | {len({run['seed'] for run in runs})} | {good['loss']:.3g} "
+            f"| {looks(method).name} | {len({run['seed'] for run in runs})} | {good['loss']:.3g} "
             f"| {lr} | {low} to {high} | {good['decades']:.1f} |"
         )
     return "\n".join(lines)
@@ -395,10 +393,15 @@ def search_scatter(record: dict[str, Any], seed: int = 0) -> go.Figure:
             traces.append(trace.update(xaxis=f"x{number}", yaxis="y", showlegend=False))
         low, high = (math.log10(v) for v in run["domain"]["lr"])
         margin = 0.04 * (high - low)
-        axis = {"title": f"learning rate<br>{SAMPLERS[sampler]}", "type": "log", "dtick": 2, "tick0": low + 1}
+        axis = {
+            "title": f"learning rate<br>{looks(sampler).name}",
+            "type": "log",
+            "dtick": 2,
+            "tick0": low + 1,
+        }
         span = {"domain": [left, left + width], "range": [low - margin, high + margin]}
         layout[f"xaxis{number}"] = {**axis, **span, "anchor": "y", "tickangle": 0}
-    best = ", ".join(f"{SAMPLERS[s]} {min(best_so_far(run)):.3g}" for s, run in runs.items())
+    best = ", ".join(f"{looks(s).name} {min(best_so_far(run)):.3g}" for s, run in runs.items())
     return figure(
         traces,
         alt=f"Trials of one search by each of {len(runs)} samplers, by learning rate and init scale, "
@@ -469,7 +472,7 @@ def search_table(record: dict[str, Any]) -> str:
         mean, deviation = theirs[sampler]
         spread = f" ± {stdev(values):.2f}" if len(values) > 1 else ""
         lines.append(
-            f"| {SAMPLERS[sampler]} | {len(values)} | {fmean(values):.2f}{spread} "
+            f"| {looks(sampler).name} | {len(values)} | {fmean(values):.2f}{spread} "
             f"| {mean:.2f} ± {deviation:.2f} |"
         )
     return "\n".join(lines)
@@ -490,7 +493,7 @@ def settings_table(record: dict[str, Any]) -> str:
         losses = run["trials"]["loss"]
         diverged = sum(loss is None for loss in losses)
         lines.append(
-            f"| {METHODS[run['method']][0]} | {len(losses)} | {diverged} | {best_so_far(run)[-1]:.3g} "
+            f"| {looks(run['method']).name} | {len(losses)} | {diverged} | {best_so_far(run)[-1]:.3g} "
             f"| {_settings(chosen(run))} |"
         )
     return "\n".join(lines)

@@ -21,14 +21,14 @@ import html
 import json
 import math
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.io.base_renderers import PlotlyRenderer
 
-__all__ = ["COLORS", "METHODS", "color", "figure", "in_book", "style"]
+__all__ = ["COLORS", "SAMPLERS", "Look", "color", "figure", "in_book", "looks", "style"]
 
 COLORS = {
     "grey": "#6c6c6c",
@@ -41,37 +41,21 @@ COLORS = {
 }
 """The palette. Luminance between 0.13 and 0.30; ΔE of at least 20 in normal, red- and green-blind sight."""
 
-METHODS = {
-    "standard_sgd": ("SGD", "grey", "solid"),
-    "momentum": ("SGD with momentum", "grey", "dash"),
-    "adam": ("Adam", "grey", "dot"),
-    "muon": ("Muon", "grey", "dashdot"),
-    "jaco_update": ("updated backpropagation", "pink", "solid"),
-    "jaco_update_hessian": ("the same with the true Hessian", "pink", "dash"),
-    "jaco_update_without": ("the same without second term", "pink", "dot"),
-    "centered_gradient_descent": ("centred gradient descent", "purple", "solid"),
-    "bn": ("batch norm", "brown", "solid"),
-    "mean_only_bn": ("mean-only batch norm", "brown", "dash"),
-    "acp": ("ACP, heuristic α", "orange", "solid"),
-    "acp_fixedalpha": ("ACP, fixed α", "orange", "dash"),
-    "kfac": ("KFAC", "blue", "solid"),
-    "kfac_nat": ("KFAC, Fisher", "blue", "dash"),
-    "nnn2": ("NNN", "green", "solid"),
-    "acp_bounded": ("ACP, bounded", "orange", "dot"),
-    "kfac_bounded": ("KFAC, bounded", "blue", "dot"),
-    "nnn2_bounded": ("NNN, bounded", "green", "dot"),
-    "acp_low_rank": ("ACP, fixed α, rank 100", "orange", "longdash"),
-    "kfac_low_rank": ("KFAC, rank 100", "blue", "longdash"),
-    "nnn2_low_rank": ("NNN, rank 100", "green", "longdash"),
-    "acp_bounded_low_rank": ("ACP, bounded, rank 100", "orange", "longdashdot"),
-    "kfac_bounded_low_rank": ("KFAC, bounded, rank 100", "blue", "longdashdot"),
-    "nnn2_bounded_low_rank": ("NNN, bounded, rank 100", "green", "longdashdot"),
-    "jaco_update_bounded": ("updated backpropagation, bounded", "pink", "dashdot"),
-    "grid": ("grid search", "grey", "solid"),
-    "random": ("random search", "blue", "solid"),
-    "biased": ("biased random search", "orange", "solid"),
+
+class Look(NamedTuple):
+    """How the curves of something are named and drawn."""
+
+    name: str
+    color: str
+    dash: str
+
+
+SAMPLERS = {
+    "grid": Look("grid search", "grey", "solid"),
+    "random": Look("random search", "blue", "solid"),
+    "biased": Look("biased random search", "orange", "solid"),
 }
-"""Method, by the legends of the thesis (as in the records) → (name in our legends, colour, dash)."""
+"""The searches of Fig. 4.1; the looks of methods are in their rows, see :func:`looks`."""
 
 HEIGHT = 400
 """Height of a figure in pixels, unless its layout says otherwise."""
@@ -85,6 +69,24 @@ def in_book() -> bool:
     return os.environ.get("SOGRID_BOOK") == "1"
 
 
+def looks(method: str) -> Look:
+    """The look of a method, from its row in :data:`sogrid.experiments.benchmarks.METHODS`, or of a search.
+
+    Raises:
+        KeyError: If it is neither.
+
+    Example:
+        >>> looks("kfac")
+        Look(name='KFAC', color='blue', dash='solid')
+    """
+    if method in SAMPLERS:
+        return SAMPLERS[method]
+    from sogrid.experiments.benchmarks import METHODS  # with it torch, which the style alone needs not
+
+    row = METHODS[method]
+    return Look(row.name, row.color, row.dash)
+
+
 def color(method: str, opacity: float = 1.0) -> str:
     """Colour of a method, or of the palette, as plotly reads it.
 
@@ -95,7 +97,7 @@ def color(method: str, opacity: float = 1.0) -> str:
         >>> color("acp"), color("acp", 0.2)
         ('#e77415', 'rgba(231, 116, 21, 0.2)')
     """
-    code = COLORS.get(method) or COLORS[METHODS[method][1]]
+    code = COLORS.get(method) or COLORS[looks(method).color]
     if opacity == 1:
         return code
     red, green, blue = bytes.fromhex(code[1:])
@@ -106,9 +108,9 @@ def style(method: str) -> dict[str, Any]:
     """Trace properties of a method: ``go.Scatter(x=x, y=y, **style("acp"))``.
 
     Raises:
-        KeyError: For a method that is not in :data:`METHODS`.
+        KeyError: If it is neither a method nor a search.
     """
-    name, _, dash = METHODS[method]
+    name, _, dash = looks(method)
     line = {"color": color(method), "dash": dash}
     return {"name": name, "legendgroup": method, "line": line, "marker": {"color": color(method)}}
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from lab.figures import SAMPLERS, best_losses, milliseconds, runs_by_method, values_at
-from lab.plotting import METHODS
+from lab.figures import best_losses, milliseconds, runs_by_method, values_at
+from lab.plotting import SAMPLERS, looks
 from sogrid.experiments.reference import thesis_facts, thesis_values
 
 __all__ = ["Verdict", "verdict_table", "verdicts"]
@@ -138,7 +138,7 @@ def _best(ends: dict[str, list[float]], among: Iterable[str]) -> str:
 
 
 def _name(method: str) -> str:
-    return METHODS[method][0]
+    return looks(method).name
 
 
 def _mean_curve(record: Record, method: str, curve: str = "train") -> tuple[np.ndarray, np.ndarray]:
@@ -209,7 +209,7 @@ def _sampler_beats(better: str, worse: str) -> Judge:
 
 def _steadier(record: Record, longer: Record | None) -> tuple[str, str]:
     deviations = {s: stdev(v) for s, v in best_losses(record).items() if len(v) > 1}
-    numbers = ", ".join(f"{SAMPLERS[s]} s.d. {d:.2g}" for s, d in deviations.items())
+    numbers = ", ".join(f"{looks(s).name} s.d. {d:.2g}" for s, d in deviations.items())
     if record["settings"]["searches"] < 10:
         return UNTESTED, numbers or "one search each"
     return HOLDS if min(deviations, key=deviations.__getitem__) == "biased" else FAILS, numbers
@@ -227,7 +227,7 @@ def _concentrates(record: Record, longer: Record | None) -> tuple[str, str]:
         "random"
     ] else FAILS, (
         "share of runs in the best tenth of the range of log loss: "
-        + ", ".join(f"{SAMPLERS[s]} {share:.0%} (thesis {theirs[s]:.0%})" for s, share in shares.items())
+        + ", ".join(f"{looks(s).name} {share:.0%} (thesis {theirs[s]:.0%})" for s, share in shares.items())
     )
 
 

@@ -18,7 +18,6 @@ __all__ = [
     "block_diagonal",
     "block_inverse",
     "condition_number",
-    "from_thesis_order",
     "layer_blocks",
     "layer_indices",
     "to_thesis_order",
@@ -118,23 +117,6 @@ def condition_number(matrix: Tensor) -> Tensor:
     return torch.where(singular, torch.full_like(high, torch.inf), high / low)
 
 
-def _thesis_order(layer: nn.Linear) -> Tensor:
-    """Torch positions of the entries of [vec(W); b], in that order."""
-    device = layer.weight.device
-    weight = torch.arange(layer.weight.numel(), device=device).view_as(layer.weight).mT.reshape(-1)
-    if layer.bias is None:
-        return weight
-    return torch.cat([weight, layer.weight.numel() + torch.arange(layer.out_features, device=device)])
-
-
-def _permute(block: Tensor, order: Tensor) -> Tensor:
-    if block.ndim not in (1, 2) or set(block.shape) != {len(order)}:
-        raise ValueError(f"a layer's vector or block must have side {len(order)}, got {list(block.shape)}")
-    for dim in range(block.ndim):
-        block = block.index_select(dim, order)
-    return block
-
-
 def to_thesis_order(layer: nn.Linear, block: Tensor) -> Tensor:
     """Reorder a layer's vector or square block from [W.reshape(−1); b] to [vec(W); b] (Thesis §6.2).
 
@@ -153,20 +135,12 @@ def to_thesis_order(layer: nn.Linear, block: Tensor) -> Tensor:
         >>> to_thesis_order(layer, torch.arange(8)).tolist()
         [0, 3, 1, 4, 2, 5, 6, 7]
     """
-    return _permute(block, _thesis_order(layer))
-
-
-def from_thesis_order(layer: nn.Linear, block: Tensor) -> Tensor:
-    """Reorder a layer's vector or block from [vec(W); b] back to torch's order.
-
-    Args:
-        layer: The ``nn.Linear``; without a bias there is no b.
-        block: ``[m]`` or ``[m, m]`` in the thesis's order.
-
-    Returns:
-        The inverse of :func:`to_thesis_order`.
-
-    Raises:
-        ValueError: If the sides are not m.
-    """
-    return _permute(block, _thesis_order(layer).argsort())
+    device = layer.weight.device
+    order = torch.arange(layer.weight.numel(), device=device).view_as(layer.weight).mT.reshape(-1)
+    if layer.bias is not None:
+        order = torch.cat([order, len(order) + torch.arange(layer.out_features, device=device)])
+    if block.ndim not in (1, 2) or set(block.shape) != {len(order)}:
+        raise ValueError(f"a layer's vector or block must have side {len(order)}, got {list(block.shape)}")
+    for dim in range(block.ndim):
+        block = block.index_select(dim, order)
+    return block

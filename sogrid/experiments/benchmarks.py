@@ -121,10 +121,13 @@ BENCHMARKS = {
 
 @dataclass(frozen=True)
 class Method:
-    """How a method of the thesis is built.
+    """How a method of the thesis is built and what it looks like.
 
     Attributes:
         optimizer: ``(model, loss, settings) -> optimizer``.
+        name: In the legends of the book.
+        color: Of its curves, by the name that it has in the book's palette; variants of a method share it.
+        dash: Of its curves, as plotly names it.
         normalization: What its network adds, see :class:`~sogrid.networks.MLP`.
         settings: Names of the hyperparameters it takes, beside the initialisation's ``scale``.
         tuned_as: The method whose hyperparameters it takes over, if it is a variant of one.
@@ -132,6 +135,9 @@ class Method:
     """
 
     optimizer: Callable[[nn.Module, Loss, dict[str, Any]], torch.optim.Optimizer]
+    name: str = ""
+    color: str = "grey"
+    dash: str = "solid"
     normalization: str | None = None
     settings: tuple[str, ...] = ("lr",)
     tuned_as: str | None = None
@@ -174,6 +180,10 @@ def _adaptive(optimizer):
     return lambda model, loss, s: optimizer(model.parameters(), lr=s["lr"] / 100)
 
 
+def _centered(model, loss, settings):
+    return CenteredGradientDescent(model, **settings, **GRADIENTS)
+
+
 def _acp(alpha, **options):
     return lambda model, loss, s: ACP(model, **s, output_curvature=alpha, **options, **STATISTICS)
 
@@ -202,38 +212,57 @@ def _ubp(curvature, **options):
     return lambda model, loss, s: UpdatedBackprop(model, **s, loss=loss, **fixed)
 
 
-BOUND, LOW_RANK = {"max_change": 0.1}, {"rank": 100}
-DAMPED = ("lr", "damping")
+BOUND, LOW_RANK, UNBIASED = {"max_change": 0.1}, {"rank": 100}, {"bias_correction": True}
+DAMPED: dict[str, Any] = {"settings": ("lr", "damping")}
+AS_ACP, AS_NNN, AS_KFAC = ({**DAMPED, "tuned_as": name} for name in ("acp_fixedalpha", "nnn2", "kfac"))
 METHODS = {
-    "standard_sgd": Method(_sgd),
-    "bn": Method(_sgd, "batch"),
-    "mean_only_bn": Method(_sgd, "mean_only"),
-    "centered_gradient_descent": Method(
-        lambda model, loss, s: CenteredGradientDescent(model, **s, **GRADIENTS)
+    "standard_sgd": Method(_sgd, "SGD"),
+    "bn": Method(_sgd, "batch norm", "brown", normalization="batch"),
+    "mean_only_bn": Method(_sgd, "mean-only batch norm", "brown", "dash", normalization="mean_only"),
+    "centered_gradient_descent": Method(_centered, "centred gradient descent", "purple"),
+    "acp_fixedalpha": Method(_acp(1.0), "ACP, fixed α", "orange", "dash", **DAMPED),
+    "acp": Method(_acp("heuristic"), "ACP, heuristic α", "orange", **DAMPED),
+    "nnn2": Method(_nnn(), "NNN", "green", **DAMPED),
+    "kfac": Method(_kfac(), "KFAC", "blue", **DAMPED),
+    "kfac_nat": Method(_kfac("fisher_exact"), "KFAC, Fisher", "blue", "dash", **DAMPED),
+    "jaco_update": Method(_ubp("gauss_newton"), "updated backpropagation", "pink"),
+    "jaco_update_hessian": Method(
+        _ubp("hessian"), "the same with the true Hessian", "pink", "dash", tuned_as="jaco_update"
     ),
-    "acp_fixedalpha": Method(_acp(1.0), settings=DAMPED),
-    "acp": Method(_acp("heuristic"), settings=DAMPED),
-    "nnn2": Method(_nnn(), settings=DAMPED),
-    "kfac": Method(_kfac(), settings=DAMPED),
-    "kfac_nat": Method(_kfac("fisher_exact"), settings=DAMPED),
-    "jaco_update": Method(_ubp("gauss_newton")),
-    "jaco_update_hessian": Method(_ubp("hessian"), tuned_as="jaco_update"),
-    "jaco_update_without": Method(_ubp("none"), tuned_as="jaco_update"),
-    "acp_bounded": Method(_acp(1.0, bias_correction=True, **BOUND), None, DAMPED, "acp_fixedalpha", 10.0),
-    "nnn2_bounded": Method(_nnn(**BOUND), None, DAMPED, "nnn2", 10.0),
-    "kfac_bounded": Method(_kfac(**BOUND), None, DAMPED, "kfac", 10.0),
-    "jaco_update_bounded": Method(_ubp("gauss_newton", **BOUND), tuned_as="jaco_update", lr=10.0),
+    "jaco_update_without": Method(
+        _ubp("none"), "the same without second term", "pink", "dot", tuned_as="jaco_update"
+    ),
+    "acp_bounded": Method(_acp(1.0, **UNBIASED, **BOUND), "ACP, bounded", "orange", "dot", **AS_ACP, lr=10.0),
+    "nnn2_bounded": Method(_nnn(**BOUND), "NNN, bounded", "green", "dot", **AS_NNN, lr=10.0),
+    "kfac_bounded": Method(_kfac(**BOUND), "KFAC, bounded", "blue", "dot", **AS_KFAC, lr=10.0),
+    "jaco_update_bounded": Method(
+        _ubp("gauss_newton", **BOUND),
+        "updated backpropagation, bounded",
+        "pink",
+        "dashdot",
+        tuned_as="jaco_update",
+        lr=10.0,
+    ),
     "acp_bounded_low_rank": Method(
-        _acp(1.0, bias_correction=True, **BOUND, **LOW_RANK), None, DAMPED, "acp_fixedalpha", 10.0
+        _acp(1.0, **UNBIASED, **BOUND, **LOW_RANK),
+        "ACP, bounded, rank 100",
+        "orange",
+        "longdashdot",
+        **AS_ACP,
+        lr=10.0,
     ),
-    "nnn2_bounded_low_rank": Method(_nnn(**BOUND, **LOW_RANK), None, DAMPED, "nnn2", 10.0),
-    "kfac_bounded_low_rank": Method(_kfac(**BOUND, **LOW_RANK), None, DAMPED, "kfac", 10.0),
-    "acp_low_rank": Method(_acp(1.0, **LOW_RANK), None, DAMPED, "acp_fixedalpha"),
-    "nnn2_low_rank": Method(_nnn(**LOW_RANK), None, DAMPED, "nnn2"),
-    "kfac_low_rank": Method(_kfac(**LOW_RANK), None, DAMPED, "kfac"),
-    "momentum": Method(_momentum),
-    "adam": Method(_adaptive(torch.optim.Adam)),
-    "muon": Method(_adaptive(MuonAndAdam)),
+    "nnn2_bounded_low_rank": Method(
+        _nnn(**BOUND, **LOW_RANK), "NNN, bounded, rank 100", "green", "longdashdot", **AS_NNN, lr=10.0
+    ),
+    "kfac_bounded_low_rank": Method(
+        _kfac(**BOUND, **LOW_RANK), "KFAC, bounded, rank 100", "blue", "longdashdot", **AS_KFAC, lr=10.0
+    ),
+    "acp_low_rank": Method(_acp(1.0, **LOW_RANK), "ACP, fixed α, rank 100", "orange", "longdash", **AS_ACP),
+    "nnn2_low_rank": Method(_nnn(**LOW_RANK), "NNN, rank 100", "green", "longdash", **AS_NNN),
+    "kfac_low_rank": Method(_kfac(**LOW_RANK), "KFAC, rank 100", "blue", "longdash", **AS_KFAC),
+    "momentum": Method(_momentum, "SGD with momentum", dash="dash"),
+    "adam": Method(_adaptive(torch.optim.Adam), "Adam", dash="dot"),
+    "muon": Method(_adaptive(MuonAndAdam), "Muon", dash="dashdot"),
 }
 """The methods of Figs. 5.1 to 6.3, by the thesis's legends, and three of torch's to compare them with.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
@@ -25,6 +25,9 @@ from sogrid.factorize import FactorizationError
 from sogrid.losses import Loss
 
 __all__ = ["Curve", "Minibatches", "evaluation_points", "run", "train"]
+
+PARTS = ("model", "optimizer", "order", "statistics_order")
+"""Of a run under way: what has a state of its own."""
 
 
 @dataclass
@@ -123,6 +126,99 @@ def evaluate(model: nn.Module, loss: Loss, x: Tensor, y: Tensor, batch: int = 20
     return float(values) / len(x), float(errors) / len(x)
 
 
+class _Training:
+    """A run under way, and how far it has come.
+
+    Attributes:
+        done: Updates.
+        clock: Seconds of training.
+        curve: The curve so far.
+        due: Whether the state was to be saved after the last update.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        task: Task,
+        batch: int,
+        evaluate_on: int,
+        seed: int,
+    ) -> None:
+        """See :func:`train`."""
+        self.model, self.optimizer, self.task = model, optimizer, task
+        self.some = tuple(part[:evaluate_on] for part in task.train)
+        n, self.device = len(task.train[0]), task.train[0].device
+        self.order = Minibatches(n, batch, torch.Generator().manual_seed(seed))
+        self.statistics_order = Minibatches(n, batch, torch.Generator().manual_seed(seed + 1_000_003))
+        self.done, self.clock, self.curve, self.due = 0, 0.0, Curve(), False
+
+    def advance(self, points: list[int], due: Callable[[], bool]) -> bool:
+        """One update, and what the points ask for after it; False where the run diverges, and ends."""
+        start = perf_counter()
+        try:
+            self._update()
+        except (FloatingPointError, FactorizationError) as error:
+            return self._diverged(self.done + 1, str(error))
+        self.done += 1
+        self.due = due()
+        if self.device.type != "cpu" and (self.done in points or self.due):
+            torch.accelerator.synchronize()
+        self.clock += perf_counter() - start
+        if self.done in points and not self.evaluate():
+            return self._diverged(self.done, "the evaluated loss is not finite")
+        return True
+
+    def _update(self) -> None:
+        (x, y), loss = self.task.train, self.task.loss
+        if getattr(self.optimizer, "refresh_due", False):
+            s = next(self.statistics_order)
+            self.optimizer.refresh(lambda: loss(self.model(x[s]), y[s]))
+        i = next(self.order)
+        self.optimizer.zero_grad()
+        value = loss(self.model(x[i]), y[i])
+        if value.device.type == "cpu" and not math.isfinite(value.item()):
+            raise FloatingPointError(f"the minibatch loss is {value.item()}")
+        value.backward()
+        self.optimizer.step()
+
+    def _diverged(self, update: int, reason: str) -> bool:
+        self.curve.status, self.curve.reason = "diverged", f"update {update}: {reason}"
+        return False
+
+    def evaluate(self) -> bool:
+        """Add a point to the curve, unless a loss is not finite; whether it was added."""
+        curve, task = self.curve, self.task
+        (value, error), (test_value, test_error) = (
+            evaluate(self.model, task.loss, *examples) for examples in (self.some, task.test)
+        )
+        if not (math.isfinite(value) and math.isfinite(test_value)):
+            return False
+        curve.update.append(self.done)
+        curve.second.append(round(self.clock, 4))
+        curve.train.append(value)
+        curve.test.append(test_value)
+        if task.classifies:
+            curve.train_error.append(error)
+            curve.test_error.append(test_error)
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        values = {"update": self.done, "clock": self.clock, "curve": asdict(self.curve)}
+        states = {name: getattr(self, name).state_dict() for name in PARTS}
+        return {**values, **states, "random": _random_state(self.device)}
+
+    def take_up(self, saved: dict[str, Any] | None) -> None:
+        """Go on where a checkpoint left off, if there is one."""
+        if saved is None:
+            return
+        self.done, self.clock, self.curve = saved["update"], saved["clock"], Curve(**saved["curve"])
+        for name in PARTS:
+            getattr(self, name).load_state_dict(saved[name])
+        _set_random_state(saved["random"], self.device)
+
+
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -155,94 +251,41 @@ def train(
         CheckpointError: If the checkpoint is damaged, of another run, or cannot be written.
         Interrupted: If a signal came; the checkpoint holds the state.
     """
-    (x, y), loss, points = task.train, task.loss, sorted(set(points))
-    order = Minibatches(len(x), batch, torch.Generator().manual_seed(seed))
-    statistics_order = Minibatches(len(x), batch, torch.Generator().manual_seed(seed + 1_000_003))
-    some = (x[:evaluate_on], y[:evaluate_on])
-    curve, clock, first = Curve(), 0.0, 0
-
-    def look(done: int) -> bool:
-        (value, error), (test_value, test_error) = (evaluate(model, loss, *s) for s in (some, task.test))
-        if not (math.isfinite(value) and math.isfinite(test_value)):
-            return False
-        curve.update.append(done)
-        curve.second.append(round(clock, 4))
-        curve.train.append(value)
-        curve.test.append(test_value)
-        if task.classifies:
-            curve.train_error.append(error)
-            curve.test_error.append(test_error)
-        bar.set_postfix(train=f"{value:.3g}")
-        return True
-
-    def update() -> None:
-        if getattr(optimizer, "refresh_due", False):
-            s = next(statistics_order)
-            optimizer.refresh(lambda: loss(model(x[s]), y[s]))
-        i = next(order)
-        optimizer.zero_grad()
-        value = loss(model(x[i]), y[i])
-        if value.device.type == "cpu" and not math.isfinite(value.item()):
-            raise FloatingPointError(f"the minibatch loss is {value.item()}")
-        value.backward()
-        optimizer.step()
-
-    parts = {"model": model, "optimizer": optimizer, "order": order, "statistics_order": statistics_order}
-
-    def save(done: int) -> None:
-        states = {name: part.state_dict() for name, part in parts.items()}
-        values = {"update": done, "clock": clock, "curve": asdict(curve)}
-        checkpoint.save({**values, **states, "random": _random_state(x.device)})
-
+    points = sorted(set(points))
+    state = _Training(model, optimizer, task, batch, evaluate_on, seed)
     if checkpoint is not None:
-        plan = {
-            "updates": updates,
-            "points": points,
-            "seed": seed,
-            "batch": batch,
-            "evaluate_on": evaluate_on,
-        }
+        plan = {"updates": updates, "points": points, "seed": seed}
+        plan |= {"batch": batch, "evaluate_on": evaluate_on}
         checkpoint.identity |= _identity(model, optimizer, task, plan)
-        if (saved := checkpoint.load()) is not None:
-            first, clock, curve = saved["update"], saved["clock"], Curve(**saved["curve"])
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
-            _set_random_state(saved["random"], x.device)
-
+        state.take_up(checkpoint.load())
     title = {"desc": progress, "disable": progress is None, "leave": False}
     with (
         nullcontext() if checkpoint is None else StopSignals() as stop,
-        tqdm(total=updates, initial=first, mininterval=1.0, **title) as bar,
+        tqdm(total=updates, initial=state.done, mininterval=1.0, **title) as bar,
     ):
+        due = lambda: checkpoint is not None and (checkpoint.due or stop.number is not None)  # noqa: E731
         model.train()
-        if 0 in points and not curve.update:
-            look(0)
-        for done in range(first + 1, updates + 1):
-            start = perf_counter()
-            try:
-                update()
-            except (FloatingPointError, FactorizationError) as error:
-                curve.status, curve.reason = "diverged", f"update {done}: {error}"
-                break
-            due = checkpoint is not None and (checkpoint.due or stop.number is not None)
-            if x.device.type != "cpu" and (done in points or due):
-                torch.accelerator.synchronize()
-            clock += perf_counter() - start
+        if 0 in points and not state.curve.update:
+            state.evaluate()
+        while state.done < updates and state.advance(points, due):
             bar.update()
-            if done in points and not look(done):
-                curve.status, curve.reason = "diverged", f"update {done}: the evaluated loss is not finite"
-                break
+            if state.done in points:
+                bar.set_postfix(train=f"{state.curve.train[-1]:.3g}")
             stopped = checkpoint is not None and stop.number is not None
-            if due or stopped:
-                save(done)
+            if state.due or stopped:
+                checkpoint.save(state.state_dict())
             if stopped:
-                number = stop.take()
-                raise Interrupted(
-                    f"stopped by {signal.Signals(number).name} after update {done:,} of {updates:,}; the "
-                    f"state is in {checkpoint.path}: run the same again to go on from there",
-                    number,
-                )
-    return curve
+                raise _interruption(stop.take(), state.done, updates, checkpoint)
+    return state.curve
+
+
+def _interruption(number: int, done: int, updates: int, checkpoint: Checkpoint) -> Interrupted:
+    name = signal.Signals(number).name
+    return Interrupted(
+        f"stopped by {name} after update {done:,} of {updates:,}; the state is in {checkpoint.path}: run the "
+        "same again to go on from there",
+        number,
+    )
 
 
 def _identity(

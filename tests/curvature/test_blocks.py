@@ -12,7 +12,6 @@ from sogrid.curvature import (
     block_inverse,
     condition_number,
     fisher,
-    from_thesis_order,
     layer_blocks,
     layer_indices,
     parameter_vector,
@@ -112,9 +111,9 @@ def test_thesis_order_stacks_columns(bias, draw):
     if bias:
         thesis = torch.cat([thesis, layer.bias.detach()])
     assert torch.equal(to_thesis_order(layer, parameter_vector(layer)), thesis)
-    assert torch.equal(from_thesis_order(layer, thesis), parameter_vector(layer))
     block = draw(len(thesis), len(thesis))
-    assert torch.equal(from_thesis_order(layer, to_thesis_order(layer, block)), block)
+    order = to_thesis_order(layer, torch.arange(len(thesis)))
+    assert torch.equal(to_thesis_order(layer, block), block[order][:, order])
     v = draw(len(thesis))
     product = to_thesis_order(layer, block) @ to_thesis_order(layer, v)
     assert relative_error(product, to_thesis_order(layer, block @ v)) < RTOL
@@ -123,6 +122,5 @@ def test_thesis_order_stacks_columns(bias, draw):
 @pytest.mark.parametrize("shape", [(7,), (7, 8), (8, 8, 8), ()])
 def test_thesis_order_refuses_other_shapes(shape):
     layer = nn.Linear(3, 2)
-    for convert in (to_thesis_order, from_thesis_order):
-        with pytest.raises(ValueError, match="must have side 8"):
-            convert(layer, torch.zeros(shape))
+    with pytest.raises(ValueError, match="must have side 8"):
+        to_thesis_order(layer, torch.zeros(shape))

@@ -49,7 +49,9 @@ def small(monkeypatch):
 @pytest.fixture
 def few(monkeypatch):
     """Of ours and torch's, three."""
-    monkeypatch.setattr(module, "METHODS", dict.fromkeys(module.METHODS, (SGD, "adam", "acp_fixedalpha")))
+    monkeypatch.setattr(
+        module, "CONTESTANTS", dict.fromkeys(module.CONTESTANTS, (SGD, "adam", "acp_fixedalpha"))
+    )
 
 
 @pytest.fixture
@@ -186,7 +188,7 @@ def test_memory_of_ours_is_its_statistics_and_what_the_capture_keeps():
 def test_every_method_has_a_row_and_every_peer_one_or_a_reason(small, part, peers):
     table = costs(part, rounds=2)
     rows = {row["method"]: row for row in table["rows"]}
-    assert set(rows) == {*module.METHODS[part], *peers} - set(table["skipped"])
+    assert set(rows) == {*module.CONTESTANTS[part], *peers} - set(table["skipped"])
     assert set(table["skipped"]) <= set(peers)
     assert set(table["peers"]) == set(peers) - set(table["skipped"])
     assert rows[SGD]["ratio"] == 1
@@ -209,7 +211,7 @@ def test_a_peer_that_is_not_there_is_skipped_by_name_with_the_reason(small, few,
     assert "singd" in run["skipped"]["singd"]
     (title, rows), (other, reasons) = report(content).items()
     assert title.startswith("mnist_autoencoder: GEMM ")
-    assert [row[0] for row in rows[1:]] == list(module.METHODS[AE])
+    assert [row[0] for row in rows[1:]] == list(module.CONTESTANTS[AE])
     assert other == "mnist_autoencoder: skipped"
     assert dict(reasons) == run["skipped"]
 

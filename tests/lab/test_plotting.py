@@ -14,7 +14,7 @@ import plotly.io as pio
 import pytest
 
 from lab import plotting
-from sogrid.experiments import benchmarks
+from sogrid.experiments import benchmarks, tuning
 from sogrid.experiments.reference import thesis_values
 
 VISION = {  # linear RGB as seen, full severity (Machado, Oliveira and Fernandes 2009)
@@ -66,9 +66,9 @@ def test_colours_stay_apart(vision):
 
 
 def test_methods_differ_by_colour_or_dash():
-    optimizers = [m for m in plotting.METHODS if m not in ("grid", "random", "biased")]
-    looks = {plotting.METHODS[m][1:] for m in optimizers}
-    assert len(looks) == len(optimizers)
+    looks = {plotting.looks(method)[1:] for method in benchmarks.METHODS}
+    assert len(looks) == len(benchmarks.METHODS)
+    assert len({plotting.looks(method).name for method in benchmarks.METHODS}) == len(benchmarks.METHODS)
 
 
 def test_style_is_a_scatter():
@@ -78,7 +78,16 @@ def test_style_is_a_scatter():
 
 def test_every_method_that_is_run_or_quoted_has_a_style():
     quoted = {m for f in ("fig5_1", "fig6_1", "fig6_2", "fig6_3") for m in thesis_values(f)["methods"]}
-    assert quoted | set(benchmarks.METHODS) <= set(plotting.METHODS)
+    for method in {*quoted, *benchmarks.METHODS, *tuning.SAMPLERS}:
+        name, palette, dash = plotting.looks(method)
+        assert name
+        assert palette in plotting.COLORS
+        assert go.Scatter(line={"dash": dash}).line.dash == dash
+
+
+def test_what_is_no_method_has_no_style():
+    with pytest.raises(KeyError, match="sgd"):
+        plotting.style("sgd")
 
 
 def test_compact_keeps_values_to_float32():

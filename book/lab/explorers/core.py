@@ -43,7 +43,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from lab.plotting import HEIGHT, figure, in_book
+from lab.plotting import COLORS, HEIGHT, figure, in_book
 
 __all__ = [
     "At",
@@ -54,6 +54,7 @@ __all__ = [
     "Short",
     "Times",
     "resolve",
+    "ring",
     "say",
     "select",
     "short",
@@ -238,6 +239,19 @@ def say(template: str, **leaves: Any) -> list[Any]:
     return [piece for piece in pieces if piece]
 
 
+def ring(x: Any, y: Any, size: float = 22) -> dict[str, Any]:
+    """A trace: one place, ringed."""
+    return {
+        "type": "scatter",
+        "x": [x],
+        "y": [y],
+        "mode": "markers",
+        "marker": {"symbol": "circle-open", "size": size, "color": COLORS["pink"], "line": {"width": 3}},
+        "showlegend": False,
+        "hoverinfo": "skip",
+    }
+
+
 def _compact(node: Any) -> Any:
     """The same picture with arrays in float32, or the smallest integers, that both views draw."""
     match node:
@@ -375,7 +389,7 @@ class Explorer:
 
     def widget(self) -> Any:
         """The view for JupyterLab: ipywidgets beside a live figure."""
-        from lab.explorers.lab import View
+        from lab.explorers.widgets import View
 
         return View(self)
 

@@ -8,6 +8,8 @@ by :math:`\frac{\lambda}{\alpha}\frac{1}{c + \varepsilon/\alpha} = \frac{\lambda
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -38,30 +40,6 @@ def damping_and_alpha(variances: np.ndarray | None = None) -> Explorer:
         variances: Eigenvalues of the covariance, descending; default those of the embedded digits' pixels.
     """
     c = digit_variances() if variances is None else np.asarray(variances, dtype=float)
-    directions = np.unique(np.geomspace(1, len(c), 60).round().astype(int))
-    drawn, rates, damping, alpha = c[directions - 1], np.array(RATES), np.array(DAMPINGS), np.array(ALPHAS)
-    inverse = lambda c: 1 / (alpha[:, None] * c + damping[:, None, None])  # noqa: E731
-    factor, rate = At(inverse(drawn), "damping", "alpha"), At(rates, "lr")
-    shares = CURVATURE * rates[:, None] * (c * inverse(c))[:, :, None, :]  # [damping, alpha, lr, direction]
-    halved = lambda share: (abs(1 - share) <= 0.5).sum(-1)  # noqa: E731
-    verdicts = ["", " ACP overshoots: a share is above 1.", " ACP diverges: a share is above 2."]
-    verdict = (shares[..., 0] > 1).astype(int) + (shares[..., 0] > 2)
-    best = 1 / (CURVATURE * c[0])
-
-    def line(y, name, look, axis):
-        trace = {"type": "scatter", "x": directions, "y": y, "mode": "lines", "name": name, "line": look}
-        hover = {"hovertemplate": "direction %{x}: %{y:.3g}"}
-        return {**trace, **hover, "yaxis": axis, "showlegend": axis == "y"}
-
-    sgd = style("standard_sgd")["line"]
-    names = ("ACP", style("acp")["line"]), ("SGD", sgd), ("SGD, λ = 1/(2c₁)", {**sgd, "dash": "dot"})
-    ones = np.ones(len(directions))
-    factors = Times(rate, factor), Times(rate, ones), best * ones
-    removed = Times(CURVATURE, rate, drawn, factor), Times(CURVATURE, rate, drawn), CURVATURE * best * drawn
-    pink = {"color": COLORS["pink"], "dash": "dot", "width": 1.5}
-    limit = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": "y2", "line": pink}
-    log = {"type": "log", "exponentformat": "power"}
-    end = float(np.log10(len(c)))
     return Explorer(
         alt="Two curves by eigendirection of the covariance of digits' pixels, for ACP and for SGD: the "
         "factor that multiplies the gradient, and the share of the error that an update removes.",
@@ -70,36 +48,76 @@ def damping_and_alpha(variances: np.ndarray | None = None) -> Explorer:
             slider("alpha", "output curvature α", ALPHAS, 1),
             slider("lr", "learning rate λ", RATES, 0.5),
         ],
-        traces=[
-            line(y, name, look, axis)
-            for axis, ys in (("y", factors), ("y2", removed))
-            for y, (name, look) in zip(ys, names, strict=True)
-        ],
-        layout={
-            "xaxis": {
-                "title": {"text": "eigendirection, from the most varying"},
-                "range": [0, end],
-                "dtick": "D2",
-                "anchor": "y2",
-                **log,
-            },
-            "yaxis": {"title": {"text": "factor"}, "range": [-3, 4], "dtick": 2, "domain": [0.56, 1], **log},
-            "yaxis2": {
-                "title": {"text": "share removed"},
-                "range": [0, 2.3],
-                "dtick": 1,
-                "domain": [0, 0.46],
-            },
-            "shapes": [{**limit, "y0": height, "y1": height} for height in (1, 2)],
-            "height": 560,
+        traces=_traces(c),
+        layout=_layout(len(c)),
+        text=_sentence(c),
+    )
+
+
+def _inverse(c: np.ndarray) -> np.ndarray:
+    """ACP's factor over λ, ``[damping, alpha, direction]``."""
+    damping, alpha = np.array(DAMPINGS)[:, None, None], np.array(ALPHAS)[:, None]
+    return 1 / (alpha * c + damping)
+
+
+def _traces(c: np.ndarray) -> list[dict[str, Any]]:
+    """Factors above and shares below: of ACP, of SGD, and of SGD at the rate that is best for c₁."""
+    directions = np.unique(np.geomspace(1, len(c), 60).round().astype(int))
+    drawn, ones, best = c[directions - 1], np.ones(len(directions)), 1 / (CURVATURE * c[0])
+    factor, rate = At(_inverse(drawn), "damping", "alpha"), At(np.array(RATES), "lr")
+    factors = Times(rate, factor), Times(rate, ones), best * ones
+    removed = Times(CURVATURE, rate, drawn, factor), Times(CURVATURE, rate, drawn), CURVATURE * best * drawn
+    sgd = style("standard_sgd")["line"]
+    names = ("ACP", style("acp")["line"]), ("SGD", sgd), ("SGD, λ = 1/(2c₁)", {**sgd, "dash": "dot"})
+    return [
+        {
+            "type": "scatter",
+            "x": directions,
+            "y": y,
+            "mode": "lines",
+            "name": name,
+            "line": look,
+            "hovertemplate": "direction %{x}: %{y:.3g}",
+            "yaxis": axis,
+            "showlegend": axis == "y",
+        }
+        for axis, ys in (("y", factors), ("y2", removed))
+        for y, (name, look) in zip(ys, names, strict=True)
+    ]
+
+
+def _layout(directions: int) -> dict[str, Any]:
+    """Axes, and lines where an update overshoots and where it diverges."""
+    pink = {"color": COLORS["pink"], "dash": "dot", "width": 1.5}
+    limit = {"type": "line", "xref": "paper", "x0": 0, "x1": 1, "yref": "y2", "line": pink}
+    log = {"type": "log", "exponentformat": "power"}
+    return {
+        "xaxis": {
+            "title": {"text": "eigendirection, from the most varying"},
+            "range": [0, float(np.log10(directions))],
+            "dtick": "D2",
+            "anchor": "y2",
+            **log,
         },
-        text=say(
-            f"With ε/α = {{shift}} one update of ACP at least halves the error in {{acp}} of {len(c)} "
-            "directions, SGD in {sgd} with the same λ.{verdict}{sgd_verdict}",
-            shift=Short(At(damping[:, None] / alpha, "damping", "alpha")),
-            acp=At(halved(shares), "damping", "alpha", "lr"),
-            sgd=At(halved(CURVATURE * rates[:, None] * c), "lr"),
-            verdict=At(verdicts, At(verdict, "damping", "alpha", "lr")),
-            sgd_verdict=At(["", " SGD diverges."], At(CURVATURE * rates * c[0] > 2, "lr")),
-        ),
+        "yaxis": {"title": {"text": "factor"}, "range": [-3, 4], "dtick": 2, "domain": [0.56, 1], **log},
+        "yaxis2": {"title": {"text": "share removed"}, "range": [0, 2.3], "dtick": 1, "domain": [0, 0.46]},
+        "shapes": [{**limit, "y0": height, "y1": height} for height in (1, 2)],
+        "height": 560,
+    }
+
+
+def _sentence(c: np.ndarray) -> list[Any]:
+    rates, halved = np.array(RATES), lambda share: (abs(1 - share) <= 0.5).sum(-1)
+    sgd = CURVATURE * rates[:, None] * c  # [lr, direction]
+    acp = sgd * _inverse(c)[:, :, None, :]  # [damping, alpha, lr, direction]
+    verdicts = ["", " ACP overshoots: a share is above 1.", " ACP diverges: a share is above 2."]
+    verdict = (acp[..., 0] > 1).astype(int) + (acp[..., 0] > 2)
+    return say(
+        f"With ε/α = {{shift}} one update of ACP at least halves the error in {{acp}} of {len(c)} "
+        "directions, SGD in {sgd} with the same λ.{verdict}{sgd_verdict}",
+        shift=Short(At(np.array(DAMPINGS)[:, None] / np.array(ALPHAS), "damping", "alpha")),
+        acp=At(halved(acp), "damping", "alpha", "lr"),
+        sgd=At(halved(sgd), "lr"),
+        verdict=At(verdicts, At(verdict, "damping", "alpha", "lr")),
+        sgd_verdict=At(["", " SGD diverges."], At(sgd[:, 0] > 2, "lr")),
     )

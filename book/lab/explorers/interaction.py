@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from lab.explorers.core import At, Explorer, First, Short, say, select, short, slider
-from lab.figures import SAMPLERS
-from lab.plotting import COLORS, METHODS
+from lab.explorers.core import At, Explorer, First, Short, ring, say, select, short, slider
+from lab.plotting import looks
 from sogrid.experiments.search import winsorise
 
 __all__ = ["Scale", "cells", "hyperparameter_interaction", "unit"]
@@ -84,94 +83,117 @@ def hyperparameter_interaction(*records: dict[str, Any], searches: int = 3) -> E
     runs = [run for record in records for run in record["runs"] if {*AXES} <= {*run.get("domain", {})}]
     if not runs:
         raise ValueError("these records hold no search by learning rate and init scale")
-    scale, domain = Scale(runs), runs[0]["domain"]
-    budgets = sorted({run["updates"] for run in runs})
-    seeds = sorted({run["seed"] for run in runs})[:searches]
-    found = {(run["method"], run["sampler"], run["seed"], run["updates"]): run for run in runs}
-    names = list(dict.fromkeys(key[:3] for key in found if key[2] in seeds))
-    third = next((key for run in runs for key in run["domain"] if key not in AXES), None)
-    windows = _windows(next((run["domain"][third] for run in runs if third in run["domain"]), None))
-    count = max(len(run["trials"]["loss"]) for run in runs)
-
-    make = partial(_table, count=count, third=third, windows=windows, scale=scale)
-    tables = [[make(found.get((*name, budget))) for budget in budgets] for name in names]
-
-    def column(name: str, *by: str) -> At:
-        return At(np.array([[table[name] for table in row] for row in tables]), "search", "budget", *by)
-
-    best = column("best", "window", "shown")
-    at_best = lambda name: Short(At(column(name), best))  # noqa: E731
-    shown = At(np.arange(1, count + 1), "shown")
-
-    methods = list(dict.fromkeys(name[0] for name in names))
-    landscapes = np.array([[_landscape(runs, m, b, scale) for b in budgets] for m in methods])
-    landscape = {
-        "type": "heatmap",
-        "x": cells(domain["lr"]),
-        "y": cells(domain["scale"]),
-        "z": At(landscapes, At(np.array([methods.index(name[0]) for name in names]), "search"), "budget"),
-        "zmin": 0,
-        "zmax": 255,
-        "showscale": False,
-        "opacity": 0.45,
-        "hoverinfo": "skip",
-        **scale.colorscale(),
-    }
-    hover = "λ %{x:.3g}, s %{y:.3g}" + (f", {third} %{{customdata[1]:.3g}}" if third else "")
-    trials = {
-        "type": "scatter",
-        "x": First(column("lr"), shown),
-        "y": First(column("scale"), shown),
-        "customdata": First(column("custom"), shown),
-        "mode": "markers",
-        "marker": scale.marker(
-            First(column("color"), shown),
-            symbol=First(column("symbol"), shown),
-            opacity=First(column("opacity", "window"), shown),
-            size=10,
-            line={"width": 1, "color": "#ffffff"},
-        ),
-        "hovertemplate": hover + ": loss %{customdata[0]:.4g}<extra></extra>",
-        "showlegend": False,
-    }
-    ring = {
-        "type": "scatter",
-        "x": [At(column("lr"), best)],
-        "y": [At(column("scale"), best)],
-        "mode": "markers",
-        "marker": {"symbol": "circle-open", "size": 22, "color": COLORS["pink"], "line": {"width": 3}},
-        "showlegend": False,
-        "hoverinfo": "skip",
-    }
-    has_third = column("has_third") if third else 0
+    data = _Searches(runs, searches)
+    shown = At(np.arange(1, data.count + 1), "shown")
+    best, third = data.column("best", "window", "shown"), data.third
     log = {"type": "log", "dtick": 1, "exponentformat": "power"}
-    ranges = {axis: np.log10(domain[axis]).tolist() for axis in AXES}
+    ranges = {axis: np.log10(data.domain[axis]).tolist() for axis in AXES}
+    windows = list(map(_words, data.windows))
     return Explorer(
         alt=f"Runs by learning rate and init scale, coloured by loss (crosses diverged), the first so many "
-        f"of {count}, over the landscape that all runs together show. The best is ringed.",
+        f"of {data.count}, over the landscape that all runs together show. The best is ringed.",
         controls=[
-            select("search", "search", [_name(name, names) for name in names]),
-            slider("budget", "updates of a run", budgets, words=[f"{b:,}" for b in budgets]),
-            slider("window", f"only with {third}", range(len(windows)), 0, words=list(map(_words, windows))),
-            slider("shown", "experiments shown", range(1, count + 1)),
+            select("search", "search", [_name(name, data.names) for name in data.names]),
+            slider("budget", "updates of a run", data.budgets, words=[f"{b:,}" for b in data.budgets]),
+            slider("window", f"only with {third}", range(len(windows)), 0, words=windows),
+            slider("shown", "experiments shown", range(1, data.count + 1)),
         ],
-        traces=[landscape, trials, ring],
+        traces=[
+            _background(data),
+            _foreground(data, shown),
+            ring(At(data.column("lr"), best), At(data.column("scale"), best)),
+        ],
         layout={
             "xaxis": {"title": {"text": "learning rate λ"}, "range": ranges["lr"], **log},
             "yaxis": {"title": {"text": "init scale s"}, "range": ranges["scale"], **log},
             "height": 480,
         },
-        text=say(
-            "Best of the first {shown}: loss {loss} with λ {lr}, s {scale}{comma}{third}. "
-            "{diverged} diverged.",
-            shown=Short(shown),
-            loss=at_best("loss"),
-            lr=at_best("lr"),
-            scale=at_best("scale"),
-            comma=At(["", f", {third} "], has_third),
-            third=At(["", at_best("third")], has_third),
-            diverged=Short(column("diverged", "shown")),
+        text=_sentence(data, shown, best),
+    )
+
+
+class _Searches:
+    """Searches as tables: what the picture looks up.
+
+    Attributes:
+        names: Method, sampler and seed of each.
+        budgets: Updates of a trial.
+        third: A hyperparameter beside those of the axes, or ``None``.
+        windows: Where it may lie.
+        count: Of the trials of the longest search.
+    """
+
+    def __init__(self, runs: Sequence[dict[str, Any]], searches: int) -> None:
+        self.runs, self.scale, self.domain = runs, Scale(runs), runs[0]["domain"]
+        self.budgets = sorted({run["updates"] for run in runs})
+        seeds = sorted({run["seed"] for run in runs})[:searches]
+        found = {(run["method"], run["sampler"], run["seed"], run["updates"]): run for run in runs}
+        self.names = list(dict.fromkeys(key[:3] for key in found if key[2] in seeds))
+        third = self.third = next((key for run in runs for key in run["domain"] if key not in AXES), None)
+        self.windows = _windows(next((run["domain"][third] for run in runs if third in run["domain"]), None))
+        self.count = max(len(run["trials"]["loss"]) for run in runs)
+        make = partial(_table, count=self.count, third=third, windows=self.windows, scale=self.scale)
+        self.tables = [[make(found.get((*name, budget))) for budget in self.budgets] for name in self.names]
+
+    def column(self, name: str, *by: str) -> At:
+        """A column of the search and budget that are chosen."""
+        values = np.array([[table[name] for table in row] for row in self.tables])
+        return At(values, "search", "budget", *by)
+
+
+def _background(data: _Searches) -> dict[str, Any]:
+    """The landscape of all trials of a method."""
+    methods = list(dict.fromkeys(name[0] for name in data.names))
+    landscapes = [[_landscape(data.runs, m, b, data.scale) for b in data.budgets] for m in methods]
+    of = At(np.array([methods.index(name[0]) for name in data.names]), "search")
+    return {
+        "type": "heatmap",
+        "x": cells(data.domain["lr"]),
+        "y": cells(data.domain["scale"]),
+        "z": At(np.array(landscapes), of, "budget"),
+        "zmin": 0,
+        "zmax": 255,
+        "showscale": False,
+        "opacity": 0.45,
+        "hoverinfo": "skip",
+        **data.scale.colorscale(),
+    }
+
+
+def _foreground(data: _Searches, shown: At) -> dict[str, Any]:
+    """The first trials, as many as are shown."""
+    first = lambda name, *by: First(data.column(name, *by), shown)  # noqa: E731
+    third = f", {data.third} %{{customdata[1]:.3g}}" if data.third else ""
+    return {
+        "type": "scatter",
+        "x": first("lr"),
+        "y": first("scale"),
+        "customdata": first("custom"),
+        "mode": "markers",
+        "marker": data.scale.marker(
+            first("color"),
+            symbol=first("symbol"),
+            opacity=first("opacity", "window"),
+            size=10,
+            line={"width": 1, "color": "#ffffff"},
         ),
+        "hovertemplate": f"λ %{{x:.3g}}, s %{{y:.3g}}{third}: loss %{{customdata[0]:.4g}}<extra></extra>",
+        "showlegend": False,
+    }
+
+
+def _sentence(data: _Searches, shown: At, best: At) -> list[Any]:
+    at_best = lambda name: Short(At(data.column(name), best))  # noqa: E731
+    has_third = data.column("has_third") if data.third else 0
+    return say(
+        "Best of the first {shown}: loss {loss} with λ {lr}, s {scale}{comma}{third}. {diverged} diverged.",
+        shown=Short(shown),
+        loss=at_best("loss"),
+        lr=at_best("lr"),
+        scale=at_best("scale"),
+        comma=At(["", f", {data.third} "], has_third),
+        third=At(["", at_best("third")], has_third),
+        diverged=Short(data.column("diverged", "shown")),
     )
 
 
@@ -245,6 +267,6 @@ def _words(window: tuple[float, float] | None) -> str:
 
 def _name(name: tuple[str, str, int], names: Sequence[tuple[str, str, int]]) -> str:
     """Method, sampler and seed of a search, as far as there are several."""
-    words = METHODS[name[0]][0], SAMPLERS[name[1]], f"seed {name[2]}"
+    words = looks(name[0]).name, looks(name[1]).name, f"seed {name[2]}"
     kept = [w for i, w in enumerate(words) if len({other[i] for other in names}) > 1]
     return ", ".join(kept or words[:1])

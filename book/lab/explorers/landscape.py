@@ -19,10 +19,8 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
-from lab.explorers.core import At, Control, Explorer, Out, Short, say, select, short, slider
-from lab.explorers.lab import View
-from lab.plotting import COLORS
-from lab.plotting import METHODS as LOOKS
+from lab.explorers.core import At, Control, Explorer, Out, Short, ring, say, select, short, slider
+from lab.explorers.widgets import View
 from sogrid.experiments.benchmarks import METHODS, Task
 from sogrid.experiments.grid import pooled_digits, train_grid
 from sogrid.experiments.records import RESULTS, Record, provenance
@@ -139,7 +137,7 @@ def live_landscape(record: dict[str, Any] | None = None) -> LiveExplorer:
         [[[np.reshape(found[m, _own(m, d), b], shape) for b in batches] for d in dampings] for m in methods],
         dtype=float,
     )
-    names = [LOOKS[method][0] for method in methods]
+    names = [METHODS[method].name for method in methods]
     train = cache(partial(train_landscape, settings))
 
     def trained(values: dict[str, Any], data: Any) -> dict[str, np.ndarray]:
@@ -148,7 +146,7 @@ def live_landscape(record: dict[str, Any] | None = None) -> LiveExplorer:
         return _summary(losses[updates.index(values["updates"])])
 
     controls = [
-        select("method", "optimizer", names, LOOKS["acp"][0] if "acp" in methods else None),
+        select("method", "optimizer", names, METHODS["acp"].name if "acp" in methods else None),
         slider("damping", "damping ε", dampings, 0.1),
         slider("batch", "examples in a minibatch", batches),
         slider("updates", "updates", updates),
@@ -204,15 +202,6 @@ def _picture(
         "text": [[f"λ {short(across)}, s {short(up)}" for across in lr] for up in scale],
         "hovertemplate": "%{text}: log₁₀ loss %{z:.3f}<extra></extra>",
     }
-    ring = {
-        "type": "scatter",
-        "x": [seen["across"]],
-        "y": [seen["up"]],
-        "mode": "markers",
-        "marker": {"symbol": "circle-open", "size": 22, "color": COLORS["pink"], "line": {"width": 3}},
-        "showlegend": False,
-        "hoverinfo": "skip",
-    }
     axis = lambda title, values: {  # noqa: E731
         "title": {"text": title},
         "tickvals": list(range(len(values))),
@@ -223,7 +212,7 @@ def _picture(
         "alt": f"Training loss of {len(lr) * len(scale)} small autoencoders by learning rate and init scale, "
         "after so many updates; the best is ringed, and those that diverged are left blank.",
         "controls": controls,
-        "traces": [grid, ring],
+        "traces": [grid, ring(seen["across"], seen["up"])],
         "layout": {
             "xaxis": axis("learning rate λ", lr),
             "yaxis": axis("init scale s", scale),

@@ -11,7 +11,8 @@ import numpy as np
 
 from lab.explorers.core import At, Explorer, First, Short, select, short, slider, toggle
 from lab.figures import by_point, milliseconds, runs_by_method
-from lab.plotting import COLORS, METHODS, style
+from lab.plotting import COLORS, looks, style
+from sogrid.experiments.benchmarks import METHODS
 from sogrid.experiments.reference import thesis_values
 
 __all__ = ["break_even", "race", "seconds_per_update"]
@@ -73,81 +74,115 @@ def race(record: dict[str, Any], figure_key: str | None = None) -> Explorer:
     Raises:
         ValueError: If the record holds no learning curves.
     """
-    runs = {m: [run for run in of if run.get("train")] for m, of in runs_by_method(record).items()}
-    runs = {m: of for m, of in runs.items() if of and m in METHODS}
-    if not runs:
-        raise ValueError("this record holds no learning curves")
-    methods, cost = list(runs), seconds_per_update(record)
-    curves = [c for c in CURVES if all(run.get(c) for of in runs.values() for run in of)]
-    means = {m: [[fmean(values) for values in by_point(of, c)] for c in curves] for m, of in runs.items()}
-    update = {m: np.array([values[0] for values in by_point(of, "update")]) for m, of in runs.items()}
-    priced = [m for m in PRICED if m in runs]
-    shares = SHARES if priced else (1.0,)
-    factor = {m: np.array(shares if m in priced else [1.0] * len(shares))[:, None] for m in methods}
-    at = {
-        m: np.array([update[m] * np.ones_like(factor[m]), update[m] * cost[m] * factor[m]]) for m in methods
-    }
-
-    usual = shares.index(1.0)
-    last = [max(at[m][axis, usual, -1] for m in methods) for axis in (0, 1)]
-    first = [min(v for m in methods for v in at[m][axis, usual] if v > 0) for axis in (0, 1)]
-    budgets = [np.geomspace(low, high, BUDGETS) for low, high in zip(first, last, strict=True)]
-    reached = {
-        m: np.array([[[within(x, b) for b in budgets[axis]] for x in at[m][axis]] for axis in (0, 1)])
-        for m in methods
-    }
-
-    traces = []
-    for m in methods:
-        x, y, look = At(at[m] + 1, "axis", "cost"), At(np.array(means[m]), "curve"), style(m)
-        count = At(reached[m], "axis", "cost", "budget")
-        base = {"type": "scatter", "legendgroup": m, "name": look["name"], "line": look["line"]}
-        traces += [
-            {**base, "x": x, "y": y, "mode": "lines", **FAINT},
-            {**base, "x": First(x, count), "y": First(y, count), "mode": "lines", **SOLID},
-        ]
-    thesis = thesis_values(figure_key) if figure_key else {"methods": [], "curves": {}}
-    traces += [_markers(m, curves, thesis["curves"], last[0]) for m in methods if m in thesis["methods"]]
-
-    words = [f"{round(u):,} updates · {short(s)} s" for u, s in zip(*budgets, strict=True)]
-    look = {"color": COLORS["pink"], "width": 1.5, "dash": "dot"}
-    line = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": look}
-    edge = At(np.array(budgets) + 1, "axis", "budget")
-    power = {"type": "log", "exponentformat": "power"}
-    names = [CURVES[c][0] for c in curves]
+    curves = _Curves(record)
+    methods, priced, last = curves.methods, curves.priced, [budgets[-1] for budgets in curves.budgets]
+    theirs = thesis_values(figure_key) if figure_key else {"methods": [], "curves": {}}
+    quoted = [m for m in methods if m in theirs["methods"]]
+    words = [f"{round(u):,} updates · {short(s)} s" for u, s in zip(*curves.budgets, strict=True)]
+    prices = [_price(s, curves.cost, priced) for s in curves.shares]
+    names = [CURVES[c][0] for c in curves.measures]
     return Explorer(
-        alt=f"Learning curves of {', '.join(METHODS[m][0] for m in methods)}, by update or by second; solid "
+        alt=f"Learning curves of {', '.join(looks(m).name for m in methods)}, by update or by second; solid "
         "up to a budget, and faint beyond it.",
         controls=[
             select("axis", "race by", ["updates", "seconds"]),
             select("curve", "measured by", names),
             slider("budget", "budget", range(BUDGETS), words=words),
-            slider("cost", "KFAC's cost in time", shares, 1, words=[_price(s, cost, priced) for s in shares]),
+            slider("cost", "KFAC's cost in time", curves.shares, 1, words=prices),
             *([toggle("thesis", "the thesis's values")] if figure_key else []),
         ],
-        traces=traces,
-        layout={
-            "xaxis": {
-                "title": {"text": At(["update + 1", "second of training + 1"], "axis")},
-                "range": At([[-0.02, math.log10(end + 1) + 0.05] for end in last], "axis"),
-                "dtick": 1,
-                **power,
-            },
-            "yaxis": {
-                "title": {"text": At(names, "curve")},
-                "range": At([_range([means[m][i] for m in methods]) for i in range(len(curves))], "curve"),
-                "dtick": "D2",
-                **power,
-            },
-            "shapes": [{**line, "x0": edge, "x1": edge}],
-            "height": 500,
-        },
-        text=[
-            At(words, "budget"),
-            *_ranking(methods, means, reached),
-            *_verdict(priced, methods, means, update, at, budgets, cost),
+        traces=[
+            *(trace for method in methods for trace in _lines(curves, method)),
+            *(_markers(m, curves.measures, theirs["curves"], last[0]) for m in quoted),
         ],
+        layout=_layout(curves, names, last),
+        text=[At(words, "budget"), *_ranking(curves), *_verdict(curves)],
     )
+
+
+class _Curves:
+    """A record's learning curves, and when they are where.
+
+    Attributes:
+        methods: Those that have curves.
+        measures: Keys of ``CURVES`` that all of them have.
+        means: Method → a curve for each measure, a mean over seeds.
+        update: Method → where it was evaluated.
+        cost: Method → seconds of an update.
+        priced: Methods whose cost the reader changes.
+        shares: To which share of what it is.
+        at: Method → ``[axis, share, evaluation]``, in updates and in seconds.
+        budgets: By axis, those that the reader has.
+        reached: Method → ``[axis, share, budget]``, how many evaluations are within.
+    """
+
+    def __init__(self, record: dict[str, Any]) -> None:
+        runs = {m: [run for run in of if run.get("train")] for m, of in runs_by_method(record).items()}
+        runs = {m: of for m, of in runs.items() if of and m in METHODS}
+        if not runs:
+            raise ValueError("this record holds no learning curves")
+        self.methods, self.cost = list(runs), seconds_per_update(record)
+        self.measures = [c for c in CURVES if all(run.get(c) for of in runs.values() for run in of)]
+        self.means = {
+            m: [[fmean(v) for v in by_point(of, c)] for c in self.measures] for m, of in runs.items()
+        }
+        self.update = {m: np.array([v[0] for v in by_point(of, "update")]) for m, of in runs.items()}
+        self.priced = [m for m in PRICED if m in runs]
+        self.shares = SHARES if self.priced else (1.0,)
+        self.at = {m: self._times(m) for m in self.methods}
+        self.budgets = self._budgets()
+        self.reached = {
+            m: np.array([[[within(x, b) for b in self.budgets[i]] for x in self.at[m][i]] for i in (0, 1)])
+            for m in self.methods
+        }
+
+    def _times(self, method: str) -> np.ndarray:
+        factor = np.array(self.shares if method in self.priced else [1.0] * len(self.shares))[:, None]
+        update = self.update[method]
+        return np.array([update * np.ones_like(factor), update * self.cost[method] * factor])
+
+    def _budgets(self) -> list[np.ndarray]:
+        """From the first evaluation to the end, at the usual cost."""
+        usual = [[self.at[m][axis, self.shares.index(1.0)] for m in self.methods] for axis in (0, 1)]
+        first = [min(v for times in of for v in times if v > 0) for of in usual]
+        last = [max(times[-1] for times in of) for of in usual]
+        return [np.geomspace(low, high, BUDGETS) for low, high in zip(first, last, strict=True)]
+
+
+def _lines(curves: _Curves, method: str) -> list[dict[str, Any]]:
+    """A method's curve: all of it, faint, and what is within the budget."""
+    x, y = At(curves.at[method] + 1, "axis", "cost"), At(np.array(curves.means[method]), "curve")
+    count, look = At(curves.reached[method], "axis", "cost", "budget"), style(method)
+    base = {"type": "scatter", "legendgroup": method, "name": look["name"], "line": look["line"]}
+    return [
+        {**base, "x": x, "y": y, "mode": "lines", **FAINT},
+        {**base, "x": First(x, count), "y": First(y, count), "mode": "lines", **SOLID},
+    ]
+
+
+def _layout(curves: _Curves, names: list[str], last: list[float]) -> dict[str, Any]:
+    """Axes, and a line at the budget."""
+    look = {"color": COLORS["pink"], "width": 1.5, "dash": "dot"}
+    line = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": look}
+    edge = At(np.array(curves.budgets) + 1, "axis", "budget")
+    power = {"type": "log", "exponentformat": "power"}
+    heights = [_range(columns) for columns in zip(*curves.means.values(), strict=True)]
+    return {
+        "xaxis": {
+            "title": {"text": At(["update + 1", "second of training + 1"], "axis")},
+            "range": At([[-0.02, math.log10(end + 1) + 0.05] for end in last], "axis"),
+            "dtick": 1,
+            **power,
+        },
+        "yaxis": {
+            "title": {"text": At(names, "curve")},
+            "range": At(heights, "curve"),
+            "dtick": "D2",
+            **power,
+        },
+        "shapes": [{**line, "x0": edge, "x1": edge}],
+        "height": 500,
+    }
 
 
 def _price(share: float, cost: dict[str, float], priced: list[str]) -> str:
@@ -175,7 +210,7 @@ def _markers(method: str, curves: list[str], theirs: dict[str, Any], last: float
             if curve:  # a zero has no place on a logarithmic axis
                 pairs = [p for p in zip(curve["x"], curve["y"][method], strict=True) if p[1]]
                 x[i][j], y[i][j] = [p[0] for p in pairs], [p[1] for p in pairs]
-    name, _, dash = METHODS[method]
+    name, _, dash = looks(method)
     marker = {"symbol": "circle-open" if dash == "solid" else "diamond-open", "size": 9, "line": {"width": 2}}
     return {
         "type": "scatter",
@@ -190,15 +225,16 @@ def _markers(method: str, curves: list[str], theirs: dict[str, Any], last: float
     }
 
 
-def _ranking(methods: list[str], means: dict, reached: dict) -> list[Any]:
+def _ranking(curves: _Curves) -> list[Any]:
     """The first few methods at a budget, and where they are."""
+    methods, means = curves.methods, curves.means
     length = max(len(means[m][0]) for m in methods)
     pad = lambda v: [*v, *[math.nan] * (length - len(v))]  # noqa: E731
     values = np.array([[pad(v) for v in means[m]] for m in methods])  # [method, curve, n]
-    there = np.array([reached[m] for m in methods]) - 1  # [method, axis, cost, budget]
+    there = np.array([curves.reached[m] for m in methods]) - 1  # [method, axis, cost, budget]
     now = np.stack([values[i][:, there[i]] for i in range(len(methods))])
     order = now.argsort(0, kind="stable")  # [place, curve, axis, cost, budget]
-    names, pieces = [METHODS[m][0] for m in methods], []
+    names, pieces = [looks(m).name for m in methods], []
     for place in order[:PODIUM]:
         who = At(place, "curve", "axis", "cost", "budget")
         value = At(values, who, "curve", At(there, who, "axis", "cost", "budget"))
@@ -206,21 +242,20 @@ def _ranking(methods: list[str], means: dict, reached: dict) -> list[Any]:
     return [*pieces, "."]
 
 
-def _verdict(
-    priced: list[str], methods: list[str], means: dict, update: dict, at: dict, budgets: list, cost: dict
-) -> list[Any]:
+def _verdict(curves: _Curves) -> list[Any]:
     """How cheap KFAC must be to lead in time."""
-    rivals = [m for m in methods if m not in priced]
+    priced, means, cost = curves.priced, curves.means, curves.cost
+    rivals = [m for m in curves.methods if m not in priced]
     if not priced or not rivals:
         return []
     never = " KFAC does not lead here at any cost."
     cheap = " KFAC leads here below {}% of what its update costs."
     sentences = []
     for i in range(len(means[priced[0]])):
-        others = [(at[m][1, 0], means[m][i]) for m in rivals]
+        others = [(curves.at[m][1, 0], means[m][i]) for m in rivals]
         limits = [
-            [break_even(update[m], np.array(means[m][i]), others, budget) / cost[m] for m in priced]
-            for budget in budgets[1]
+            [break_even(curves.update[m], np.array(means[m][i]), others, budget) / cost[m] for m in priced]
+            for budget in curves.budgets[1]
         ]
         best = [max((v for v in row if not math.isnan(v)), default=math.nan) for row in limits]
         sentences.append([never if math.isnan(v) else cheap.format(short(100 * v)) for v in best])

@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lab.explorers.core import At, Explorer, First, Short, say, select, slider
+from lab.explorers.core import At, Explorer, First, Short, ring, say, select, slider
 from lab.explorers.interaction import AXES, DIVERGED, GOOD, Scale, cells, unit
-from lab.figures import SAMPLERS
-from lab.plotting import COLORS, style
+from lab.plotting import SAMPLERS, looks, style
 from sogrid.experiments.search import Acceptance, winsorise
 from sogrid.experiments.tuning import best_so_far
 
@@ -51,62 +50,98 @@ def search_replay(record: dict[str, Any], searches: int = 3) -> Explorer:
     Raises:
         ValueError: If the record holds no biased random search beside another.
     """
-    found = {(run["sampler"], run["seed"]): run for run in record["runs"] if "sampler" in run}
-    samplers = [s for s in SAMPLERS if s != BIASED and any(key[0] == s for key in found)][::-1]
-    seeds = sorted(s for sampler, s in found if sampler == BIASED and all((o, s) in found for o in samplers))
-    if not samplers or not seeds:
-        raise ValueError("this record holds no biased random search beside another")
-    count = min(len(run["trials"]["loss"]) for run in found.values())
-    seeds = seeds[: max(1, min(searches, ROOM // (count * CELLS**2)))]
-    scale = Scale([found[s, seed] for s in (*samplers, BIASED) for seed in seeds])
-    domain = found[BIASED, seeds[0]]["domain"]
-    shown = At(np.arange(1, count + 1), "trial")
+    data = _Searches(record, searches)
+    maps = np.array([acceptance_maps(run)[: data.count] for run in data.biased])
+    names = [looks(s).name for s in data.samplers]
+    return Explorer(
+        alt=f"Two searches of {data.count} trials each, by learning rate and init scale, coloured by loss, "
+        "and the best loss of each so far. Behind biased random search: where it keeps proposals.",
+        controls=[
+            slider("trial", "trial", range(1, data.count + 1), min(16, data.count)),
+            select("beside", "beside it", names),
+            select("seed", "seed", [str(seed) for seed in data.seeds]),
+        ],
+        traces=[
+            *_panel(data, data.samplers, ("beside",), ""),
+            _acceptance(data, maps),
+            *_panel(data, [BIASED], (), "2"),
+            *_race(data, names),
+        ],
+        layout=_layout(data),
+        text=_sentence(data, maps, names),
+    )
 
-    def columns(run: dict[str, Any]) -> dict[str, Any]:
+
+class _Searches:
+    """Those of a record that are replayed, and what of them the picture looks up.
+
+    Attributes:
+        samplers: Beside biased random search.
+        seeds: Of searches that every sampler has.
+        count: Of trials.
+        shown: How many trials are seen.
+    """
+
+    def __init__(self, record: dict[str, Any], searches: int) -> None:
+        self.found = {(run["sampler"], run["seed"]): run for run in record["runs"] if "sampler" in run}
+        samplers = [s for s in SAMPLERS if s != BIASED and any(key[0] == s for key in self.found)]
+        self.samplers = samplers[::-1]
+        seeds = sorted(
+            seed for s, seed in self.found if s == BIASED and all((o, seed) in self.found for o in samplers)
+        )
+        if not samplers or not seeds:
+            raise ValueError("this record holds no biased random search beside another")
+        self.count = min(len(run["trials"]["loss"]) for run in self.found.values())
+        self.seeds = seeds[: max(1, min(searches, ROOM // (self.count * CELLS**2)))]
+        self.biased = [self.found[BIASED, seed] for seed in self.seeds]
+        self.domain = self.biased[0]["domain"]
+        self.scale = Scale([self.found[s, seed] for s in (*self.samplers, BIASED) for seed in self.seeds])
+        self.shown = At(np.arange(1, self.count + 1), "trial")
+
+    def column(self, name: str, of: list[str], *by: str) -> At:
+        """One entry of every trial, by seed and, of several samplers, by what chooses among them."""
+        table = lambda sampler, seed: self._columns(self.found[sampler, seed])[name][: self.count]  # noqa: E731
+        values = np.array([[table(sampler, seed) for sampler in of] for seed in self.seeds])
+        return At(values if by else values[:, 0], "seed", *by)
+
+    def _columns(self, run: dict[str, Any]) -> dict[str, Any]:
         trials = run["trials"]
         loss = [math.nan if v is None else v for v in trials["loss"]]
         symbol = [DIVERGED if math.isnan(v) else GOOD for v in loss]
-        color = scale(trials["loss"])
+        color = self.scale(trials["loss"])
         return {**trials, "loss": loss, "symbol": symbol, "color": color, "best": best_so_far(run)}
 
-    def column(name: str, of: list[str], *by: str) -> At:
-        values = np.array([[columns(found[s, seed])[name][:count] for s in of] for seed in seeds])
-        return At(values if by else values[:, 0], "seed", *by)
 
-    def panel(of: list[str], by: tuple[str, ...], axis: str) -> list[dict[str, Any]]:
-        x, y, loss = (column(name, of, *by) for name in (*AXES, "loss"))
-        trials = {
-            "type": "scatter",
-            "x": First(x, shown),
-            "y": First(y, shown),
-            "customdata": First(loss, shown),
-            "mode": "markers",
-            "marker": scale.marker(
-                First(column("color", of, *by), shown),
-                symbol=First(column("symbol", of, *by), shown),
-                size=9,
-                line={"width": 1, "color": "#ffffff"},
-                showscale=False,
-            ),
-            "hovertemplate": "λ %{x:.3g}, s %{y:.3g}, loss %{customdata:.4g}<extra></extra>",
-            "showlegend": False,
-        }
-        ring = {
-            "type": "scatter",
-            "x": [At(x, "trial")],
-            "y": [At(y, "trial")],
-            "mode": "markers",
-            "marker": {"symbol": "circle-open", "size": 20, "color": COLORS["pink"], "line": {"width": 3}},
-            "showlegend": False,
-            "hoverinfo": "skip",
-        }
-        return [{**trace, "xaxis": f"x{axis}", "yaxis": "y"} for trace in (trials, ring)]
+def _panel(data: _Searches, of: list[str], by: tuple[str, ...], axis: str) -> list[dict[str, Any]]:
+    """Trials so far, the last of them ringed."""
+    shown = data.shown
+    x, y, loss = (data.column(name, of, *by) for name in (*AXES, "loss"))
+    trials = {
+        "type": "scatter",
+        "x": First(x, shown),
+        "y": First(y, shown),
+        "customdata": First(loss, shown),
+        "mode": "markers",
+        "marker": data.scale.marker(
+            First(data.column("color", of, *by), shown),
+            symbol=First(data.column("symbol", of, *by), shown),
+            size=9,
+            line={"width": 1, "color": "#ffffff"},
+            showscale=False,
+        ),
+        "hovertemplate": "λ %{x:.3g}, s %{y:.3g}, loss %{customdata:.4g}<extra></extra>",
+        "showlegend": False,
+    }
+    last = ring(At(x, "trial"), At(y, "trial"), size=20)
+    return [{**trace, "xaxis": f"x{axis}", "yaxis": "y"} for trace in (trials, last)]
 
-    maps = np.array([acceptance_maps(found[BIASED, seed])[:count] for seed in seeds])
-    acceptance = {
+
+def _acceptance(data: _Searches, maps: np.ndarray) -> dict[str, Any]:
+    """Where the next proposal would be kept."""
+    return {
         "type": "heatmap",
-        "x": cells(domain["lr"], CELLS),
-        "y": cells(domain["scale"], CELLS),
+        "x": cells(data.domain["lr"], CELLS),
+        "y": cells(data.domain["scale"], CELLS),
         "z": At(maps, "seed", "trial"),
         "zmin": 0,
         "zmax": 100,
@@ -116,79 +151,68 @@ def search_replay(record: dict[str, Any], searches: int = 3) -> Explorer:
         "xaxis": "x2",
         "yaxis": "y",
     }
-    other, biased = column("best", samplers, "beside"), column("best", [BIASED])
-    trial_numbers = np.arange(1, count + 1)
-    race = [
+
+
+def _race(data: _Searches, names: list[str]) -> list[dict[str, Any]]:
+    """The best loss so far, of the sampler beside and of biased random search."""
+    other, biased = data.column("best", data.samplers, "beside"), data.column("best", [BIASED])
+    return [
         {
             "type": "scatter",
-            "x": First(trial_numbers, shown),
-            "y": First(y, shown),
+            "x": First(np.arange(1, data.count + 1), data.shown),
+            "y": First(y, data.shown),
             "mode": "lines",
             "name": name,
-            "line": {"shape": "hv", "color": style(s)["line"]["color"]},
+            "line": {"shape": "hv", "color": style(sampler)["line"]["color"]},
             "hovertemplate": "best of %{x}: %{y:.4g}",
             "xaxis": "x3",
             "yaxis": "y2",
         }
-        for y, s, name in ((other, "random", "beside"), (biased, BIASED, SAMPLERS[BIASED]))
+        for y, sampler, name in (
+            (other, "random", At(names, "beside")),
+            (biased, BIASED, looks(BIASED).name),
+        )
     ]
-    race[0]["name"] = At([SAMPLERS[s] for s in samplers], "beside")
-    kept = [_kept(found[BIASED, seed], these) for seed, these in zip(seeds, maps, strict=True)]
-    ends = np.log10(domain["lr"]).tolist()
+
+
+def _layout(data: _Searches) -> dict[str, Any]:
+    """Two panels above, the race below."""
     log = {"type": "log", "dtick": 2, "tickangle": 0, "minor": {"dtick": 1}, "exponentformat": "power"}
-    here = lambda name: Short(At(column(name, [BIASED]), "trial"))  # noqa: E731
-    title = {s: words.replace(" ", "<br>", words.count(" ") - 1) for s, words in SAMPLERS.items()}
-    panels = {"range": ends, **log}
-    return Explorer(
-        alt=f"Two searches of {count} trials each, by learning rate and init scale, coloured by loss, and "
-        "the best loss of each so far. Behind biased random search: where it keeps proposals.",
-        controls=[
-            slider("trial", "trial", range(1, count + 1), min(16, count)),
-            select("beside", "beside it", [SAMPLERS[s] for s in samplers]),
-            select("seed", "seed", [str(seed) for seed in seeds]),
-        ],
-        traces=[*panel(samplers, ("beside",), ""), acceptance, *panel([BIASED], (), "2"), *race],
-        layout={
-            "xaxis": {
-                "title": {"text": At([f"λ<br>{title[s]}" for s in samplers], "beside")},
-                "domain": [0, 0.47],
-                **panels,
-            },
-            "xaxis2": {
-                "title": {"text": f"λ<br>{title[BIASED]}"},
-                "domain": [0.53, 1],
-                "anchor": "y",
-                **panels,
-            },
-            "yaxis": {
-                "title": {"text": "init scale s"},
-                "domain": [0.44, 1],
-                "range": np.log10(domain["scale"]).tolist(),
-                **log,
-            },
-            "xaxis3": {"title": {"text": "trial"}, "range": [0.5, count + 0.5], "anchor": "y2"},
-            "yaxis2": {
-                "title": {"text": "best loss"},
-                "type": "log",
-                "dtick": "D2",
-                "domain": [0, 0.24],
-                "range": [scale.low - 0.02, scale.high + 0.02],
-                "anchor": "x3",
-            },
-            "height": 640,
+    title = {s: row.name.replace(" ", "<br>", row.name.count(" ") - 1) for s, row in SAMPLERS.items()}
+    panels = {"range": np.log10(data.domain["lr"]).tolist(), **log}
+    beside = At([f"λ<br>{title[s]}" for s in data.samplers], "beside")
+    limits = [data.scale.low - 0.02, data.scale.high + 0.02]
+    best = {"type": "log", "dtick": "D2", "domain": [0, 0.24], "range": limits, "anchor": "x3"}
+    scales = np.log10(data.domain["scale"]).tolist()
+    return {
+        "xaxis": {"title": {"text": beside}, "domain": [0, 0.47], **panels},
+        "xaxis2": {
+            "title": {"text": f"λ<br>{title[BIASED]}"},
+            "domain": [0.53, 1],
+            "anchor": "y",
+            **panels,
         },
-        text=say(
-            f"Trial {{trial}} of {count}: biased random search proposed λ {{lr}}, s {{scale}}, where it "
-            "keeps {kept}% of proposals; loss {loss}. Best so far {best}, {beside} {other}.",
-            trial=Short(shown),
-            lr=here("lr"),
-            scale=here("scale"),
-            kept=At(np.array(kept), "seed", "trial"),
-            loss=here("loss"),
-            best=Short(At(biased, "trial")),
-            beside=At([SAMPLERS[s] for s in samplers], "beside"),
-            other=Short(At(other, "trial")),
-        ),
+        "yaxis": {"title": {"text": "init scale s"}, "domain": [0.44, 1], "range": scales, **log},
+        "xaxis3": {"title": {"text": "trial"}, "range": [0.5, data.count + 0.5], "anchor": "y2"},
+        "yaxis2": {"title": {"text": "best loss"}, **best},
+        "height": 640,
+    }
+
+
+def _sentence(data: _Searches, maps: np.ndarray, names: list[str]) -> list[Any]:
+    here = lambda name: Short(At(data.column(name, [BIASED]), "trial"))  # noqa: E731
+    kept = [_kept(run, these) for run, these in zip(data.biased, maps, strict=True)]
+    return say(
+        f"Trial {{trial}} of {data.count}: biased random search proposed λ {{lr}}, s {{scale}}, where it "
+        "keeps {kept}% of proposals; loss {loss}. Best so far {best}, {beside} {other}.",
+        trial=Short(data.shown),
+        lr=here("lr"),
+        scale=here("scale"),
+        kept=At(np.array(kept), "seed", "trial"),
+        loss=here("loss"),
+        best=here("best"),
+        beside=At(names, "beside"),
+        other=Short(At(data.column("best", data.samplers, "beside"), "trial")),
     )
 
 

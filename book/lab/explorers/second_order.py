@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lab.explorers.core import At, Explorer, Out, Short, say, slider
+from lab.explorers.core import At, Explorer, Out, Short, ring, say, slider
 from lab.plotting import COLORS
 
 __all__ = ["DATA", "curvature", "second_order_by_eye", "second_order_steps"]
@@ -93,53 +93,8 @@ def _solve(matrix: np.ndarray, damping: float, vector: np.ndarray) -> np.ndarray
 
 def second_order_by_eye() -> Explorer:
     """Gradient, Newton, Gauss-Newton and natural-gradient steps from a point that the reader drags."""
-    grid, fine = np.linspace(-3, 3, 121).round(2), np.linspace(-3, 3, 31)
-    x, y = (np.array(DATA[name]) for name in ("x", "y"))
-    loss = np.array([[curvature(np.array([a, b]), x, y)[0] for a in fine] for b in fine])
-    contour = {
-        "type": "contour",
-        "x": fine,
-        "y": fine,
-        "z": loss,
-        "contours": {"coloring": "lines", "start": 0.55, "end": 1.46, "size": 0.07},
-        "colorscale": [[0, "#7a7a7a"], [1, "#b0b0b0"]],
-        "line": {"width": 1},
-        "showscale": False,
-        "hovertemplate": "w₁ %{x:.2f}, w₂ %{y:.2f}: loss %{z:.3f}<extra></extra>",
-    }
-    paths = [
-        {
-            "type": "scatter",
-            "x": Out(name, "x"),
-            "y": Out(name, "y"),
-            "mode": "lines+markers",
-            "name": words,
-            "line": {"color": COLORS[color]},
-            "marker": {"symbol": symbol, "size": 8},
-            "hovertemplate": "w₁ %{x:.2f}, w₂ %{y:.2f}",
-        }
-        for name, (words, color, symbol) in STEPS.items()
-    ]
-    places = {
-        "type": "scatter",
-        "x": [0, *MINIMUM[::2]],
-        "y": [0, *MINIMUM[1::2]],
-        "text": ["saddle", "minimum", "minimum"],
-        "mode": "markers+text",
-        "textposition": ["bottom right", "top center", "bottom center"],
-        "marker": {"symbol": "cross-thin", "size": 9, "line": {"width": 1.5, "color": COLORS["grey"]}},
-        "showlegend": False,
-        "hoverinfo": "skip",
-    }
-    start = {
-        "type": "scatter",
-        "x": [At(grid, "w1")],
-        "y": [At(grid, "w2")],
-        "mode": "markers",
-        "marker": {"size": 16, "symbol": "circle-open", "color": COLORS["pink"], "line": {"width": 3}},
-        "showlegend": False,
-        "hoverinfo": "skip",
-    }
+    grid = np.linspace(-3, 3, 121).round(2)
+    start = ring(At(grid, "w1"), At(grid, "w2"), size=16)
     ends = ", ".join(f"{words} {{{name}}}" for name, (words, *_) in STEPS.items())
     axis = {"range": [-3, 3], "constrain": "domain", "fixedrange": True, "dtick": 1, "showgrid": False}
     return Explorer(
@@ -152,7 +107,7 @@ def second_order_by_eye() -> Explorer:
             slider("damping", "damping ε", (0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10), 0.1),
             slider("steps", "steps", range(1, 11), 3),
         ],
-        traces=[contour, places, *paths, start],
+        traces=[_contours(np.linspace(-3, 3, 31)), _places(), *map(_path, STEPS), start],
         layout={
             "xaxis": {"title": {"text": "w₁"}, **axis},
             "yaxis": {"title": {"text": "w₂"}, "scaleanchor": "x", **axis},
@@ -168,3 +123,48 @@ def second_order_by_eye() -> Explorer:
         data=DATA,
         handle=("w1", "w2"),
     )
+
+
+def _contours(grid: np.ndarray) -> dict[str, Any]:
+    x, y = (np.array(DATA[name]) for name in ("x", "y"))
+    return {
+        "type": "contour",
+        "x": grid,
+        "y": grid,
+        "z": np.array([[curvature(np.array([a, b]), x, y)[0] for a in grid] for b in grid]),
+        "contours": {"coloring": "lines", "start": 0.55, "end": 1.46, "size": 0.07},
+        "colorscale": [[0, "#7a7a7a"], [1, "#b0b0b0"]],
+        "line": {"width": 1},
+        "showscale": False,
+        "hovertemplate": "w₁ %{x:.2f}, w₂ %{y:.2f}: loss %{z:.3f}<extra></extra>",
+    }
+
+
+def _path(name: str) -> dict[str, Any]:
+    """Of one of the steps."""
+    words, color, symbol = STEPS[name]
+    return {
+        "type": "scatter",
+        "x": Out(name, "x"),
+        "y": Out(name, "y"),
+        "mode": "lines+markers",
+        "name": words,
+        "line": {"color": COLORS[color]},
+        "marker": {"symbol": symbol, "size": 8},
+        "hovertemplate": "w₁ %{x:.2f}, w₂ %{y:.2f}",
+    }
+
+
+def _places() -> dict[str, Any]:
+    """The saddle and the minima."""
+    return {
+        "type": "scatter",
+        "x": [0, *MINIMUM[::2]],
+        "y": [0, *MINIMUM[1::2]],
+        "text": ["saddle", "minimum", "minimum"],
+        "mode": "markers+text",
+        "textposition": ["bottom right", "top center", "bottom center"],
+        "marker": {"symbol": "cross-thin", "size": 9, "line": {"width": 1.5, "color": COLORS["grey"]}},
+        "showlegend": False,
+        "hoverinfo": "skip",
+    }
