@@ -2,11 +2,8 @@
 
 import json
 import math
-import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -18,6 +15,7 @@ import optuna
 import pytest
 import sqlalchemy
 import torch
+from children import Child
 from optuna.trial import TrialState
 
 from sogrid.experiments import tuning
@@ -379,11 +377,8 @@ tuning.search(small_task(), plan, storage=storage, name="s", alone=True)
 @pytest.mark.parametrize("sampler", ["grid", "biased"])
 def test_a_killed_search_tries_again_what_it_was_at(sampler, task, tmp_path):
     """SIGKILL in the middle of a trial: no heartbeat need be awaited by one who is alone."""
-    url, here = f"sqlite:///{tmp_path / 's.sqlite3'}", Path(__file__).parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (here, Path(tuning.__file__).parents[2])))
-    command = [sys.executable, "-c", CHILD, url, sampler]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as child:
+    url = f"sqlite:///{tmp_path / 's.sqlite3'}"
+    with Child(CHILD, url, sampler, path=(Path(__file__).parent,)) as child:
         for _ in range(4):
             assert child.stdout.readline(), "it ended on its own"
         child.kill()
