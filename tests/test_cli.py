@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from children import ROOT, program
@@ -12,6 +13,7 @@ from searched import leave_searches
 from sogrid import cli
 from sogrid.experiments import reproduce as module
 from sogrid.experiments import tuning
+from sogrid.experiments.benchmarks import BENCHMARKS
 from sogrid.experiments.checkpoints import FOLDER
 from sogrid.experiments.records import RESULTS, Record
 from sogrid.experiments.reproduce import AE, CIFAR, Curves, Profile, search_path
@@ -21,8 +23,9 @@ FIG = "fig6_2_mnist_autoencoder"
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """The smoke profile with two updates of one method, whose hyperparameters have been searched."""
-    updates = {AE: 2, CIFAR: 2}
+    """The smoke profile: two updates of one method, on a small network, after a search."""
+    updates, network = {AE: 2, CIFAR: 2}, BENCHMARKS["mnist_small_autoencoder"].network
+    monkeypatch.setitem(BENCHMARKS, AE, replace(BENCHMARKS[AE], network=network))
     profile = Profile(updates, 2, updates, (2, 1), (1, 4, 1), full=False, evaluate_on=50)
     monkeypatch.setitem(module.PROFILES, "smoke", profile)
     monkeypatch.setattr(module, "SMOKE_EXAMPLES", 200)
