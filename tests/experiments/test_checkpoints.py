@@ -1,5 +1,6 @@
 """Runs that survive: killed, stopped, damaged, foreign, full, read-only."""
 
+import ast
 import json
 import os
 import random
@@ -347,6 +348,30 @@ def test_comments_do_not_change_the_code_but_numbers_do(tmp_path, monkeypatch):
     plain = digest("def f(x):\n    return 2 * x\n")
     assert digest('"""Module."""\n\ndef f(x):\n    """Twice."""\n    return 2 * x  # two\n') == plain
     assert digest("def f(x):\n    return 3 * x\n") != plain
+
+
+def test_all_code_counts_that_numbers_come_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "PACKAGE", tmp_path)
+    counts = ["networks.py", "layers/new.py", "optimizers/new.py", "experiments/training.py"]
+    found = [checkpoints.source_digest()]
+    for name in [*counts, "cli.py", "__main__.py", "experiments/records.py"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x = 1")
+        found.append(checkpoints.source_digest())
+    assert len(set(found[: len(counts) + 1])) == len(counts) + 1
+    assert len(set(found[len(counts) :])) == 1
+
+
+def test_the_code_is_parsed_once(tmp_path, monkeypatch):
+    parse, parsed = ast.parse, []
+    monkeypatch.setattr(checkpoints, "PACKAGE", tmp_path)
+    monkeypatch.setattr(ast, "parse", lambda source: parsed.append(source) or parse(source))
+    (tmp_path / "one.py").write_text("one = 'of this test'")
+    once = checkpoints.source_digest()
+    assert (checkpoints.source_digest(), len(parsed)) == (once, 1)
+    (tmp_path / "two.py").write_text("two = 'of this test'")
+    assert checkpoints.source_digest() != once
+    assert len(parsed) == 2
 
 
 # Disks

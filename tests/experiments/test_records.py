@@ -9,6 +9,7 @@ from contextlib import suppress
 import pytest
 from children import Child
 
+from sogrid.experiments import records
 from sogrid.experiments.records import RESULTS, Record, RecordError, alone, provenance, write_atomically
 
 SETTINGS = {"profile": "smoke", "updates": 3}
@@ -244,3 +245,10 @@ def test_provenance_names_date_commit_versions_and_machine():
     assert set(found) == {"date", "commit", "versions", "machine"}
     assert found["versions"]["torch"].startswith("2.")
     assert found["machine"]["threads"] >= 1
+
+
+def test_the_commit_is_that_of_the_first_call(monkeypatch):
+    """What runs is what was imported; and Git takes its time."""
+    first = provenance()
+    monkeypatch.setattr(records.subprocess, "run", None)
+    assert provenance() == first
