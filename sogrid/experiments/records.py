@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-__all__ = ["RESULTS", "Record", "RecordError", "alone", "provenance", "write_atomically"]
+__all__ = ["RESULTS", "Record", "RecordError", "provenance", "write_atomically"]
 
 FORMAT = 1
 NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
