@@ -155,6 +155,21 @@ def test_one_is_alone_at_a_time_also_while_the_lock_comes_and_goes(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+def test_the_lock_is_removed_before_it_is_released(tmp_path, monkeypatch):
+    """After that it may be the next one's, and a third one would find none."""
+
+    def remove(path):
+        monkeypatch.undo()
+        with pytest.raises(TimeoutError), alone(tmp_path / "r", 0.01):
+            pass
+        os.unlink(path)
+
+    monkeypatch.setattr(os, "unlink", remove)
+    with alone(tmp_path / "r"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
 def test_who_does_not_wait_is_told_that_another_is_there(tmp_path):
     with alone(tmp_path / "r"), pytest.raises(TimeoutError), alone(tmp_path / "r", 0.01):
         pass
