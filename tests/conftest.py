@@ -4,8 +4,10 @@ Exact comparisons ask for float64 themselves: through ``cases.build`` or the ``d
 measures (``references.measured``) is kept for ``pytest --ledger FILE``, see ``ledger.py``.
 """
 
+import os
 from pathlib import Path
 
+import children
 import ledger
 import pytest
 import references
@@ -19,6 +21,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if hasattr(os, "fork") and not hasattr(config, "workerinput"):  # one for all workers of pytest-xdist
+        config.add_cleanup(children.Server().stop)
     if config.getoption("--ledger"):
         config.pluginmanager.register(ledger.Recorder(config.getoption("--ledger")))
 

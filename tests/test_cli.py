@@ -4,37 +4,28 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
+from children import ROOT, program
 from searched import leave_searches
 
 from sogrid import cli
 from sogrid.experiments import reproduce as module
 from sogrid.experiments import tuning
+from sogrid.experiments.benchmarks import BENCHMARKS
 from sogrid.experiments.checkpoints import FOLDER
 from sogrid.experiments.records import RESULTS, Record
 from sogrid.experiments.reproduce import AE, CIFAR, Curves, Profile, search_path
 
 FIG = "fig6_2_mnist_autoencoder"
-ROOT = Path(cli.__file__).parents[1]
-
-
-def sogrid(*arguments, **options):
-    environment = {k: v for k, v in os.environ.items() if k != "SOGRID_DATA"} | {"OMP_NUM_THREADS": "1"}
-    options = {"cwd": ROOT, "env": environment, "text": True, **options}
-    return subprocess.Popen(
-        [sys.executable, "-m", "sogrid", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        **options,
-    )
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
-    """The smoke profile with two updates of one method, whose hyperparameters have been searched."""
-    updates = {AE: 2, CIFAR: 2}
+    """The smoke profile: two updates of one method, on a small network, after a search."""
+    updates, network = {AE: 2, CIFAR: 2}, BENCHMARKS["mnist_small_autoencoder"].network
+    monkeypatch.setitem(BENCHMARKS, AE, replace(BENCHMARKS[AE], network=network))
     profile = Profile(updates, 2, updates, (2, 1), (1, 4, 1), full=False, evaluate_on=50)
     monkeypatch.setitem(module.PROFILES, "smoke", profile)
     monkeypatch.setattr(module, "SMOKE_EXAMPLES", 200)
@@ -244,11 +235,11 @@ def test_ctrl_c_during_a_search_is_one_line_and_130(tiny, tmp_path, capfd, monke
 @pytest.mark.slow
 def test_two_searches_of_different_methods_at_once_fill_one_record(tmp_path):
     parts = [("bn", "standard_sgd"), ("acp", "acp_fixedalpha")]
-    children = [
-        sogrid("search", "mnist_auto", "--out", tmp_path, "--quiet", "--methods", *part) for part in parts
+    workers = [
+        program("search", "mnist_auto", "--out", tmp_path, "--quiet", "--methods", *part) for part in parts
     ]
-    ends = [child.communicate(timeout=300) for child in children]
-    assert [child.returncode for child in children] == [0, 0], ends
+    ends = [worker.communicate(timeout=300) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], ends
     assert [err for _, err in ends] == ["", ""]
     content = Record.read(search_path(tmp_path, AE, "smoke"))
     assert sorted(run["method"] for run in content["runs"]) == sorted(parts[0] + parts[1])
@@ -266,7 +257,7 @@ def straight(tmp_path_factory):
     """The runs of an uninterrupted ``reproduce``."""
     out = tmp_path_factory.mktemp("straight")
     leave_searches(out, AE)
-    with sogrid(*THREE, out, "--quiet") as child:
+    with program(*THREE, out, "--quiet") as child:
         assert child.communicate(timeout=300)[1] == ""
     return Record.read(out / f"{FIG}.smoke.json")["runs"]
 
@@ -275,7 +266,7 @@ def straight(tmp_path_factory):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_leaves_a_state_that_the_same_command_takes_up(number, straight, tmp_path):
     searches = leave_searches(tmp_path, AE)
-    with sogrid(*THREE, tmp_path) as child:
+    with program(*THREE, tmp_path) as child:
         seen = ""
         while "kfac.seed0 (2 of 3)" not in seen:
             seen += child.stderr.read(1)
@@ -290,7 +281,7 @@ def test_ctrl_c_leaves_a_state_that_the_same_command_takes_up(number, straight, 
     kept = tmp_path / FOLDER / f"{FIG}.smoke.kfac.seed0.pt"
     assert str(kept) in last
     assert kept.exists()
-    with sogrid(*THREE, tmp_path, "--quiet") as child:
+    with program(*THREE, tmp_path, "--quiet") as child:
         assert child.communicate(timeout=300)[1] == ""
     runs = Record.read(tmp_path / f"{FIG}.smoke.json")["runs"]
     assert [(run["train"], run["test"]) for run in runs] == [(run["train"], run["test"]) for run in straight]
@@ -373,13 +364,22 @@ def test_help_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
 
 
+def python(*arguments):
+    """The exit status, standard output and error of ``python -m sogrid``."""
+    command, options = [sys.executable, "-m", "sogrid", *arguments], dict(capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, **options)
+    return done.returncode, done.stdout, done.stderr
+
+
 def test_the_program():
-    with sogrid() as child:
-        assert "required: COMMAND" in child.communicate()[1]
-    assert child.returncode == 2
-    with sogrid("records", "verify", "none.json") as child:
-        assert child.communicate() == ("", "sogrid: none.json: no such file or folder\n")
-    assert child.returncode == 1
-    with sogrid("records", "verify") as child:
-        assert "Error" not in "".join(child.communicate())
-    assert child.returncode == 0
+    status, _, err = python()
+    assert status == 2
+    assert "required: COMMAND" in err
+    assert python("records", "verify", "none.json") == (1, "", "sogrid: none.json: no such file or folder\n")
+
+
+def test_the_program_reads_the_books_records():
+    with program("records", "verify") as child:
+        out, err = child.communicate()
+    assert (child.returncode, err) == (0, "")
+    assert out.count("ok  book/results/") == len(list(RESULTS.glob("*.json")))

@@ -2,11 +2,10 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import ledger
 import pytest
+from children import Child
 from ledger import ERRATA, FILES, PATH, ROUNDING, ROWS
 
 from sogrid.experiments.records import Record
@@ -15,6 +14,8 @@ NOT_BY_NUMBERS = {
     24: "a symbol that is not defined: §3.1.5 writes C for the risk R, which only reading shows"
 }
 """Errata without a test, and why."""
+
+PYTEST = "import pytest, sys; sys.exit(pytest.main())"
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +28,9 @@ def fresh(tmp_path_factory):
     """The ledger of the tests as they are now, in a process of their own."""
     path = tmp_path_factory.mktemp("ledger") / "claims.json"
     tests = [str(PATH.parents[2] / "tests" / name) for name in FILES]
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--ledger", str(path), *tests]
-    done = subprocess.run(command, cwd=PATH.parents[2], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-3000:]
+    with Child(PYTEST, "-q", "-p", "no:cacheprovider", "--ledger", path, *tests) as child:
+        out, _ = child.communicate(timeout=300)
+    assert child.returncode == 0, out[-3000:]
     return ledger.read(path)
 
 
@@ -74,10 +75,11 @@ def test_nothing_is_written_when_a_test_fails(tmp_path):
     )
     (tmp_path / "conftest.py").write_text((PATH.parents[2] / "tests" / "conftest.py").read_text())
     path = tmp_path / "claims.json"
-    options = ["-q", "--ledger", str(path), "--rootdir", str(tmp_path), "-c", "/dev/null", "-o"]
-    options += [f"pythonpath={PATH.parents[2] / 'tests'}", str(tmp_path / "test_one.py")]
-    done = subprocess.run([sys.executable, "-m", "pytest", *options], capture_output=True, text=True)
-    assert "1 failed" in done.stdout, done.stdout + done.stderr
+    options = ["-q", "--ledger", path, "--rootdir", tmp_path, "-c", "/dev/null", "-o"]
+    options += [f"pythonpath={PATH.parents[2] / 'tests'}", tmp_path / "test_one.py"]
+    with Child(PYTEST, *options) as child:
+        out, err = child.communicate(timeout=300)
+    assert "1 failed" in out, out + err
     assert not path.exists()
 
 

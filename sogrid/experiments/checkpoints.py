@@ -11,22 +11,17 @@ import ast
 import hashlib
 import io
 import json
-import os
 import signal
 import threading
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
+from functools import cache
 from pathlib import Path
 from time import monotonic
 from typing import Any
 
 import torch
 
-from sogrid.experiments.records import provenance, write_atomically
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes are then not kept apart
-    fcntl = None
+from sogrid.experiments.records import alone, provenance, write_atomically
 
 __all__ = ["FOLDER", "Checkpoint", "CheckpointError", "Interrupted", "StopSignals", "source_digest"]
 
@@ -38,11 +33,12 @@ EVERY = 30.0
 """Seconds between checkpoints."""
 
 PACKAGE = Path(__file__).parents[1]
-SOURCES = (
-    *("optimizers/*.py", "capture.py", "kronecker.py", "linalg.py", "losses.py", "networks.py"),
-    *("statistics.py", "experiments/benchmarks.py", "experiments/training.py"),
-)
-"""The code that a curve's numbers come from."""
+TRAINING = {"experiments/benchmarks.py", "experiments/muon.py", "experiments/training.py"}
+PROGRAMS = {"__main__.py", "cli.py"}
+"""A curve's numbers come from these of the experiments, and from all else but the programs."""
+
+PATIENCE = 0.1
+"""Seconds that another process may still need to leave a place that it is done with."""
 
 
 class CheckpointError(ValueError):
@@ -130,8 +126,7 @@ class Checkpoint:
         self.identity: dict[str, Any] = {}
         self.resumed: list[dict[str, Any]] = []
         self._origin: dict[str, Any] = {}
-        self._lock_file = self.path.with_name(self.path.name + ".lock")
-        self._lock: int | None = None
+        self._alone: AbstractContextManager | None = None
         self._saved = monotonic()
 
     @property
@@ -200,10 +195,10 @@ class Checkpoint:
         self._saved = monotonic()
 
     def __enter__(self) -> Checkpoint:
+        self._alone = alone(self.path, PATIENCE)
         try:
-            while not self._locked():
-                pass
-        except BlockingIOError as error:
+            self._alone.__enter__()
+        except TimeoutError as error:
             raise CheckpointError(f"{self.path}: another process is at this run; wait for it") from error
         except OSError as error:
             raise CheckpointError(
@@ -219,50 +214,31 @@ class Checkpoint:
         with suppress(OSError):
             if kind is None:
                 self.path.unlink(missing_ok=True)
-            if not self.path.exists():
-                self._lock_file.unlink(missing_ok=True)
-                if self.path.parent.name == FOLDER:
-                    self.path.parent.rmdir()  # fails while other runs have their checkpoints there
-        self._release()
-
-    def _locked(self) -> bool:
-        """Try to lock the lock file; False if another process, at its end, has just removed it."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._lock = os.open(self._lock_file, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:
-            return False
-        try:
-            if fcntl is not None:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if self._lock_file.exists() and os.path.samestat(os.fstat(self._lock), self._lock_file.stat()):
-                return True
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            if not isinstance(error, BlockingIOError):
-                return True  # a file system without locks
-            self._release()
-            raise
-        self._release()
-        return False
-
-    def _release(self) -> None:
-        os.close(self._lock)
-        self._lock = None
+        self._alone.__exit__(None, None, None)
+        if self.path.parent.name == FOLDER:
+            with suppress(OSError):  # while other runs have their checkpoints there
+                self.path.parent.rmdir()
 
 
 def source_digest() -> str:
     """Digest of the code that a curve's numbers come from; comments and docstrings do not count."""
     digest = hashlib.sha256()
-    for file in sorted(file for pattern in SOURCES for file in PACKAGE.glob(pattern)):
-        tree = ast.parse(file.read_bytes())
-        for node in ast.walk(tree):
-            documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-            if documented and ast.get_docstring(node, clean=False) is not None:
-                del node.body[0]
-        digest.update(f"{file.relative_to(PACKAGE).as_posix()}: {ast.dump(tree)}\n".encode())
+    for file in sorted(PACKAGE.rglob("*.py")):
+        name = file.relative_to(PACKAGE).as_posix()
+        if name in TRAINING or not (name in PROGRAMS or name.startswith("experiments/")):
+            digest.update(f"{name}: {_code(file.read_bytes())}\n".encode())
     return digest.hexdigest()[:16]
+
+
+@cache
+def _code(source: bytes) -> str:
+    """What a file says without its comments and docstrings."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+    return ast.dump(tree)
 
 
 def _header(payload: bytes) -> bytes:

@@ -7,6 +7,7 @@ several processes may add to one record.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -17,20 +18,19 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-
-try:
-    import fcntl
-except ImportError:  # Windows: there, let one process at a time write to a record
-    fcntl = None
+from filelock import FileLock
 
 __all__ = ["RESULTS", "Record", "RecordError", "provenance", "write_atomically"]
 
 FORMAT = 1
+NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+ATTEMPTS = 100
 
 RESULTS = Path(__file__).parents[2] / "book" / "results"
 """The records that the book shows (in a checkout)."""
@@ -61,23 +61,49 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Keep other processes that do the same out of the folder; False where the file system cannot."""
-    if fcntl is None:
-        yield False
-        return
-    handle, held = os.open(folder, os.O_RDONLY), False
+def alone(path: Path, timeout: float = -1) -> Iterator[bool]:
+    """Keep other processes that do the same for ``path`` out of the block.
+
+    The lock is a file beside it, ``<path>.lock``, which its holder removes.
+
+    Args:
+        path: Need not exist; its folder is made.
+        timeout: Seconds to wait for the others; default until they are done.
+
+    Yields:
+        Whether they are kept out: False on a file system without locks.
+
+    Raises:
+        OSError: If the folder cannot be written to.
+        TimeoutError: If another process is still at it.
+    """
+    lock = FileLock(f"{path}.lock", timeout, poll_interval=0.01)
+    for left in reversed(range(ATTEMPTS)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+            break
+        except (FileExistsError, FileNotFoundError):  # another process may just have removed the folder
+            if not left:
+                raise
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            break
     try:
-        with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            held = True
-        yield held
+        yield lock.is_locked
     finally:
-        os.close(handle)
+        with suppress(OSError):  # Windows: while it is open; there, the release removes it
+            os.unlink(lock.lock_file)
+        lock.release()
 
 
+@cache
 def _commit() -> str:
-    """The source's commit, marked ``+changes`` if the work tree differs; ``"unknown"`` outside git."""
+    """The source's commit, marked ``+changes`` if the work tree differs; ``"unknown"`` outside git.
+
+    It is that of the first call: what runs is what was imported then.
+    """
     here = Path(__file__).parent
     try:
         run = lambda *args: subprocess.run(  # noqa: E731
@@ -110,6 +136,7 @@ def provenance(device: str | torch.device = "cpu") -> dict[str, Any]:
     }
 
 
+@cache
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -213,9 +240,8 @@ class Record:
     def _write(self, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
         """Write the file anew, as it is now but changed."""
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with _alone(self.path.parent) as alone:
-                for leftover in self.path.parent.glob(f".{self.path.name}.*") if alone else ():
+            with alone(self.path) as is_alone:
+                for leftover in self.path.parent.glob(f".{self.path.name}.*") if is_alone else ():
                     leftover.unlink()  # of a process killed while writing
                 found = self._read_own()
                 others = [other for other in found["runs"] if other not in self._in_file]

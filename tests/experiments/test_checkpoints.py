@@ -1,16 +1,16 @@
 """Runs that survive: killed, stopped, damaged, foreign, full, read-only."""
 
+import ast
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from children import Child
 from searched import leave_searches
 from torch import nn
 
@@ -350,6 +350,30 @@ def test_comments_do_not_change_the_code_but_numbers_do(tmp_path, monkeypatch):
     assert digest("def f(x):\n    return 3 * x\n") != plain
 
 
+def test_all_code_counts_that_numbers_come_from(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "PACKAGE", tmp_path)
+    counts = ["networks.py", "layers/new.py", "optimizers/new.py", "experiments/training.py"]
+    found = [checkpoints.source_digest()]
+    for name in [*counts, "cli.py", "__main__.py", "experiments/records.py"]:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x = 1")
+        found.append(checkpoints.source_digest())
+    assert len(set(found[: len(counts) + 1])) == len(counts) + 1
+    assert len(set(found[len(counts) :])) == 1
+
+
+def test_the_code_is_parsed_once(tmp_path, monkeypatch):
+    parse, parsed = ast.parse, []
+    monkeypatch.setattr(checkpoints, "PACKAGE", tmp_path)
+    monkeypatch.setattr(ast, "parse", lambda source: parsed.append(source) or parse(source))
+    (tmp_path / "one.py").write_text("one = 'of this test'")
+    once = checkpoints.source_digest()
+    assert (checkpoints.source_digest(), len(parsed)) == (once, 1)
+    (tmp_path / "two.py").write_text("two = 'of this test'")
+    assert checkpoints.source_digest() != once
+    assert len(parsed) == 2
+
+
 # Disks
 
 
@@ -370,7 +394,7 @@ def test_a_full_disk_leaves_the_last_good_state(task, tmp_path, monkeypatch):
         ):
             resume(task, path)
     assert path.read_bytes() == content
-    assert sorted(os.listdir(tmp_path)) == ["run.pt", "run.pt.lock"]
+    assert os.listdir(tmp_path) == ["run.pt"]
     assert losses(resume(task, path)) == losses(straight)
 
 
@@ -387,7 +411,6 @@ def test_a_folder_that_cannot_be_written_to_is_found_before_the_run(task, tmp_pa
 
 
 def test_one_process_at_a_time(task, tmp_path):
-    pytest.importorskip("fcntl")
     with Checkpoint(tmp_path / "run.pt"):
         with pytest.raises(CheckpointError, match="another process is at this run"):
             resume(task, tmp_path / "run.pt")
@@ -424,8 +447,7 @@ def small_experiment(patch):
 
 
 CHILD = """
-import sys, time, torch
-torch.set_num_threads(1)
+import sys, time
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from test_checkpoints import FIG, small_experiment
 from sogrid.experiments import checkpoints, training
@@ -443,26 +465,22 @@ reproduce(FIG, out=sys.argv[1], progress=False)
 @pytest.mark.slow
 def test_a_run_killed_ten_times_gives_the_same_curves(tmp_path, monkeypatch):
     """SIGKILL at ten random points of the fresh process that takes it up, through all three methods."""
-    rng = random.Random(3)
-    here, package = Path(__file__).parent, Path(checkpoints.__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (here, here.parent, package)))
+    rng, path = random.Random(3), (Path(__file__).parent,)
     out, straight_out = tmp_path / "killed", tmp_path / "straight"
     searched = [leave_searches(folder, AE, methods=SMALL, lr=0.05).name for folder in (out, straight_out)]
-    command = [sys.executable, "-c", CHILD, str(out)]
     survived = []
     for _ in range(KILLS):
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as child:
+        with Child(CHILD, out, path=path) as child:
             for _ in range(rng.randrange(20, 100)):  # updates; in all, fewer than a run needs
                 assert child.stdout.readline(), "it ended on its own"
             time.sleep(rng.uniform(0, 0.005))
-            os.kill(child.pid, signal.SIGKILL)
-            child.wait()
-            assert child.returncode == -signal.SIGKILL
+            child.kill()
+            assert child.wait() == -signal.SIGKILL
         for file in out.glob("fig*.json"):
             survived.append(len(Record.read(file)["runs"]))
     assert survived == sorted(survived)
-    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    with Child(CHILD, out, path=path) as child:
+        assert child.communicate()[1] == ""
     small_experiment(monkeypatch.setitem)
     straight = reproduce(FIG, out=straight_out, progress=False)
     found = Record.read(out / f"{FIG}.smoke.json")

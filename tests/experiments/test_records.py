@@ -1,13 +1,16 @@
 """Records: whole or not at all, verified, continued, refused when foreign."""
 
+import errno
 import json
 import os
-import subprocess
-import sys
+import threading
+from contextlib import suppress
 
 import pytest
+from children import Child
 
-from sogrid.experiments.records import RESULTS, Record, RecordError, provenance, write_atomically
+from sogrid.experiments import records
+from sogrid.experiments.records import RESULTS, Record, RecordError, alone, provenance, write_atomically
 
 SETTINGS = {"profile": "smoke", "updates": 3}
 
@@ -123,13 +126,73 @@ def test_a_run_that_several_may_bring_is_added_once(tmp_path):
 
 
 def test_two_processes_at_once_lose_nothing_of_each_other(tmp_path):
-    pytest.importorskip("fcntl")
-    commands = ([sys.executable, "-c", ADD, str(tmp_path / "r.json"), who] for who in "ab")
-    children = [subprocess.Popen(command) for command in commands]
-    assert [child.wait() for child in children] == [0, 0]
+    workers = [Child(ADD, tmp_path / "r.json", who) for who in "ab"]
+    assert [worker.communicate(60) for worker in workers] == [("", ""), ("", "")]
     runs = Record.read(tmp_path / "r.json")["runs"]
     assert sorted((run["who"], run["i"]) for run in runs) == [(who, i) for who in "ab" for i in range(20)]
     assert os.listdir(tmp_path) == ["r.json"]
+
+
+def test_one_is_alone_at_a_time_also_while_the_lock_comes_and_goes(tmp_path):
+    """Every holder removes the lock, and the folder when it is the last to leave."""
+    path, inside, done = tmp_path / "folder" / "r", [], []
+
+    def work():
+        for _ in range(50):
+            with alone(path) as is_alone:
+                inside.append(1)
+                done.append((is_alone, len(inside)))
+                inside.pop()
+            with suppress(OSError):
+                path.parent.rmdir()
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert done == 200 * [(True, 1)]
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_lock_is_removed_before_it_is_released(tmp_path, monkeypatch):
+    """After that it may be the next one's, and a third one would find none."""
+
+    def remove(path):
+        monkeypatch.undo()
+        with pytest.raises(TimeoutError), alone(tmp_path / "r", 0.01):
+            pass
+        os.unlink(path)
+
+    monkeypatch.setattr(os, "unlink", remove)
+    with alone(tmp_path / "r"):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_who_does_not_wait_is_told_that_another_is_there(tmp_path):
+    with alone(tmp_path / "r"), pytest.raises(TimeoutError), alone(tmp_path / "r", 0.01):
+        pass
+    with alone(tmp_path / "r", 0.01) as is_alone:
+        assert is_alone
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+@pytest.mark.filterwarnings("ignore:flock not supported:UserWarning")
+def test_a_file_system_without_locks_takes_records(tmp_path, monkeypatch, number):
+    """ENOSYS is filelock's own matter: it uses a file whose being there is the lock."""
+    fcntl = pytest.importorskip("fcntl")
+
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    (tmp_path / ".r.json.x1y2").write_bytes(b"of a process that writes at this moment")
+    with alone(tmp_path / "r.json") as is_alone:
+        assert is_alone == (number == errno.ENOSYS)
+    Record(tmp_path / "r.json", "fig", SETTINGS).add({"method": "a"})
+    left = {"r.json"} if number == errno.ENOSYS else {"r.json", ".r.json.x1y2"}
+    assert set(os.listdir(tmp_path)) == left
 
 
 def test_adding_does_not_bring_back_runs_that_were_dropped(tmp_path):
@@ -197,3 +260,10 @@ def test_provenance_names_date_commit_versions_and_machine():
     assert set(found) == {"date", "commit", "versions", "machine"}
     assert found["versions"]["torch"].startswith("2.")
     assert found["machine"]["threads"] >= 1
+
+
+def test_the_commit_is_that_of_the_first_call(monkeypatch):
+    """What runs is what was imported; and Git takes its time."""
+    first = provenance()
+    monkeypatch.setattr(records.subprocess, "run", None)
+    assert provenance() == first

@@ -2,6 +2,7 @@
 
 import re
 import signal
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -41,8 +42,9 @@ SEARCHES = [name for name, plan in EXPERIMENTS.items() if isinstance(plan, Searc
 
 @pytest.fixture
 def small(monkeypatch):
-    """The smoke profile with two updates, on 200 digits."""
-    updates = {AE: 2, CIFAR: 2}
+    """The smoke profile with two updates, on 200 digits, of the small autoencoder."""
+    updates, network = {AE: 2, CIFAR: 2}, BENCHMARKS["mnist_small_autoencoder"].network
+    monkeypatch.setitem(BENCHMARKS, AE, replace(BENCHMARKS[AE], network=network))
     profile = Profile(updates, 2, updates, (2, 1), (2, 4, 1), (3, 2), full=False, evaluate_on=50)
     monkeypatch.setitem(module.PROFILES, "smoke", profile)
     monkeypatch.setattr(module, "SMOKE_EXAMPLES", 200)

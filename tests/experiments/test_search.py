@@ -3,9 +3,9 @@
 import math
 import os
 import pickle
+import secrets
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 import warnings
@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import optuna
 import pytest
+import sqlalchemy
+from children import Child, program
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.samplers import GridSampler, RandomSampler
 from optuna.testing.pytest_samplers import (
@@ -23,7 +25,6 @@ from optuna.testing.pytest_samplers import (
 )
 from optuna.trial import TrialState, create_trial
 
-import sogrid
 from sogrid.experiments.records import Record
 from sogrid.experiments.search import Acceptance, BiasedRandomSampler, UnitCube, winsorise
 
@@ -495,9 +496,9 @@ def test_optunas_plots_work_on_a_search(name):
 # Many workers, one of which dies
 
 
-@pytest.fixture
-def postgresql():
-    """The address of a PostgreSQL server of this test alone: a Unix socket, no network."""
+@pytest.fixture(scope="module")
+def server():
+    """The address of a PostgreSQL server of these tests alone: a Unix socket, no network."""
     pwd = pytest.importorskip("pwd", reason="needs a POSIX system")
     pytest.importorskip("psycopg", reason="needs psycopg, the driver: pip install 'psycopg[binary]'")
     programs = [*map(Path, os.get_exec_path()), *sorted(Path("/usr/lib/postgresql").glob("*/bin"))]
@@ -521,6 +522,17 @@ def postgresql():
         finally:
             server.send_signal(signal.SIGINT)  # "fast" shutdown
             server.wait(30)
+
+
+@pytest.fixture
+def postgresql(server):
+    """The address of an empty database of this test alone."""
+    name = f"test_{secrets.token_hex(8)}"
+    engine = sqlalchemy.create_engine(server, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(sqlalchemy.text(f"CREATE DATABASE {name}"))
+    engine.dispose()
+    return server.replace("/postgres?", f"/{name}?")
 
 
 def wait_until(true, seconds=40):
@@ -569,7 +581,7 @@ def test_four_workers_share_a_search_and_one_is_killed(postgresql, tmp_path):
     study = optuna.create_study(storage=postgresql, study_name="shared")
     journals = [tmp_path / f"worker{k}" for k in range(4)]
     workers = [
-        subprocess.Popen([sys.executable, "-c", WORKER, postgresql, journal, "dies" if k == 0 else "lives"])
+        Child(WORKER, postgresql, journal, "dies" if k == 0 else "lives")
         for k, journal in enumerate(journals)
     ]
     try:
@@ -603,20 +615,9 @@ def test_four_workers_share_a_search_and_one_is_killed(postgresql, tmp_path):
 @pytest.mark.parametrize("outs", [("a", "b"), ("a", "a")], ids=["two folders", "one folder"])
 def test_two_programs_share_the_studies_of_a_search(outs, postgresql, tmp_path):
     """``python -m sogrid search`` twice at once: as on two machines, and on one with the same folder."""
-    environment = {k: v for k, v in os.environ.items() if k != "SOGRID_DATA"} | {"OMP_NUM_THREADS": "1"}
     methods = ["standard_sgd", "bn", "acp"]
-    command = [sys.executable, "-m", "sogrid", "search", "cifar10", "--storage", postgresql, "--quiet"]
-    workers = [
-        subprocess.Popen(
-            [*command, "--out", str(tmp_path / out), "--methods", *methods],
-            cwd=Path(sogrid.__file__).parents[1],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for out in outs
-    ]
+    arguments = ["search", "cifar10", "--storage", postgresql, "--quiet", "--methods", *methods]
+    workers = [program(*arguments, "--out", tmp_path / out) for out in outs]
     try:
         ends = [worker.communicate(timeout=300) for worker in workers]
     finally:

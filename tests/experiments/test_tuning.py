@@ -2,11 +2,9 @@
 
 import json
 import math
-import os
 import re
+import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -18,6 +16,8 @@ import optuna
 import pytest
 import sqlalchemy
 import torch
+from children import Child
+from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from sogrid.experiments import tuning
@@ -65,9 +65,24 @@ def task():
     return small_task()
 
 
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """A file with Optuna's tables, and nothing in them."""
+    path = tmp_path_factory.mktemp("tables") / "s.sqlite3"
+    open_storage(f"sqlite:///{path}").engine.dispose()
+    return path
+
+
 @pytest.fixture
-def storage(tmp_path):
-    return open_storage(f"sqlite:///{tmp_path / 's.sqlite3'}")
+def storage(tables, tmp_path):
+    """As the program uses it."""
+    return open_storage(f"sqlite:///{shutil.copy(tables, tmp_path)}")
+
+
+@pytest.fixture
+def memory():
+    """Where the disk is not the subject."""
+    return InMemoryStorage()
 
 
 @pytest.fixture
@@ -120,17 +135,17 @@ def test_a_grid_is_every_combination_of_log_spaced_values_with_both_ends(domain,
 
 
 @pytest.mark.parametrize(("domain", "trials"), [(2, 10), (2, 2), (3, 9)])
-def test_a_grid_of_a_count_that_is_no_power_is_refused(task, storage, domain, trials):
+def test_a_grid_of_a_count_that_is_no_power_is_refused(task, memory, domain, trials):
     ends = dict.fromkeys(["lr", "scale", "damping"][:domain], (1.0, 2.0))
     plan = replace(PLAN, domain=ends, trials=trials, sampler="grid")
     with pytest.raises(
         SearchError, match=f"a grid over {domain} hyperparameters cannot have {trials} trials"
     ):
-        search(task, plan, storage=storage, name="s")
+        search(task, plan, storage=memory, name="s")
 
 
-def test_a_grid_search_tries_each_point_once(landscape, task, storage):
-    found = search(task, replace(PLAN, sampler="grid", trials=16), storage=storage, name="s")
+def test_a_grid_search_tries_each_point_once(landscape, task, memory):
+    found = search(task, replace(PLAN, sampler="grid", trials=16), storage=memory, name="s")
     expected = {(lr, s) for lr in np.geomspace(1e-3, 10, 4) for s in np.geomspace(1, 1000, 4)}
     np.testing.assert_allclose(sorted(proposals(found)), sorted(expected), rtol=1e-5)
 
@@ -139,9 +154,9 @@ def test_a_grid_search_tries_each_point_once(landscape, task, storage):
     ("sampler", "optunas"), [("random", optuna.samplers.RandomSampler), ("biased", BiasedRandomSampler)]
 )
 @pytest.mark.parametrize("seed", [0, 3])
-def test_a_search_proposes_what_its_sampler_does_alone(landscape, task, storage, sampler, optunas, seed):
+def test_a_search_proposes_what_its_sampler_does_alone(landscape, task, memory, sampler, optunas, seed):
     plan = replace(PLAN, sampler=sampler, trials=12, seed=seed)
-    found = search(task, plan, storage=storage, name="s")
+    found = search(task, plan, storage=memory, name="s")
     study = optuna.create_study(sampler=optunas(100_003 * seed))
 
     def objective(trial):
@@ -157,12 +172,13 @@ def test_a_search_proposes_what_its_sampler_does_alone(landscape, task, storage,
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_search_repeats_itself(landscape, task, tmp_path, sampler):
-    def once(name, seed):
-        storage = open_storage(f"sqlite:///{tmp_path / name}")
+def test_a_search_repeats_itself(landscape, task, storage, sampler):
+    """Whatever the storage."""
+
+    def once(storage, seed):
         return search(task, replace(PLAN, sampler=sampler, seed=seed, trials=9), storage=storage, name="s")
 
-    one, two, other = once("a", 1), once("b", 1), once("c", 2)
+    one, two, other = once(InMemoryStorage(), 1), once(storage, 1), once(InMemoryStorage(), 2)
     assert one["trials"] == two["trials"]
     assert proposals(one) != proposals(other)
 
@@ -170,10 +186,10 @@ def test_a_search_repeats_itself(landscape, task, tmp_path, sampler):
 # What counts
 
 
-def test_a_search_is_runs_of_the_training_loop(task, storage):
+def test_a_search_is_runs_of_the_training_loop(task, memory):
     """Each trial with a seed of its own, the criterion being the training loss at the end."""
     plan = replace(PLAN, domain={"lr": (0.01, 0.1), "scale": (1.0, 4.0)}, seed=2)
-    found = search(task, plan, storage=storage, name="s")
+    found = search(task, plan, storage=memory, name="s")
     assert found["trials"]["seed"] == [3000, 3001, 3002, 3003]
     for lr, scale, loss, seed in zip(
         *(found["trials"][k] for k in ("lr", "scale", "loss", "seed")), strict=True
@@ -189,7 +205,7 @@ def test_a_search_is_runs_of_the_training_loop(task, storage):
 
 
 def test_a_diverged_trial_is_infinite_in_the_study_none_in_the_record_and_never_chosen(
-    landscape, task, storage, monkeypatch
+    landscape, task, memory, monkeypatch
 ):
     bowl = tuning.run
 
@@ -199,11 +215,11 @@ def test_a_diverged_trial_is_infinite_in_the_study_none_in_the_record_and_never_
         return bowl(task, method, settings, **options)
 
     monkeypatch.setattr(tuning, "run", diverging)
-    found = search(task, replace(PLAN, trials=15, sampler="random"), storage=storage, name="s")
+    found = search(task, replace(PLAN, trials=15, sampler="random"), storage=memory, name="s")
     losses = found["trials"]["loss"]
     assert [loss is None for loss in losses] == [lr > 0.1 for lr in found["trials"]["lr"]]
     assert 0 < losses.count(None) < 15
-    assert [trial.value == math.inf for trial in trials_of(storage)] == [loss is None for loss in losses]
+    assert [trial.value == math.inf for trial in trials_of(memory)] == [loss is None for loss in losses]
     assert all(
         (loss is None) == (s is None) for loss, s in zip(losses, found["trials"]["second"], strict=True)
     )
@@ -211,10 +227,10 @@ def test_a_diverged_trial_is_infinite_in_the_study_none_in_the_record_and_never_
     assert chosen(found)["lr"] == found["trials"]["lr"][losses.index(best)] <= 0.1
 
 
-def test_a_real_divergence_is_one(task, storage):
+def test_a_real_divergence_is_one(task, memory):
     plan = replace(PLAN, domain={"lr": (1e30, 1e38), "scale": (1.0, 2.0)}, trials=3, updates=20)
     task = replace(task, network=lambda **options: MLP([6, 5, 6], "relu", **options))
-    found = search(task, plan, storage=storage, name="s")
+    found = search(task, plan, storage=memory, name="s")
     assert found["trials"]["loss"] == [None] * 3
     with pytest.raises(SearchError, match="every trial of standard_sgd diverged: search another domain"):
         chosen(found)
@@ -230,9 +246,9 @@ def test_the_best_trial_is_chosen_the_first_of_equals():
     assert best_so_far(found) == [3.0, 3.0, 3.0, 0.5]
 
 
-def test_a_search_is_open_to_optunas_plots(landscape, task, storage):
-    search(task, replace(PLAN, trials=8), storage=storage, name="s")
-    study = optuna.load_study(study_name="s", storage=storage)
+def test_a_search_is_open_to_optunas_plots(landscape, task, memory):
+    search(task, replace(PLAN, trials=8), storage=memory, name="s")
+    study = optuna.load_study(study_name="s", storage=memory)
     assert optuna.visualization.plot_contour(study).to_json()
     assert study.best_value < math.inf
 
@@ -273,13 +289,13 @@ def test_optunas_dashboard_shows_a_search(landscape, task, storage):
         ({"domain": {"lr": (0.1, 1.0), "scale": (1.0, 2.0)}}, r"another domain: .*1000\.0.* instead of"),
     ],
 )
-def test_a_study_of_another_plan_is_refused_and_left(landscape, task, storage, changes, named):
-    search(task, PLAN, storage=storage, name="s")
-    before = trials_of(storage)
+def test_a_study_of_another_plan_is_refused_and_left(landscape, task, memory, changes, named):
+    search(task, PLAN, storage=memory, name="s")
+    before = trials_of(memory)
     with pytest.raises(SearchError, match=f"the study 's' has {named}.*another storage, or delete"):
-        search(task, replace(PLAN, **changes), storage=storage, name="s")
-    assert trials_of(storage) == before
-    search(task, replace(PLAN, **changes), storage=storage, name="other name")
+        search(task, replace(PLAN, **changes), storage=memory, name="s")
+    assert trials_of(memory) == before
+    search(task, replace(PLAN, **changes), storage=memory, name="other name")
 
 
 def test_a_study_of_other_data_is_refused(landscape, task, storage):
@@ -303,12 +319,15 @@ def test_a_finished_search_is_not_made_again(landscape, task, storage, sampler, 
     assert search(task, replace(PLAN, sampler=sampler), **options) == found
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize(
+    ("sampler", "place"), [("grid", "memory"), ("random", "memory"), ("biased", "storage")]
+)
 def test_a_search_stopped_by_ctrl_c_again_and_again_ends_with_the_trials_that_were_asked_for(
-    landscape, task, storage, sampler, monkeypatch, capfd
+    landscape, task, place, sampler, monkeypatch, capfd, request
 ):
     """In the middle of a trial: none is lost, and no proposal comes twice."""
-    plan, options = replace(PLAN, sampler=sampler, trials=16), dict(storage=storage, name="s", alone=True)
+    plan, storage = replace(PLAN, sampler=sampler, trials=16), request.getfixturevalue(place)
+    options = dict(storage=storage, name="s", alone=True)
     for number in (3, 1, 1, 6, 2):
         with monkeypatch.context() as patch:
             stopped_in(patch, number)
@@ -379,11 +398,8 @@ tuning.search(small_task(), plan, storage=storage, name="s", alone=True)
 @pytest.mark.parametrize("sampler", ["grid", "biased"])
 def test_a_killed_search_tries_again_what_it_was_at(sampler, task, tmp_path):
     """SIGKILL in the middle of a trial: no heartbeat need be awaited by one who is alone."""
-    url, here = f"sqlite:///{tmp_path / 's.sqlite3'}", Path(__file__).parent
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(map(str, (here, Path(tuning.__file__).parents[2])))
-    command = [sys.executable, "-c", CHILD, url, sampler]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE) as child:
+    url = f"sqlite:///{tmp_path / 's.sqlite3'}"
+    with Child(CHILD, url, sampler, path=(Path(__file__).parent,)) as child:
         for _ in range(4):
             assert child.stdout.readline(), "it ended on its own"
         child.kill()
@@ -506,8 +522,8 @@ def test_optunas_experimental_warnings_are_not_shown(landscape, task, tmp_path):
     assert optuna.logging.get_verbosity() == before
 
 
-def test_a_bar_for_the_trials(landscape, task, storage, capsys):
-    search(task, PLAN, storage=storage, name="s", progress="here")
+def test_a_bar_for_the_trials(landscape, task, memory, capsys):
+    search(task, PLAN, storage=memory, name="s", progress="here")
     err = capsys.readouterr().err
     assert "here:" in err
     assert "4/4" in err

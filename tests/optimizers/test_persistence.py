@@ -3,16 +3,13 @@
 import copy
 import gc
 import io
-import os
 import pickle
-import subprocess
-import sys
 import tracemalloc
 import weakref
-from pathlib import Path
 
 import pytest
 import torch
+from children import Child
 from optimizer_list import (
     LAYERWISE,
     OPTIMIZERS,
@@ -94,14 +91,9 @@ def resumed(tmp_path_factory):
         train(model, optimizer, BEFORE)
         checkpoints[method.name] = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save(checkpoints, path)
-    tests, package = Path(__file__).parents[1], Path(__file__).parents[2]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(map(str, (tests, package))),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-c", RESUME, str(path), str(BEFORE), str(AFTER)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    with Child(RESUME, path, BEFORE, AFTER) as child:
+        _, err = child.communicate(timeout=300)
+    assert child.returncode == 0, err
     return torch.load(path, weights_only=True)
 
 
