@@ -9,7 +9,7 @@ import pytest
 from book.axe import serious_findings
 from book.explorer_page import write_page
 from book.explorer_records import EXPLORERS, explorer, plain, some_states
-from book.screenshots import DESKTOP, PHONE, chromium, find_chromium, resize, set_theme, settle
+from book.screenshots import DESKTOP, PHONE, find_chromium, layout_shift, resize, set_theme, settle
 from selenium.webdriver import ActionChains, Keys
 
 pytestmark = pytest.mark.browser
@@ -31,12 +31,6 @@ STEERS = {
 REDRAW = 0.1
 BUSY = 5
 """The bound of a redraw, in seconds, and how much slower a busy machine may be."""
-
-
-@pytest.fixture(scope="module")
-def driver():
-    with chromium() as driver:
-        yield driver
 
 
 @pytest.fixture(scope="module")
@@ -368,15 +362,7 @@ def test_nothing_moves_and_nothing_is_wider_than_the_page(driver, show, name, me
 
 def test_nothing_moves_while_the_page_loads(driver, open_page):
     open_page(*EXPLORERS)
-    shift = driver.execute_async_script(
-        """
-        let sum = 0;
-        new PerformanceObserver((list) => list.getEntries().forEach((e) => (sum += e.value)))
-          .observe({ type: "layout-shift", buffered: true });
-        setTimeout(() => arguments[0](sum), 100);
-        """
-    )
-    assert shift < 0.01
+    assert layout_shift(driver) < 0.01
 
 
 @EVERY
@@ -423,8 +409,6 @@ def test_screen_readers_hear_what_is_seen(driver, show):
         assert shown.find("svg.main-svg").get_attribute("aria-label") == label
 
 
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_axe_finds_nothing_serious(driver, open_page, theme):
+def test_axe_finds_nothing_serious(driver, open_page):
     open_page(*EXPLORERS)
-    set_theme(driver, theme)
     assert not serious_findings(driver)
