@@ -10,7 +10,8 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -127,6 +128,19 @@ def layout_shift(driver) -> float:
         }));
         """
     )
+
+
+def until(done: Callable[[], object], seconds: float = 10) -> None:
+    """Ask until it is so.
+
+    Raises:
+        TimeoutError: If it is not, for so long.
+    """
+    end = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > end:
+            raise TimeoutError(f"not so within {seconds} seconds")
+        time.sleep(0.01)
 
 
 def photograph(driver, path: Path, metrics: dict) -> None:

@@ -3,11 +3,11 @@
 import asyncio
 import json
 import sys
-import time
 from types import SimpleNamespace
 
 import nbformat
 import pytest
+from book.screenshots import until
 from jupyter_client.manager import start_new_kernel
 from jupyter_client.provisioning import KernelProvisionerFactory
 from nbclient import NotebookClient
@@ -54,18 +54,10 @@ def test_a_kernel_may_end_while_it_is_being_ended(quick_kernels):
     process = manager.provisioner.process
     assert process.poll() is None
     process.kill()
-    process_ended(process)
+    until(lambda: process.poll() is not None)
     asyncio.run(manager.provisioner.terminate())
     asyncio.run(manager.provisioner.kill())
     manager.cleanup_resources()
-
-
-def process_ended(process, seconds=10):
-    """Wait for it."""
-    end = time.monotonic() + seconds
-    while process.poll() is None:
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def test_kernels_start_as_ever_after_the_block(monkeypatch):

@@ -7,7 +7,6 @@ import functools
 import http.server
 import json
 import threading
-import time
 
 import pytest
 from book.axe import serious_findings
@@ -21,6 +20,7 @@ from book.screenshots import (
     resize,
     set_theme,
     settle,
+    until,
 )
 from selenium.webdriver import Keys
 
@@ -226,14 +226,6 @@ def test_explorers_of_a_page_answer(driver, opening):
         slider.send_keys(Keys.ARROW_RIGHT if slider.get_attribute("value") == "0" else Keys.ARROW_LEFT)
         until(lambda root=root, before=before: root.get_attribute("data-shown") != before)
     assert not [e["message"] for e in driver.get_log("browser") if e["level"] == "SEVERE"]
-
-
-def until(done, seconds=10):
-    """Wait for it."""
-    end = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def test_page_reads_well_on_a_phone(driver, opening):
