@@ -1,4 +1,4 @@
-"""What every test starts from: one seed, one thread, float32 as torch's default dtype.
+"""What every test starts from: one seed, one thread (its children too), float32 as torch's default dtype.
 
 Exact comparisons ask for float64 themselves: through ``cases.build`` or the ``draw`` fixture. What a test
 measures (``references.measured``) is kept for ``pytest --ledger FILE``, see ``ledger.py``.
@@ -13,6 +13,7 @@ import pytest
 import references
 import torch
 
+os.environ["OMP_NUM_THREADS"] = "1"  # of child processes
 torch.set_num_threads(1)
 
 

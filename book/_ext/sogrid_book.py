@@ -2,7 +2,8 @@
 
 * The execution cache of jupyter-book looks at the code of a page only. Here it also depends on what the
   page runs on (the packages, the stored results, the requirements): a change there re-runs the pages.
-* Pages that are not in the cache are executed before Sphinx reads them, several at once.
+* Pages that are not in the cache are executed before Sphinx reads them, several at once, each on one core;
+  where there are many, their kernels are forks of one that has imported torch (``lab.kernels``).
 * ``plotly.min.js`` and MathJax are copied from the installed wheels into the site, so that a built page
   needs no network and no large file is in git.
 * Where ``SOGRID_REPOSITORY`` names the book's home on GitHub, as when it is published, pages have launch
@@ -20,6 +21,7 @@ import hashlib
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,10 +33,13 @@ from sphinx.config import Config
 from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 
+from lab import kernels
+
 WATCHED = ("sogrid", "book/lab", "book/results", "requirements.txt")
 VERSIONS = ("ipywidgets", "numpy", "plotly", "torch")
 KEEP = 2
 AT_ONCE = 4
+MANY = 3
 SPOKEN = {
     '<summary aria-label="Toggle hidden content">': "<summary>",
     'role="doc-biblioentry"': 'role="listitem"',
@@ -78,12 +83,13 @@ def execute_pages(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> No
         return
     cache = get_cache(app.config.nb_execution_cache_path)
     files = [Path(env.doc2path(name)) for name in docnames]
-    pages = [cache.add_nb_to_project(str(file)).pk for file in files if file.suffix == ".ipynb"]
+    listed = [cache.add_nb_to_project(str(file)).pk for file in files if file.suffix == ".ipynb"]
+    pages = [page.pk for page in cache.list_unexecuted(filter_pks=listed)]
     executor = load_executor("local-serial", cache, logging.getLogger(__name__))
-    timeout, cores = app.config.nb_execution_timeout, os.cpu_count() or 1
-    at_once = max(1, min(AT_ONCE, cores, len(pages)))
-    os.environ.setdefault("OMP_NUM_THREADS", str(cores // at_once))  # the kernels share the machine
-    with ThreadPoolExecutor(at_once) as pool:
+    timeout, at_once = app.config.nb_execution_timeout, max(1, min(AT_ONCE, os.cpu_count() or 1, len(pages)))
+    if at_once > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the kernels share the machine
+    with kernels.warm() if len(pages) >= MANY else nullcontext(), ThreadPoolExecutor(at_once) as pool:
         list(pool.map(lambda pk: executor.run_and_cache(filter_pks=[pk], timeout=timeout), pages))
 
 

@@ -6,6 +6,7 @@
 :mod:`lab.explorers`                           figures that a reader steers
 :mod:`lab.timing`, :mod:`lab.bench`            what an update costs, beside
 :mod:`lab.peers`                               other libraries' optimizers
+:mod:`lab.kernels`                             notebooks of a process that has imported torch
 =============================================  =========================================
 """
 

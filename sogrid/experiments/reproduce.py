@@ -70,7 +70,7 @@ AE, CIFAR, SMALL = "mnist_autoencoder", "cifar10_classifier", "mnist_small_autoe
 LAPTOP = Profile({AE: 5_000, CIFAR: 20_000}, 40, {AE: 400, CIFAR: 1_000}, (200, 400), (20, 64, 300))
 PROFILES = {
     "smoke": Profile(
-        {AE: 12, CIFAR: 12}, 2, {AE: 4, CIFAR: 4}, (4, 4), (2, 4, 4), (2, 4), full=False, evaluate_on=400
+        {AE: 5, CIFAR: 5}, 2, {AE: 4, CIFAR: 4}, (4, 4), (2, 4, 4), (2, 4), full=False, evaluate_on=400
     ),
     "laptop": LAPTOP,
     "long": replace(LAPTOP, updates={AE: 20_000, CIFAR: 50_000}, sweep=(3, 5_000)),

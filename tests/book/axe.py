@@ -7,8 +7,20 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-RUN = """
-const done = arguments[0];
+from book.screenshots import set_theme
+
+THEMED = ["color-contrast", "link-in-text-block"]
+"""The rules that look at colours."""
+
+OTHERS = """
+const [themed, done] = arguments;
+const article = document.querySelector("article.bd-article") ?? document.body;
+const rules = Object.fromEntries(themed.map((rule) => [rule, { enabled: false }]));
+axe.run(article, { resultTypes: ["violations"], rules }).then((found) => done(found.violations));
+"""
+
+COLOURS = """
+const [themed, done] = arguments;
 const article = document.querySelector("article.bd-article") ?? document.body;
 const background = (element) => {
   const { backgroundColor } = getComputedStyle(element);
@@ -37,7 +49,8 @@ const collect = (element) => {
 collect(document.body);
 const only = { resultTypes: ["violations"] };
 const run = async () => {
-  const found = await axe.run(article, { ...only, rules: { "color-contrast": { enabled: false } } });
+  const others = themed.filter((rule) => rule !== "color-contrast");
+  const found = await axe.run(article, { ...only, runOnly: others });
   const emptied = rest.filter((element) => !element.matches("style, script")).map((element) => {
     const inside = document.createDocumentFragment();
     inside.append(...element.childNodes);
@@ -59,17 +72,21 @@ def source() -> str:
     return Path(file).read_text(encoding="utf-8")
 
 
-def serious_findings(driver) -> list[tuple[str, int, str]]:
-    """Serious and critical findings in the text of the open page: (rule, how often, an element).
+def serious_findings(driver) -> list[tuple[str, str, int, str]]:
+    """Serious and critical findings in the text of the open page: (theme, rule, how often, an element).
 
-    What the theme puts around the text is not looked at.
+    What looks at colours is done in both themes, ending with the light one, and the rest in one. What the
+    theme puts around the text is not looked at.
     """
     driver.execute_script(source())
     driver.set_script_timeout(300)
-    found = driver.execute_async_script(RUN)
+    found = [("any", v) for v in driver.execute_async_script(OTHERS, THEMED)]
+    for theme in ("dark", "light"):
+        set_theme(driver, theme)
+        found += [(theme, v) for v in driver.execute_async_script(COLOURS, THEMED)]
     driver.set_script_timeout(60)
     return [
-        (v["id"], len(v["nodes"]), v["nodes"][0]["html"])
-        for v in found
+        (theme, v["id"], len(v["nodes"]), v["nodes"][0]["html"])
+        for theme, v in found
         if v["impact"] in ("serious", "critical")
     ]

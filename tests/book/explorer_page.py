@@ -35,8 +35,11 @@ CELL = (
 )
 
 
-def write_page(folder: Path, explorers: Iterable[str]) -> Path:
-    """Write the page and all it needs into ``folder``; ``explorers`` are their HTML."""
+def write_page(folder: Path, name: str, explorers: Iterable[str]) -> Path:
+    """Write the page and all it needs into ``folder``; ``explorers`` are their HTML.
+
+    Pages of one folder share their scripts, which a browser compiles once.
+    """
     shutil.copytree(ASSETS, folder, dirs_exist_ok=True)
     plotly = folder / "vendor/plotly/plotly.min.js"
     plotly.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +49,7 @@ def write_page(folder: Path, explorers: Iterable[str]) -> Path:
         for file in (_package(theme) / "theme" / theme / "static/styles").glob("*-theme.css"):
             shutil.copy2(file, folder / "css" / file.name)
             links.append(f'<link rel="stylesheet" href="css/{file.name}">')
-    page = folder / "index.html"
+    page = folder / f"{name}.html"
     cells = "\n".join(map(CELL.format, explorers))
     page.write_text(PAGE.format(styles="\n".join(links), cells=cells), encoding="utf-8")
     return page

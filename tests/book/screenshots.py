@@ -10,7 +10,8 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -75,29 +76,71 @@ def resize(driver, metrics: dict) -> None:
 
 
 def settle(driver) -> None:
-    """Wait until mathematics is typeset and every figure is drawn (or has failed)."""
+    """Wait until mathematics is typeset and every figure is drawn as wide as its place (or has failed)."""
     driver.execute_async_script(
         """
         const done = arguments[0];
         const figures = () => [...document.querySelectorAll(".sogrid-plot:not(.sogrid-failed)")];
-        const drawn = () => figures().every((f) => f.dataset.drawn);
+        const fits = (f) => !f.offsetWidth || f.offsetWidth === f._fullLayout?.width;
+        const drawn = () => figures().every((f) => f.dataset.drawn && fits(f));
         const poll = () => (drawn() ? requestAnimationFrame(done) : setTimeout(poll, 20));
         const typeset = window.MathJax?.startup?.promise ?? Promise.resolve();
-        typeset.then(poll);
+        typeset.then(() => requestAnimationFrame(poll));
         """
     )
 
 
 def set_theme(driver, theme: str) -> None:
-    """Switch the page to "light" or "dark" as its button does."""
+    """Switch the page to "light" or "dark" as its button does, wait for its figures, and end what fades."""
     driver.execute_async_script(
         """
-        document.documentElement.dataset.theme = arguments[0];
-        document.documentElement.dataset.mode = arguments[0];
-        setTimeout(arguments[1], 200);
+        const [theme, done] = arguments;
+        const page = document.documentElement;
+        page.dataset.theme = page.dataset.mode = theme;
+        const figures = [...document.querySelectorAll(".sogrid-plot[data-drawn]")];
+        const patience = performance.now() + 5000;
+        const changed = () => figures.every((f) => f.dataset.drawn === theme);
+        const poll = () => {
+          const fades = (a) => a instanceof CSSTransition && a.playState === "running";
+          const fading = document.getAnimations().filter(fades);
+          fading.forEach((a) => a.finish());
+          if ((changed() && !fading.length) || performance.now() > patience) done();
+          else requestAnimationFrame(poll);
+        };
+        requestAnimationFrame(poll);
         """,
         theme,
     )
+
+
+def layout_shift(driver) -> float:
+    """How much has moved since the page was opened, as browsers sum it up."""
+    return driver.execute_async_script(
+        """
+        const done = arguments[0];
+        const told = new PerformanceObserver((list) => {
+          const shifts = list.getEntriesByType("layout-shift");
+          done(shifts.reduce((sum, { value }) => sum + value, 0));
+        });
+        requestAnimationFrame(() => requestAnimationFrame(() => {
+          told.observe({ type: "layout-shift", buffered: true });
+          told.observe({ type: "navigation", buffered: true }); // of which there is one
+        }));
+        """
+    )
+
+
+def until(done: Callable[[], object], seconds: float = 10) -> None:
+    """Ask until it is so.
+
+    Raises:
+        TimeoutError: If it is not, for so long.
+    """
+    end = time.monotonic() + seconds
+    while not done():
+        if time.monotonic() > end:
+            raise TimeoutError(f"not so within {seconds} seconds")
+        time.sleep(0.01)
 
 
 def photograph(driver, path: Path, metrics: dict) -> None:

@@ -1,20 +1,24 @@
 """Each papermill template runs at smoke scale, leaves a record, and refuses wrong parameters."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import papermill
 import pytest
+from click.testing import CliRunner
+from papermill.cli import papermill as command_line
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 from searched import leave_searches
 
+from sogrid.experiments import reproduce
 from sogrid.experiments.benchmarks import METHODS
+from sogrid.experiments.parameters import ParameterError
 from sogrid.experiments.records import Record
 from sogrid.experiments.reproduce import EXPERIMENTS, PROFILES, VARIANTS, Curves, Searches
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = sorted((ROOT / "book" / "experiments").glob("*.ipynb"))
+EVERY = pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t.stem)
 
 
 def test_every_experiment_has_its_template():
@@ -22,17 +26,17 @@ def test_every_experiment_has_its_template():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t.stem)
-def test_template_runs_and_leaves_a_record(template, tmp_path):
-    """As a user does it, from the command line; no SOGRID_DATA, no network, hyperparameters of one's own."""
+@EVERY
+def test_template_runs_and_leaves_a_record(template, tmp_path, monkeypatch, quick_kernels):
+    """As the command line does it; no SOGRID_DATA, no network, hyperparameters of one's own."""
     plan = EXPERIMENTS[template.stem]
-    environment = {k: v for k, v in os.environ.items() if k != "SOGRID_DATA"} | {"OMP_NUM_THREADS": "1"}
+    monkeypatch.delenv("SOGRID_DATA", raising=False)
+    monkeypatch.chdir(ROOT)
     if not isinstance(plan, Searches):
         leave_searches(tmp_path, plan.benchmark)
-    command = [sys.executable, "-m", "papermill", str(template), str(tmp_path / "out.ipynb")]
-    command += ["-p", "profile", "smoke", "-p", "out", str(tmp_path), "--no-progress-bar"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    arguments = [template, tmp_path / "out.ipynb", "-p", "profile", "smoke", "-p", "out", tmp_path]
+    done = CliRunner().invoke(command_line, [*map(str, arguments), "--no-progress-bar"])
+    assert done.exit_code == 0, done.exception
     content = Record.read(tmp_path / f"{template.stem}.smoke.json")
     if isinstance(plan, Curves):
         assert [run["method"] for run in content["runs"]] == list(plan.methods)
@@ -54,7 +58,7 @@ def test_template_runs_and_leaves_a_record(template, tmp_path):
             assert len(run["trials"]["loss"]) == trials
 
 
-@pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t.stem)
+@EVERY
 def test_template_documents_its_parameters(template):
     found = papermill.inspect_notebook(str(template))
     assert {"profile", "seed", "device", "out"} <= set(found)
@@ -62,14 +66,43 @@ def test_template_documents_its_parameters(template):
     assert all(p["help"] for p in found.values())
 
 
-@pytest.mark.slow
+@pytest.fixture
+def begin(monkeypatch):
+    """``begin(template, parameters)``: what it asks of ``reproduce``, without a kernel."""
+    asked = []
+    monkeypatch.setattr(reproduce, "reproduce", lambda *names, **options: asked.append((names, options)))
+
+    def begin_(template, parameters):
+        notebook = parameterize_notebook(load_notebook_node(str(template)), parameters)
+        documented, given, call = [c.source for c in notebook.cells if c.cell_type == "code"][:3]
+        namespace = {}
+        for source in (documented, given, call):
+            exec(source, namespace)
+        return asked
+
+    return begin_
+
+
+@EVERY
+def test_template_hands_its_parameters_on(template, begin):
+    given = {"profile": "laptop", "seed": 3, "device": "cuda", "out": "there"}
+    assert begin(template, given) == [((template.stem,), given)]
+
+
+@EVERY
 @pytest.mark.parametrize(("name", "value"), [("profil", "smoke"), ("seed", "three")])
-def test_template_refuses_a_wrong_parameter_by_name(name, value, tmp_path):
-    with pytest.raises(papermill.PapermillExecutionError, match=rf"'{name}'"):
+def test_template_refuses_a_wrong_parameter_by_name(template, name, value, begin):
+    with pytest.raises(ParameterError, match=f"'{name}'"):
+        begin(template, {name: value})
+
+
+@pytest.mark.slow
+def test_a_refusal_ends_papermill_and_leaves_nothing(tmp_path, quick_kernels):
+    with pytest.raises(papermill.PapermillExecutionError, match="'profil'"):
         papermill.execute_notebook(
             str(TEMPLATES[0]),
             str(tmp_path / "out.ipynb"),
-            {name: value, "out": str(tmp_path)},
+            {"profil": "smoke", "out": str(tmp_path)},
             progress_bar=False,
         )
     assert [p.name for p in tmp_path.iterdir()] == ["out.ipynb"]

@@ -3,13 +3,12 @@
 import functools
 import html
 import json
-import time
 
 import pytest
 from book.axe import serious_findings
 from book.explorer_page import write_page
 from book.explorer_records import EXPLORERS, explorer, plain, some_states
-from book.screenshots import DESKTOP, PHONE, chromium, find_chromium, resize, set_theme, settle
+from book.screenshots import DESKTOP, PHONE, find_chromium, layout_shift, resize, set_theme, settle, until
 from selenium.webdriver import ActionChains, Keys
 
 pytestmark = pytest.mark.browser
@@ -17,7 +16,9 @@ pytestmark = pytest.mark.browser
 if find_chromium() is None:
     pytest.skip("no Chromium with its driver on the PATH", allow_module_level=True)
 
-EVERY = pytest.mark.parametrize("name", EXPLORERS)
+EVERY = pytest.mark.parametrize("name", EXPLORERS, scope="module")
+"""By explorer, so that its page is opened once."""
+
 STEERS = {
     "second_order": "lr",
     "damping": "damping",
@@ -34,18 +35,13 @@ BUSY = 5
 
 
 @pytest.fixture(scope="module")
-def driver():
-    with chromium() as driver:
-        yield driver
-
-
-@pytest.fixture(scope="module")
 def page_of(tmp_path_factory):
     """The page of these explorers; that of one opens sooner."""
+    folder = tmp_path_factory.mktemp("explorers")
 
     @functools.cache
     def page(*names):
-        return write_page(tmp_path_factory.mktemp("explorers"), (explorer(name).html() for name in names))
+        return write_page(folder, "-".join(names), (explorer(name).html() for name in names))
 
     return page
 
@@ -74,24 +70,37 @@ class Shown:
 
     def wait(self):
         """Until the picture is that of the state."""
+        script = """
+        const [root, expected, done] = arguments;
+        const patience = performance.now() + 5000;
+        const poll = () => {
+          if (root.dataset.shown === expected || performance.now() > patience) done(root.dataset.shown);
+          else setTimeout(poll, 5);
+        };
+        poll();
+        """
         expected = " ".join(map(str, self.state.values()))
-        for _ in range(500):
-            if self.root.get_attribute("data-shown") == expected:
-                return
-            time.sleep(0.01)
-        raise AssertionError(
-            f"{self.name} still shows {self.root.get_attribute('data-shown')}, not {expected}"
-        )
+        assert self.driver.execute_async_script(script, self.root, expected) == expected, self.name
 
     @property
     def picture(self):
         script = """
         const plain = (key, value) => (ArrayBuffer.isView(value) ? Array.from(value) : value);
         const { data, layout } = arguments[0].querySelector(".sogrid-plot");
-        return JSON.stringify({ traces: data, layout }, plain);
+        const text = arguments[0].querySelector(".sogrid-result").textContent;
+        return JSON.stringify({ traces: data, layout, text }, plain);
         """
-        text = self.find(".sogrid-result").get_attribute("textContent")
-        return json.loads(self.driver.execute_script(script, self.root)) | {"text": text}
+        return json.loads(self.driver.execute_script(script, self.root))
+
+    @property
+    def words(self):
+        """What is said of each slider: to a screen reader, and beside it."""
+        script = """
+        const beside = (e) => e.parentElement.querySelector(`output[for="${e.id}"]`)?.innerText;
+        const of = (e) => [e.dataset.control, [e.ariaValueText, beside(e)]];
+        return [...arguments[0].querySelectorAll("input[type=range]")].map(of);
+        """
+        return dict(self.driver.execute_script(script, self.root))
 
     def set(self, state):
         """Put the controls where they should be, all at once."""
@@ -109,7 +118,7 @@ class Shown:
 
     def assert_is_pythons(self):
         """The picture, the sentence and the words beside the sliders are Python's for this state."""
-        state, picture = self.state, self.picture
+        state, picture, words = self.state, self.picture, self.words
         expected = self.explorer.at(**state)
         assert picture["text"] == expected["text"]
         _same(plain(expected["traces"]), picture["traces"])
@@ -117,8 +126,7 @@ class Shown:
         for control in self.explorer.controls.values():
             if control.kind == "range" and len(control.words) > 1:
                 word = control.words[state[control.name]]
-                assert self.input(control.name).get_attribute("aria-valuetext") == word
-                assert self.find(f'output[for$="-{control.name}"]').text == word
+                assert words[control.name] == [word, word]
 
 
 def _same(expected, found, place="picture"):
@@ -151,9 +159,17 @@ def open_page(driver, page_of):
 
 @pytest.fixture
 def show(driver, open_page):
-    def show_(name, metrics=DESKTOP):
-        open_page(name, metrics=metrics)
+    def show_(name, metrics=DESKTOP, keep=True):
+        """The explorer as it begins, on the page that is open where that has been kept."""
+        key = f"{name} {metrics['width']}"
+        kept = driver.execute_script("return window.kept") == key
+        if not kept:
+            open_page(name, metrics=metrics)
+            driver.execute_script("window.kept = arguments[0]", key if keep else None)
         shown = Shown(driver, name)
+        if kept:
+            set_theme(driver, "light")
+            shown.set({control.name: control.start for control in shown.explorer.controls.values()})
         shown.wait()
         driver.execute_script("arguments[0].scrollIntoView()", shown.root)
         return shown
@@ -219,29 +235,6 @@ def test_sliders_follow_the_mouse(driver, show, name):
     shown.assert_is_pythons()
 
 
-def _tap(driver, element, across=0.5, up=0.5):
-    """A finger's tap on an element, by shares of its size."""
-    driver.execute_script("arguments[0].scrollIntoView({ block: 'center' })", element)
-    box = driver.execute_script("return arguments[0].getBoundingClientRect().toJSON()", element)
-    point = {"x": box["left"] + across * box["width"], "y": box["top"] + (1 - up) * box["height"]}
-    for kind, points in (("touchStart", [point]), ("touchEnd", [])):
-        driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-
-
-@EVERY
-def test_a_phones_tap_moves_a_slider(driver, show, name):
-    shown = show(name, PHONE)
-    before = shown.picture
-    _tap(driver, shown.input(STEERS[name]), 0.1)
-    for _ in range(100):
-        if shown.picture != before:
-            break
-        time.sleep(0.01)
-    shown.wait()
-    assert shown.picture != before
-    shown.assert_is_pythons()
-
-
 def test_the_point_is_dragged(driver, show):
     shown = show("second_order")
     before = shown.state
@@ -286,10 +279,7 @@ def test_a_tap_puts_the_point(driver, show, metrics):
     else:
         size = driver.execute_script("return arguments[0].getBoundingClientRect().width", area)
         ActionChains(driver).move_to_element_with_offset(area, int(size / 4), int(size / 4)).click().perform()
-    for _ in range(100):
-        if shown.state["w1"] > 80:
-            break
-        time.sleep(0.01)
+    until(lambda: shown.state["w1"] > 80)
     shown.wait()
     values = shown.explorer.controls["w1"].values
     assert values[shown.state["w1"]] == pytest.approx(1.5, abs=0.06)
@@ -309,9 +299,8 @@ def test_a_finger_drags_the_point_and_not_the_page(driver, show):
     for kind, d in steps:
         points = [] if d is None else [{"x": x + d, "y": y + d}]
         driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
-    time.sleep(0.1)
+    until(lambda: shown.state["w1"] > before["w1"])
     shown.wait()
-    assert shown.state["w1"] > before["w1"]
     assert shown.state["w2"] < before["w2"]
     assert driver.execute_script("return scrollY") == scroll
     shown.assert_is_pythons()
@@ -345,7 +334,32 @@ def test_redraws_are_quick(driver, show, name, record_property):
     assert times[12] < BUSY * REDRAW
 
 
-@pytest.mark.parametrize("metrics", [DESKTOP, PHONE], ids=["desktop", "phone"])
+@EVERY
+def test_explorers_follow_the_theme_and_keep_it(driver, show, name):
+    shown, looks = show(name), {}
+    script = """
+    const style = (selector) => getComputedStyle(arguments[0].querySelector(selector) ?? arguments[0]);
+    const box = getComputedStyle(arguments[0].closest(".text_html"));
+    return [style("svg.main-svg text").fill, style(".sogrid-result").color, box.backgroundColor];
+    """
+    for theme in ("light", "dark"):
+        set_theme(driver, theme)
+        shown.set(some_states(shown.explorer, 2)[theme == "dark"])
+        looks[theme] = driver.execute_script(script, shown.root)
+    assert all(light != dark for light, dark in zip(looks["light"][:2], looks["dark"][:2], strict=True))
+    assert looks["dark"][2] == "rgba(0, 0, 0, 0)", "a light box on the dark page"
+
+
+@EVERY
+def test_screen_readers_hear_what_is_seen(show, name):
+    shown = show(name)
+    assert shown.find(".sogrid-result").get_attribute("role") == "status"
+    label = shown.find(".sogrid-plot").get_attribute("aria-label")
+    assert label == html.unescape(shown.explorer.alt)
+    assert shown.find("svg.main-svg").get_attribute("aria-label") == label
+
+
+@pytest.mark.parametrize("metrics", [DESKTOP, PHONE], ids=["desktop", "phone"], scope="module")
 @EVERY
 def test_nothing_moves_and_nothing_is_wider_than_the_page(driver, show, name, metrics):
     """Whatever the state: the height is the same, and so is where what comes after begins."""
@@ -366,65 +380,48 @@ def test_nothing_moves_and_nothing_is_wider_than_the_page(driver, show, name, me
     assert all(wider <= 0 for _, wider in sizes)
 
 
-def test_nothing_moves_while_the_page_loads(driver, open_page):
-    open_page(*EXPLORERS)
-    shift = driver.execute_async_script(
-        """
-        let sum = 0;
-        new PerformanceObserver((list) => list.getEntries().forEach((e) => (sum += e.value)))
-          .observe({ type: "layout-shift", buffered: true });
-        setTimeout(() => arguments[0](sum), 100);
-        """
-    )
-    assert shift < 0.01
+def _tap(driver, element, across=0.5, up=0.5):
+    """A finger's tap on an element, by shares of its size."""
+    driver.execute_script("arguments[0].scrollIntoView({ block: 'center' })", element)
+    box = driver.execute_script("return arguments[0].getBoundingClientRect().toJSON()", element)
+    point = {"x": box["left"] + across * box["width"], "y": box["top"] + (1 - up) * box["height"]}
+    for kind, points in (("touchStart", [point]), ("touchEnd", [])):
+        driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
 
 
 @EVERY
-def test_explorers_follow_the_theme_and_keep_it(driver, show, name):
-    shown, looks = show(name), {}
-    script = """
-    const style = (selector) => getComputedStyle(arguments[0].querySelector(selector) ?? arguments[0]);
-    const box = getComputedStyle(arguments[0].closest(".text_html"));
-    return [style("svg.main-svg text").fill, style(".sogrid-result").color, box.backgroundColor];
-    """
-    for theme in ("light", "dark"):
-        set_theme(driver, theme)
-        shown.set(some_states(shown.explorer, 2)[theme == "dark"])
-        looks[theme] = driver.execute_script(script, shown.root)
-    assert all(light != dark for light, dark in zip(looks["light"][:2], looks["dark"][:2], strict=True))
-    assert looks["dark"][2] == "rgba(0, 0, 0, 0)", "a light box on the dark page"
+def test_a_phones_tap_moves_a_slider(driver, show, name):
+    shown = show(name, PHONE)
+    before = shown.picture
+    _tap(driver, shown.input(STEERS[name]), 0.1)
+    until(lambda: shown.picture != before)
+    shown.wait()
+    assert shown.picture != before
+    shown.assert_is_pythons()
+
+
+def test_nothing_moves_while_the_page_loads(driver, open_page):
+    open_page(*EXPLORERS)
+    assert layout_shift(driver) < 0.01
 
 
 def test_a_readers_choice_in_the_legend_outlives_a_change(driver, show):
-    shown = show("race")
-    driver.execute_async_script(
-        """
-        const entry = arguments[0].querySelectorAll(".legendtoggle")[1];
-        entry.dispatchEvent(new MouseEvent("mousedown"));
-        entry.dispatchEvent(new MouseEvent("mouseup"));
-        setTimeout(arguments[1], 700);
-        """,
-        shown.root,
-    )
-    hidden = "return arguments[0]._fullData.filter((t) => t.visible === 'legendonly').length"
-    count = driver.execute_script(hidden, shown.find(".sogrid-plot"))
-    assert count > 0
+    shown = show("race", keep=False)
+    click = """
+    const entry = arguments[0].querySelectorAll(".legendtoggle")[1];
+    entry.dispatchEvent(new MouseEvent("mousedown"));
+    entry.dispatchEvent(new MouseEvent("mouseup"));
+    """
+    driver.execute_script(click, shown.root)
+    script = "return arguments[0]._fullData.filter((t) => t.visible === 'legendonly').length"
+    hidden = functools.partial(driver.execute_script, script, shown.find(".sogrid-plot"))
+    until(hidden)
+    count = hidden()
     shown.input("budget").send_keys(Keys.ARROW_LEFT)
     shown.wait()
-    assert driver.execute_script(hidden, shown.find(".sogrid-plot")) == count
+    assert hidden() == count
 
 
-def test_screen_readers_hear_what_is_seen(driver, show):
-    for name in EXPLORERS:
-        shown = show(name)
-        assert shown.find(".sogrid-result").get_attribute("role") == "status"
-        label = shown.find(".sogrid-plot").get_attribute("aria-label")
-        assert label == html.unescape(shown.explorer.alt)
-        assert shown.find("svg.main-svg").get_attribute("aria-label") == label
-
-
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_axe_finds_nothing_serious(driver, open_page, theme):
+def test_axe_finds_nothing_serious(driver, open_page):
     open_page(*EXPLORERS)
-    set_theme(driver, theme)
     assert not serious_findings(driver)

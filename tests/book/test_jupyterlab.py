@@ -1,6 +1,6 @@
 """A page as JupyterLab runs it: the explorers are widgets, and a saved notebook keeps their state.
 
-That every slider of every explorer moves the picture is in tests/test_explorers.py.
+That every slider of every explorer moves the picture is in tests/lab/test_explorers.py.
 """
 
 import nbformat
@@ -8,12 +8,12 @@ import pytest
 from book.test_pages import BOOK
 from nbclient import NotebookClient
 
-PAGE = BOOK / "ch3_second_order/gauss_newton_and_fisher.ipynb"
+PAGE = BOOK / "ch4_experimental_setup/biased_random_search.ipynb"
 STATE, VIEW = (f"application/vnd.jupyter.widget-{name}+json" for name in ("state", "view"))
 
 
 @pytest.mark.slow
-def test_a_page_runs_and_keeps_the_state_of_its_widgets(monkeypatch):
+def test_a_page_runs_and_keeps_the_state_of_its_widgets(monkeypatch, quick_kernels):
     monkeypatch.delenv("SOGRID_BOOK", raising=False)
     page = nbformat.read(PAGE, as_version=4)
     resources = {"metadata": {"path": str(PAGE.parent)}}
@@ -23,4 +23,4 @@ def test_a_page_runs_and_keeps_the_state_of_its_widgets(monkeypatch):
     (view,) = (models[o["data"][VIEW]["model_id"]] for o in outputs if VIEW in o["data"])
     assert view["state"]["children"]
     labels = {m["state"].get("description") for m in models.values() if "Slider" in m["model_name"]}
-    assert {"learning rate λ", "damping ε"} <= labels
+    assert "trial" in labels

@@ -5,7 +5,7 @@ import re
 
 import pypdfium2
 import pytest
-from book.screenshots import DESKTOP, HTML, chromium, find_chromium, resize, set_theme, settle
+from book.screenshots import DESKTOP, HTML, find_chromium, resize, set_theme, settle
 
 pytestmark = pytest.mark.browser
 
@@ -40,18 +40,18 @@ return [wider.length, Math.max(...wider), document.querySelectorAll("svg.main-sv
 
 
 @pytest.fixture(scope="module", params=PAGES.values(), ids=PAGES.keys())
-def printed(request):
+def printed(driver, request):
     """A dark page's words and the titles around it, and what is on the paper: words and pictures."""
-    with chromium() as driver:
-        resize(driver, DESKTOP)
-        driver.get((HTML / request.param).as_uri())
-        settle(driver)
-        set_theme(driver, "dark")
-        words, around = driver.execute_script(WORDS), driver.execute_script(AROUND)
-        paper = {"paperWidth": 8.27, "paperHeight": 11.69, "printBackground": True}
-        pdf = base64.b64decode(driver.execute_cdp_cmd("Page.printToPDF", paper)["data"])
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
-        figures = driver.execute_script(WIDER)
+    resize(driver, DESKTOP)
+    driver.get((HTML / request.param).as_uri())
+    settle(driver)
+    set_theme(driver, "dark")
+    words, around = driver.execute_script(WORDS), driver.execute_script(AROUND)
+    paper = {"paperWidth": 8.27, "paperHeight": 11.69, "printBackground": True}
+    pdf = base64.b64decode(driver.execute_cdp_cmd("Page.printToPDF", paper)["data"])
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    figures = driver.execute_script(WIDER)
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
     sheets = list(pypdfium2.PdfDocument(pdf))
     text = " ".join(sheet.get_textpage().get_text_range() for sheet in sheets)
     pictures = [sheet.render(grayscale=True).to_numpy().squeeze() for sheet in sheets]

@@ -39,6 +39,13 @@
     };
   }
 
+  /* Gives a figure the colours of the theme, which it then names (`data-drawn`, for whoever waits). */
+  async function colour(element) {
+    const name = document.documentElement.dataset.theme;
+    await Plotly.relayout(element, theme());
+    element.dataset.drawn = name ?? "true";
+  }
+
   const sizes = new ResizeObserver((entries) => {
     for (const { target } of entries) {
       if (target.offsetWidth && target.offsetWidth !== target._fullLayout?.width) Plotly.Plots.resize(target);
@@ -46,8 +53,7 @@
   });
 
   new MutationObserver(() => {
-    const colours = theme();
-    for (const element of drawn) Plotly.relayout(element, colours);
+    drawn.forEach(colour);
   }).observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
 
   /* To a screen reader the drawing is one image; the buttons above it stay buttons. */
@@ -71,10 +77,9 @@
     };
     /* On a touch screen a drag scrolls the page instead of zooming the figure. */
     await Plotly.newPlot(element, data, { ...(touch && { dragmode: false }), ...layout, autosize: true }, config);
-    await Plotly.relayout(element, theme());
+    await colour(element);
     label(element);
     drawn.add(element);
-    element.dataset.drawn = "true";
     sizes.observe(element);
     return element;
   }
