@@ -9,9 +9,10 @@ VENV = .venv
 BIN = $(VENV)/bin
 STAMP = $(VENV)/.sogrid-installed
 PEERS = $(VENV)/peers
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 NOTEBOOKS = find book -name '*.ipynb' ! -path '*/.ipynb_checkpoints/*'
 
-.PHONY: help install book book-fresh test claims lint format lab experiments bench clean
+.PHONY: help install book book-fresh test test-browser test-all claims lint format lab experiments bench clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -41,8 +42,16 @@ book-fresh: ## Build the book from nothing: every page is executed
 	rm -rf _build
 	$(MAKE) book
 
-test: $(STAMP) ## Run all tests; those of the pages need Chromium and `make book`, or are skipped
-	$(BIN)/python -m pytest -n auto --dist worksteal
+test: $(STAMP) ## Run all tests but those in a browser
+	$(PYTEST) -m "not browser"
+
+test-browser: $(STAMP) ## Run the tests in a browser: they need Chromium, most of them `make book`, or are skipped
+	$(PYTEST) -m browser tests/book || test $$? -eq 5
+
+test-all: ## Run all tests, and build the book for those of its pages
+	$(MAKE) test
+	$(MAKE) book
+	$(MAKE) test-browser
 
 claims: $(STAMP) ## Run the tests of the thesis's claims and write what they measure into the book's ledger
 	$(BIN)/python -m pytest -q --ledger book/results/claims.json tests/test_thesis_claims*.py
