@@ -454,6 +454,7 @@ from sogrid.experiments import checkpoints, training
 from sogrid.experiments.reproduce import reproduce
 small_experiment(dict.__setitem__)
 checkpoints.EVERY = 0.02
+training.source_digest = lambda: "made once, not by each of them"
 def slowly(*_):
     time.sleep(0.001)
     print(flush=True)
