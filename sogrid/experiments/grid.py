@@ -11,7 +11,7 @@ two cores, 64 autoencoders 64-32-16-32-64 train by ACP 14 times faster than one 
 and 33 times at batch 50; 200 updates of all take a second. Where not: once the products of one step keep the
 machine busy. Eight autoencoders 64-w-w-64 at batch 200 gain 3.2 times for w = 128, 1.3 for 512 and nothing
 for 1024: there a loop is as fast and takes an eighth of the memory, which is linear in K
-(``python -m sogrid.experiments.grid_timing`` measures all of these).
+(``python -m lab.grid_timing`` measures all of these).
 
 Index letters: K configuration, n example, i layer input, o layer output.
 """

@@ -233,7 +233,7 @@ class Record:
         self._write(change)
 
     def set_clock(self, clock: dict[str, Any]) -> None:
-        """Note what an update of each method costs (see :mod:`sogrid.experiments.timing`); as :meth:`add`."""
+        """Note what an update of each method costs (see :mod:`lab.timing`); as :meth:`add`."""
         clock = json.loads(json.dumps(clock))
         self._write(lambda content: {**content, "clock": clock})
 
