@@ -39,6 +39,8 @@ IMPORTED = (
 )
 """None whose import depends on the kernel's environment, as that of ``plotly.io`` does."""
 
+OURS = "sogrid", "lab"
+
 NAME = "local-provisioner"
 
 
@@ -139,6 +141,8 @@ def _serve(answer: int) -> None:
     for name in IMPORTED:
         with suppress(ImportError):
             import_module(name)
+    for name in [name for name in sys.modules if name.partition(".")[0] in OURS]:
+        del sys.modules[name]  # imported with this one; a kernel reads them anew
     gc.freeze()  # a kernel need not collect, and so copy, what all have
     signal.signal(signal.SIGCHLD, _reap)
     for line in sys.stdin:
