@@ -7,7 +7,7 @@ layer's output, which autograd runs on the value before any in-place activation.
 several times in one forward pass has several positions.
 
 With *factored* gradients rows are all that a backward pass leaves: the ``.grad`` of the weight stays
-``None`` (:mod:`sogrid.autograd`).
+``None``.
 
 A record says what ``.grad`` is made of, or would be. So these are not seen at all: forward passes in
 evaluation mode, without gradients or inside a ``torch.func`` transform, a trace or an export; the

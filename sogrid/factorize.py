@@ -77,7 +77,8 @@ def tikhonov_inverse(
     """(matrix + damping · I)⁻¹ of a positive semi-definite matrix (Thesis §3.1.3).
 
     Args:
-        matrix: ``[..., m, m]``. A :class:`Gram` matrix has a :class:`ThinInverse`, unless the damping is
+        matrix: ``[..., m, m]``. A :class:`~sogrid.structured.Gram` matrix has a
+            :class:`~sogrid.structured.ThinInverse`, unless the damping is
             lost in its rounding: a failure, at which on the CPU it is formed and inverted like any other.
         damping: ε ≥ 0, a number or a tensor ``[...]``: one for all, or one for each leading dimension.
         name: Named in the error, usually the layer.

@@ -15,7 +15,7 @@ from sogrid.rows import Rows
 from sogrid.statistics import Statistics
 from sogrid.structured import Factored, ThinInverse
 
-__all__ = ["Change", "Gradient", "Method"]
+__all__ = ["Change", "Gradient", "LayerMethod"]
 
 Change = tuple[Tensor | Factored, Tensor | None]
 """(ΔW, Δb) of one layer."""
@@ -35,7 +35,7 @@ class Gradient(NamedTuple):
     mean_h: Tensor | None
 
 
-class Method:
+class LayerMethod:
     """Base of the methods. Hyperparameters are in the parameter group; a method of its own has few."""
 
     uses_statistics = True

@@ -33,7 +33,7 @@ from sogrid.experiments.benchmarks import Method as Row
 from sogrid.experiments.training import Curve, Minibatches
 from sogrid.factorize import failures_are_nan
 from sogrid.losses import Loss, Quadratic
-from sogrid.method import Change, Gradient, Method
+from sogrid.method import Change, Gradient, LayerMethod
 from sogrid.networks import MLP
 from sogrid.optimizers.layerwise import Layerwise
 from sogrid.optimizers.updated_backprop import Chain, UpdatedBackprop, UpdatedBackpropMethod
@@ -144,7 +144,7 @@ class _Order:
         return taken[0] if len(taken) == 1 else torch.stack(taken)[self.own]
 
 
-class GradientDescent(Method):
+class GradientDescent(LayerMethod):
     """torch's plain SGD as a method; its rate is that of the loss as it is reduced."""
 
     uses_statistics = False
@@ -199,7 +199,7 @@ class Grid:
     @property
     def keeps_statistics(self) -> bool:
         """Whether there is anything to refresh."""
-        return isinstance(self.method, Method) and self.method.uses_statistics
+        return isinstance(self.method, LayerMethod) and self.method.uses_statistics
 
     @property
     def refresh_due(self) -> bool:
@@ -267,7 +267,7 @@ def _rows(x: Tensor) -> Tensor:
 
 def _method(
     optimizer: torch.optim.Optimizer, groups: Sequence[dict[str, Any]], loss: Loss
-) -> Method | UpdatedBackpropMethod:
+) -> LayerMethod | UpdatedBackpropMethod:
     """What a kind of optimizer does in a step."""
     if isinstance(optimizer, Layerwise | UpdatedBackprop):
         return optimizer.method

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from sogrid.factorize import naming_the_damping, tikhonov_inverse
-from sogrid.method import Method
+from sogrid.method import LayerMethod
 from sogrid.optimizers.centered import bias_update, centered_gradient
 from sogrid.optimizers.layerwise import Layerwise, StatisticsOptions
 from sogrid.parameters import check_hyperparameter
@@ -91,7 +91,7 @@ def acp_update(
     return dw, bias_update(grad_b, dw, mean_h, rate, bias_correction)
 
 
-class ACPMethod(Method):
+class ACPMethod(LayerMethod):
     """Algorithm 4 as verbs.
 
     Args:

@@ -13,7 +13,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from sogrid.method import Method
+from sogrid.method import LayerMethod
 from sogrid.optimizers.layerwise import Layerwise
 from sogrid.shell import LayerOptions
 from sogrid.structured import Factored, matrixwise, vectorwise
@@ -76,7 +76,7 @@ def bias_update(
     return db - (dw @ mean_h.unsqueeze(-1)).squeeze(-1) if correction else db
 
 
-class CenteredMethod(Method):
+class CenteredMethod(LayerMethod):
     """Algorithm 3 as verbs; there is nothing to measure."""
 
     uses_statistics = False

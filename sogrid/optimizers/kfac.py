@@ -32,7 +32,7 @@ from sogrid.capture import CaptureError
 from sogrid.factorize import naming_the_damping, tikhonov_inverse
 from sogrid.kronecker import homogeneous, homogeneous_gradient, kronecker_solve
 from sogrid.losses import CrossEntropyAtLogits, CrossEntropyAtProbabilities, Loss
-from sogrid.method import Method
+from sogrid.method import LayerMethod
 from sogrid.optimizers.layerwise import Layerwise, StatisticsOptions
 from sogrid.parameters import check_count, check_hyperparameter
 from sogrid.statistics import Statistics, input_rows, output_rows, second_moment
@@ -127,7 +127,7 @@ def kfac_update(
     return step[..., :-1], step[..., -1]
 
 
-class KFACMethod(Method):
+class KFACMethod(LayerMethod):
     """KFAC as verbs.
 
     Args:

@@ -1,9 +1,9 @@
 """The shell of the methods that treat each layer alone: refresh statistics, then step.
 
 A method fills in three verbs, each on plain tensors: *measure* a statistics minibatch, *invert* what
-was measured, and *update* one layer from its gradient (:class:`sogrid.method.Method`). Where a statistics
-minibatch has few rows its matrices are never formed (:func:`sogrid.statistics.second_moment`); ``repr`` tells
-where.
+was measured, and *update* one layer from its gradient (:class:`sogrid.method.LayerMethod`). Where a
+statistics minibatch has few rows its matrices are never formed
+(:func:`sogrid.statistics.second_moment`); ``repr`` tells where.
 
 Per-example quantities are of the loss as it was when ``backward`` ran, so a loss that a ``GradScaler``
 scaled needs :meth:`Layerwise.refresh` with the unscaled one.
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from sogrid.bound import BOUND_EXAMPLES, bounded
 from sogrid.capture import CaptureError, LayerRecord
-from sogrid.method import Method
+from sogrid.method import LayerMethod
 from sogrid.parameters import Layer, check_count, check_hyperparameter
 from sogrid.private import without_autocast
 from sogrid.rows import share
@@ -71,7 +71,7 @@ class Layerwise(LayerOptimizer):
 
     def __init__(
         self,
-        method: Method,
+        method: LayerMethod,
         model: nn.Module,
         lr: float | Tensor,
         hyperparameters: dict[str, Any],
