@@ -3,13 +3,15 @@
 With *factored* gradients a layer's output is handed on through a function that forms no weight gradient;
 with the graph *cut* the model's output is handed on with nothing below. Both take parameters along, and
 give them no gradient: autograd then still runs the node that would have added to ``.grad``, which is how
-a gradient that accumulates is known (:func:`accumulates`).
+a gradient that accumulates is known (:func:`accumulates`). One that has a ``.grad`` even so, a layer's bias
+or the model's last parameter, tells whether gradients were cleared since.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Hashable, Iterable
-from typing import TypeVar
+from collections import Counter
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +22,12 @@ from sogrid.private import graph_task, transformed, will_execute
 __all__ = [
     "CaptureError",
     "accumulates",
+    "depends",
+    "edges_to",
     "in_backward",
     "pull",
     "recording",
+    "tensors",
     "without_graph",
     "without_weight",
 ]
@@ -68,6 +73,40 @@ def pull(output: Tensor, vector: Tensor, edges: dict[Key, GradientEdge | None]) 
     return {key: grad.detach() for key, grad in zip(edges, grads, strict=True) if grad is not None}
 
 
+def tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors in tuples, lists and dictionaries of them."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, Mapping)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors(part)
+
+
+def depends(values: Iterable[Tensor], nodes: Container[Node]) -> bool:
+    """Whether autograd has computed one of the values from what these nodes gave."""
+    return any(node in nodes for node in _walk([x.grad_fn for x in values], set()))
+
+
+def edges_to(output: Tensor, inputs: Iterable[Tensor]) -> Counter[Tensor]:
+    """How often each parameter is used between a model's inputs and its output."""
+    found: Counter[Tensor] = Counter()
+    for node in _walk([output.grad_fn], {x.grad_fn for x in inputs}):
+        for below, _ in node.next_functions:
+            if (parameter := getattr(below, "variable", None)) is not None:
+                found[parameter] += 1
+    return found
+
+
+def _walk(nodes: list[Node | None], ends: set[Node | None]) -> Iterator[Node]:
+    """Nodes and all below them, once each, without those of ``ends`` and what is below those alone."""
+    ends = {None, *ends}
+    while nodes:
+        if (node := nodes.pop()) not in ends:
+            ends.add(node)
+            yield node
+            nodes += [below for below, _ in node.next_functions]
+
+
 class _WithoutWeight(torch.autograd.Function):
     """The output of a linear layer, as it is, with a backward pass that forms no weight gradient."""
 
@@ -90,45 +129,34 @@ class _WithoutWeight(torch.autograd.Function):
                 arrived(g)
         _, weight = ctx.saved_tensors
         _, for_h, _, for_bias, _ = ctx.needs_input_grad
-        grad_b = g.flatten(0, -2).sum(0) if for_bias else None
+        grad_b = g.flatten(0, -2).to(weight.dtype).sum(0) if for_bias else None
         return None, g @ weight.to(g.dtype) if for_h else None, None, grad_b, None
 
 
 class _Cut(torch.autograd.Function):
-    """The output of a model, as it is, with nothing below."""
+    """The output of a model, as it is, with nothing below but a gradient of zeros for its last parameter."""
 
     @staticmethod
     def forward(ctx, output, *parameters):
-        ctx.count = len(parameters)
+        ctx.count, ctx.last = len(parameters), parameters[-1]
         ctx.mark_dirty(output)
         return output
 
     @staticmethod
     def backward(ctx, g):
-        return None, *[None] * ctx.count
+        return None, *[None] * (ctx.count - 1), torch.zeros_like(ctx.last)
 
 
-def without_weight(
-    layer: nn.Linear, h: Tensor, output: Tensor, factored: Iterable[Container[Tensor]]
-) -> tuple[Tensor, list[Hearer]]:
+def without_weight(layer: nn.Linear, h: Tensor, output: Tensor) -> tuple[Tensor, list[Hearer]]:
     """A linear layer's output, and whom its backward pass will call with the gradient there.
 
     Args:
-        layer: Whose weight gets no gradient.
+        layer: Whose weight gets no gradient; its bias does.
         h: Its input.
         output: Its output.
-        factored: For each capture, the parameters that go without a gradient.
     """
-    if getattr(layer.forward, "__func__", None) is not nn.Linear.forward:
-        raise CaptureError(
-            f"{type(layer).__name__} computes something else than nn.Linear, so its gradient may have no "
-            "such factors: give the optimizer gradients='matrix'"
-        )
-    bias = layer.bias  # one that is trained elsewhere gets its gradient as ever
-    if bias is not None and (not bias.requires_grad or any(bias in some for some in factored)):
-        bias = None
     heard: list[Hearer] = []
-    return _WithoutWeight.apply(output.detach(), h, layer.weight, bias, heard), heard
+    return _WithoutWeight.apply(output.detach(), h, layer.weight, layer.bias, heard), heard
 
 
 def without_graph(model: nn.Module, inputs: tuple, output: Tensor) -> Tensor:

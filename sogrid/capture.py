@@ -9,10 +9,12 @@ several times in one forward pass has several positions.
 With *factored* gradients rows are all that a backward pass leaves: the ``.grad`` of the weight stays
 ``None``.
 
-A record says what ``.grad`` is made of, or would be. So these are not seen at all: forward passes in
-evaluation mode, without gradients or inside a ``torch.func`` transform, a trace or an export; the
-repeated forward pass of an activation checkpoint; and gradients that ``torch.autograd.grad`` returns
-instead of adding them to ``.grad``.
+A record says what ``.grad`` is made of, or would be. So these are not seen at all: forward passes without
+gradients, with other parameters (``torch.func.functional_call``) or inside a ``torch.func`` transform, a
+trace or an export; the repeated forward pass of an activation checkpoint; and gradients that
+``torch.autograd.grad`` returns instead of adding them to ``.grad``. A record is as old as its ``.grad``:
+when that is cleared, by whomever, so is the record. What reaches ``.grad`` past the record, from a pass in
+evaluation mode or a use of the weight outside its layer, is noted there.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,19 +32,28 @@ from sogrid.autograd import (
     CaptureError,
     Hearer,
     accumulates,
+    depends,
+    edges_to,
     in_backward,
     pull,
+    tensors,
     without_graph,
     without_weight,
 )
 from sogrid.hooks import listen
 from sogrid.layers import Rule, rule_of
 from sogrid.private import graph_task
-from sogrid.uses import LayerRecord, RootRecord, Seen, Use
+from sogrid.uses import LayerRecord, Pass, RootRecord, Seen, Use
 
 __all__ = ["Capture", "CaptureError", "LayerRecord", "RootRecord", "Wanted"]
 
 Probe = Callable[[Tensor], Iterable[Tensor]]
+
+LOOKS = 100
+"""Once in so many passes the graph is searched for uses of weights outside their layers."""
+
+UNKNOWN = -1
+"""A version that no tensor has."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +63,8 @@ class Wanted:
     Attributes:
         rows: Names of the layers whose inputs and gradients are kept.
         means: Whether the mean input of a layer is kept, one vector, where ``.grad`` is formed.
-        factored: Weights whose gradient is left as factors, and biases that go with them: no ``.grad``
-            is made, and their layers' inputs and gradients are kept.
+        factored: Weights whose gradient is left as factors, with their biases: the ``.grad`` of the bias,
+            which has to be trained, tells how old the factors are; the weight has none.
         cut: Whether the graph ends at the model's output: whoever owns the capture needs the gradient
             there, the layers' inputs and outputs, and nothing else.
         roots: Whether the model's own input, output and gradient are kept.
@@ -82,6 +94,7 @@ class Capture:
     Attributes:
         records: Name → :class:`LayerRecord`.
         roots: The model's own input, output and gradient of each pass, if wanted.
+        version: As a record's, for the last parameter of a model whose graph is cut.
         wanted: What coming passes leave behind; may be replaced between passes.
 
     Example:
@@ -101,16 +114,17 @@ class Capture:
         self.wanted = Wanted(rows=set(layers), roots=True) if wanted is None else wanted
         self._model = model
         self._rules = {layer: (name, rule_of(layer)) for name, layer in layers.items()}
+        self._parameters = {layer: (layer.weight, layer.bias) for layer in self._rules}
         self._uses: dict[Use, GradientEdge | None] = {}  # in the latest forward pass; in collect(), in all
         self._latest: dict[str, list[Use]] = {}
-        self._forward, self._task, self._collecting = 0, -1, False
+        self._pass, self._passes, self._task, self._collecting = Pass(), 0, -1, False
+        self.version = 0
         self.clear()
         self._end = listen(self, model, self._rules, _begins, _ends)
 
     def clear(self) -> None:
         """Forget what has been seen."""
-        for use in self._uses:
-            use.over = True
+        self._pass.over = True
         self.records = {name: LayerRecord() for name, _ in self._rules.values()}
         self.roots: list[RootRecord] = []
 
@@ -147,7 +161,7 @@ class Capture:
         Raises:
             TypeError: If the closure returns anything else.
         """
-        before = self._uses, self._latest, self._forward, self.wanted
+        before = self._uses, self._latest, self._pass, self.wanted
         self._uses, self._latest, self._collecting = {}, {}, True
         self.wanted = replace(self.wanted, rows=set(self.records), roots=False, probe=probe)
         try:
@@ -160,36 +174,84 @@ class Capture:
             return records
         finally:
             self._collecting = False
-            self._uses, self._latest, self._forward, self.wanted = before
+            self._uses, self._latest, self._pass, self.wanted = before
 
     # -- what the hooks tell -----------------------------------------------------------------------
 
-    def begins(self) -> None:
-        """A forward pass of the model starts."""
+    def begins(self, inputs: tuple) -> None:
+        """A forward pass of the model starts; on what the last one gave, it is of the same examples."""
+        if self._latest and not self._pass.over:
+            nodes = {edge.node for edge in self._uses.values() if edge is not None}
+            if depends(tensors(inputs), nodes):
+                self._require(
+                    self.wanted.probe is None and not self.wanted.roots,
+                    "the model was called on what it had computed, and this optimizer needs the one output "
+                    "that the loss is a function of: put the loop into the model's forward",
+                )
+                return
+        self._begin()
+
+    def _begin(self) -> None:
         if not self._collecting:
             self._uses = {}
-        self._latest = {}
-        self._forward += 1
+        self._latest, self._pass = {}, Pass()
+        self._passes += 1
+
+    @staticmethod
+    def _require(condition: bool, otherwise: str) -> None:
+        if not condition:
+            raise CaptureError(otherwise)
 
     def watches(self, module: nn.Module) -> bool:
-        """Whether a module is a layer whose use counts."""
-        return module in self._rules and module.training and module.weight.requires_grad
+        """Whether a module is a layer, with the parameters that it had, to be trained."""
+        if module not in self._rules or not module.weight.requires_grad:
+            return False
+        weight, bias = self._parameters[module]
+        return module.weight is weight and module.bias is bias
 
-    def factors(self, weight: Tensor) -> bool:
-        """Whether a weight goes without a gradient."""
-        return weight in self.wanted.factored
+    def factors(self, layer: nn.Module) -> bool:
+        """Whether a layer's weight goes without a gradient."""
+        bias = layer.bias
+        return layer.weight in self.wanted.factored and bias is not None and bias.requires_grad
 
     def ends(self) -> bool:
-        """Whether a forward pass of the model that is over counts."""
+        """Whether the forward pass of the model that is over counts."""
         return (self._model.training or bool(self._latest)) and not in_backward()
+
+    def require_map(self, layer: nn.Module, x: Tensor) -> None:
+        """Refuse inputs that no rule knows, and a layer whose gradient is not that of its kind."""
+        name, rule = self._rules[layer]
+        needed = rule.unfit(layer, x) if x.layout == torch.strided else "a dense one"
+        if needed is not None:
+            raise CaptureError(
+                f"layer {name!r} got an input of shape {tuple(x.shape)}; sogrid needs {needed}"
+            )
+        if getattr(layer.forward, "__func__", None) is rule.kind.forward:
+            return
+        what = f"layer {name!r} ({type(layer).__name__}) computes something else than {rule.kind.__name__}"
+        self._require(
+            not self.factors(layer),
+            f"{what} may, and gradients='factored' cannot tell: give the optimizer gradients='matrix'",
+        )
+        self._require(
+            self._passes % LOOKS != 1 or _is_map(layer, rule, x),
+            f"{what}, of which W and b are not the map: train it in a parameter group with preconditioned=False",
+        )
+
+    def see_unseen(self, layer: nn.Module, output: Tensor) -> None:
+        """A layer has computed its output in evaluation mode."""
+        me, (name, _), weight = weakref.ref(self), self._rules[layer], layer.weight
+
+        def arrived(grad: Tensor) -> None:
+            if (capture := me()) is not None and accumulates(weight):
+                capture._record(name, layer).unseen = "it ran in evaluation mode"
+
+        if not in_backward():
+            output.register_hook(arrived)
 
     def see_layer(self, layer: nn.Module, x: Tensor, output: Tensor, heard: list[Hearer] | None) -> None:
         """A watched layer has computed its output; ``heard`` by the function that handed it on, if any."""
         name, rule = self._rules[layer]
-        if (needed := rule.unfit(layer, x)) is not None:
-            raise CaptureError(
-                f"layer {name!r} got an input of shape {tuple(x.shape)}; sogrid needs {needed}"
-            )
         earlier = self._latest.get(name, [])
         if in_backward():
             if earlier:  # an activation checkpoint computes again what was seen
@@ -198,14 +260,8 @@ class Capture:
                 f"layer {name!r} was first seen in a backward pass: give torch.utils.checkpoint "
                 "use_reentrant=False, and call the model in training mode"
             )
-        if earlier and any(use.over for uses in self._latest.values() for use in uses):
-            self.begins()  # parts of the model are called on their own
-            earlier = []
-        if any(use.examples != len(x) for use in earlier):
-            raise CaptureError(
-                f"layer {name!r} got {earlier[0].examples} and then {len(x)} examples in one forward pass: "
-                "several uses must be of the same examples"
-            )
+        if earlier and self._pass.over:
+            self._begin()  # parts of the model are called on their own
         use = self._use(name, layer, rule, x.detach(), output)
         self._latest.setdefault(name, []).append(use)
         self._uses[use] = None if self.wanted.cut else GradientEdge(output.grad_fn, output.output_nr)
@@ -215,7 +271,7 @@ class Capture:
     def _use(self, name: str, layer: nn.Module, rule: Rule, x: Tensor, output: Tensor) -> Use:
         """What a use leaves behind."""
         wanted, kept = self.wanted, name in self.wanted.rows
-        formed, examples = not (wanted.cut or self.factors(layer.weight)), len(x)
+        formed, examples = not (wanted.cut or self.factors(layer)), len(x)
         if x.dtype != layer.weight.dtype or (kept and formed):
             # a copy, as the user's buffer may be filled again; without one, versions tell
             x = x.to(layer.weight.dtype, copy=kept and formed)
@@ -225,7 +281,7 @@ class Capture:
             mean, rows = h.mean((0, 1)), h.shape[0] * h.shape[1]
         seen = Seen(x) if kept or not formed else None
         after = Seen(output.detach()) if wanted.cut else None
-        return Use(name, layer, rule, self._forward, examples, kept, seen, mean, rows, after)
+        return Use(name, layer, rule, self._pass, examples, kept, seen, mean, rows, after)
 
     def _hear(self, use: Use, output: Tensor, heard: list[Hearer] | None) -> None:
         """Have the gradient at a use's output recorded when it comes."""
@@ -233,25 +289,38 @@ class Capture:
 
         def arrived(grad: Tensor) -> None:
             if (capture := me()) is not None:
-                capture._record(use, weight).add(use, grad.detach().to(dtype))
+                use.forward.over = True
+                capture._record(use.name, use.layer).add(use, grad.detach().to(dtype))
 
         if heard is None:
             output.register_hook(lambda grad: arrived(grad) if accumulates(weight) else None)
         else:
             heard.append(arrived)
 
-    def _record(self, use: Use, weight: Tensor | None) -> LayerRecord:
-        """Where a gradient that arrives belongs: a new record if none of ``.grad`` is older."""
-        task, record = graph_task(), self.records[use.name]
-        formed = weight is not None and not self.factors(weight)
-        if formed and weight.grad is None and task != record._task:
-            record = self.records[use.name] = LayerRecord()
-        record._task, use.over = task, True
+    def _record(self, name: str, layer: nn.Module) -> LayerRecord:
+        """Where a gradient that arrives belongs: a new record if what ``.grad`` held was cleared."""
+        task, record = graph_task(), self.records[name]
+        if task == record._task:
+            record.version = UNKNOWN  # autograd has added to the gradient before it was there
+        elif not self.wanted.cut:
+            grad = (layer.bias if self.factors(layer) else layer.weight).grad
+            if grad is None or (record and _cleared(grad, record.version)):
+                record = self.records[name] = LayerRecord()
+            elif not record and grad.is_cpu and grad.any():
+                record.unseen = "it holds a gradient of an earlier update: call zero_grad()"
+            record.version = 0 if grad is None else grad._version + 1
+        record._task = task
         return record
 
-    def see_root(self, inputs: tuple, output: Tensor) -> None:
+    def see_root(self, inputs: tuple, output: Any) -> None:
         """The model's own forward pass is over."""
-        latest = [use for uses in self._latest.values() for use in uses]
+        _wanted, latest = self.wanted, [use for uses in self._latest.values() for use in uses]
+        sizes = [len(x) for x in (*tensors(output), *tensors(inputs)) if x.dim()]
+        self._pass.examples = sizes[0] if sizes else None
+        if not isinstance(output, Tensor):
+            return
+        if self._passes % LOOKS == 1:
+            self._look_for_others(inputs, output)
         kept = {use: self._uses[use] for use in latest if use.kept}
         if self.wanted.probe is not None and kept:
             for vector in self.wanted.probe(output.detach()):
@@ -262,22 +331,40 @@ class Capture:
         x, cut = next(iter(inputs), None), self.wanted.cut
         x = x.detach().clone() if isinstance(x, Tensor) and not cut else x
         root, me = RootRecord(x, output.detach().clone()), weakref.ref(self)
-        below = latest if cut else []
+        below, forward = latest if cut else [], self._pass
 
         def arrived(grad: Tensor) -> None:
             capture = me()
             if capture is not None and any(map(accumulates, capture._model.parameters())):
+                forward.over = True
                 capture._add_root(root, grad.detach(), bool(below))
                 for use in below:
-                    capture._record(use, None).add(use, None)
+                    capture._record(use.name, use.layer).add(use, None)
 
         output.register_hook(arrived)
 
-    def _add_root(self, root: RootRecord, grad: Tensor, stays: bool) -> None:
+    def _look_for_others(self, inputs: tuple, output: Tensor) -> None:
+        """Refuse a weight or bias that is used outside its layer."""
+        edges = edges_to(output, tensors(inputs))
+        for layer, (name, _) in self._rules.items():
+            uses = len(self._latest.get(name, ()))
+            for kind, parameter in zip(("weight", "bias"), self._parameters[layer], strict=True):
+                self._require(
+                    not (uses and parameter is not None and edges[parameter] > uses),
+                    f"the {kind} of layer {name!r} is used outside the layer too, where it has other inputs: "
+                    "train it in a parameter group with preconditioned=False",
+                )
+
+    def _add_root(self, root: RootRecord, grad: Tensor, cut: bool) -> None:
         """As :meth:`_record` and :meth:`LayerRecord.add`, for the model's output."""
-        task = graph_task()
-        if not stays and task != self._task and all(p.grad is None for p in self._model.parameters()):
-            self.roots = []
+        task, parameters = graph_task(), [p for p in self._model.parameters() if p.requires_grad]
+        if task != self._task:
+            held, last = [p.grad for p in parameters if p.grad is not None], parameters[-1].grad
+            if cut and (last is None or last._version != self.version):
+                self.clear()
+            elif not cut and self.roots and all(_cleared(grad, self.version) for grad in held):
+                self.roots = []
+            self.version = 0 if last is None else last._version + 1
         self._task = task
         if root in self.roots:
             root.grad = root.grad + grad
@@ -286,26 +373,56 @@ class Capture:
             self.roots.append(root)
 
 
-def _begins(captures: list[Capture], module: nn.Module) -> None:
+def _cleared(grad: Tensor, version: int) -> bool:
+    """Whether nothing is left in a ``.grad`` that would have this version had nobody else written to it.
+
+    Zeros are looked for where something else has been written, for which an accelerator's host waits; on the
+    CPU also in a tensor that nothing was ever added to, which may be another.
+    """
+    if grad._version == version and (version or not grad.is_cpu):
+        return False
+    return not grad.any()
+
+
+def _is_map(layer: nn.Module, rule: Rule, x: Tensor) -> bool:
+    """Whether the gradients of W and b are those of W h + b, whatever else is added to it."""
+    trained = [p for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
+    with torch.random.fork_rng():
+        output = layer.forward(x.detach())
+        g = torch.arange(output.numel(), device=x.device).cos().view_as(output).to(output.dtype)
+        found = torch.autograd.grad(output, trained, g, allow_unused=True)
+    h, g = (rows.to(layer.weight.dtype) for rows in (rule.inputs(layer, x.detach()), rule.outputs(layer, g)))
+    expected = torch.einsum("nso,nsi->oi", g, h).view_as(layer.weight), g.sum((0, 1))
+    return all(
+        grad is not None and (grad - right).abs().max() <= 0.02 * right.abs().max()
+        for grad, right in zip(found, expected, strict=False)
+    )
+
+
+def _begins(captures: list[Capture], module: nn.Module, inputs: tuple) -> None:
     if not in_backward():
         for capture in captures:
             if module is capture._model:
-                capture.begins()
+                capture.begins(inputs)
 
 
-def _ends(captures: list[Capture], module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+def _ends(captures: list[Capture], module: nn.Module, inputs: tuple, output: Any) -> Tensor | None:
     """Tell every capture; return another output if one of them wants no gradients below it."""
     handed_on, heard = output, None
     watching = [capture for capture in captures if capture.watches(module)]
-    factoring = [capture.wanted.factored for capture in watching if capture.factors(module.weight)]
-    if factoring:
-        handed_on, heard = without_weight(module, inputs[0], output, factoring)
-    rooted = [capture for capture in captures if module is capture._model]
-    if any(capture.wanted.cut and capture.ends() for capture in rooted):
+    if watching and not module.training:
+        for capture in watching:
+            capture.see_unseen(module, output)
+        watching = []
+    for capture in watching:
+        capture.require_map(module, inputs[0])
+    if any(capture.factors(module) for capture in watching):
+        handed_on, heard = without_weight(module, inputs[0], output)
+    rooted = [capture for capture in captures if module is capture._model and capture.ends()]
+    if isinstance(output, Tensor) and any(capture.wanted.cut for capture in rooted):
         handed_on = without_graph(module, inputs, handed_on)
     for capture in watching:
         capture.see_layer(module, inputs[0], handed_on, heard)
     for capture in rooted:
-        if capture.ends():
-            capture.see_root(inputs, handed_on)
+        capture.see_root(inputs, handed_on)
     return None if handed_on is output else handed_on

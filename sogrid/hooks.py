@@ -30,8 +30,8 @@ HOOKS = {
 _lock = threading.RLock()
 _watches: weakref.WeakKeyDictionary[nn.Module, _Watch] = weakref.WeakKeyDictionary()
 
-Before = Callable[[list, nn.Module], None]
-After = Callable[[list, nn.Module, tuple, Tensor], Tensor | None]
+Before = Callable[[list, nn.Module, tuple], None]
+After = Callable[[list, nn.Module, tuple, Any], Tensor | None]
 
 
 def watched() -> list[nn.Module]:
@@ -48,7 +48,7 @@ def listen(
         listener: Whoever listens; it is not kept alive, nor are the modules.
         model: Whose forward passes begin and end; only those count that autograd records.
         layers: Whose forward passes end.
-        before: Called with all listeners and the model when a pass begins.
+        before: Called with all listeners, the model and the inputs when a pass begins.
         after: Called with all listeners, the module, the inputs and the output when one is over; may
             return another output.
     """
@@ -89,7 +89,8 @@ class _Watch:
     def hear_beginnings(self) -> None:
         """Be told, from now on, when a forward pass begins."""
         if len(self._handles) == 1:
-            self._handles.append(self._module().register_forward_pre_hook(self._before, prepend=True))
+            hook = self._module().register_forward_pre_hook(self._before, prepend=True, with_kwargs=True)
+            self._handles.append(hook)
 
     def remove(self) -> None:
         """Leave the module as it was."""
@@ -116,15 +117,15 @@ class _Watch:
             return []
         return [listener for ref in self.listeners if (listener := ref()) is not None]
 
-    def _before(self, module: nn.Module, args: tuple) -> None:
+    def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if torch.compiler.is_dynamo_compiling():
-            _uncompiled(self._begun, module)
+            _uncompiled(self._begun, module, args, kwargs)
         else:
-            self._begun(module)
+            self._begun(module, args, kwargs)
 
-    def _begun(self, module: nn.Module) -> None:
+    def _begun(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if listeners := self._heard_by(module):
-            self._functions[0](listeners, module)
+            self._functions[0](listeners, module, (*args, *kwargs.values()))
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
         if torch.compiler.is_dynamo_compiling():
@@ -132,9 +133,9 @@ class _Watch:
         return self._over(module, args, kwargs, output)
 
     def _over(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
-        if not (isinstance(output, Tensor) and output.requires_grad):
+        if isinstance(output, Tensor) and not output.requires_grad:
             return None
-        listeners, inputs = self._heard_by(module), args or tuple(kwargs.values())
+        listeners, inputs = self._heard_by(module), (*args, *kwargs.values())
         return self._functions[1](listeners, module, inputs, output) if listeners else None
 
 

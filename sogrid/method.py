@@ -52,6 +52,10 @@ class LayerMethod:
             ValueError: If one is out of range.
         """
 
+    def needs_gradients(self, group: dict[str, Any]) -> bool:
+        """Whether statistics are of the examples' gradients, not of inputs and probes alone."""
+        return False
+
     def probe(self, updates: int) -> Callable[[Tensor], Iterable[Tensor]] | None:
         """What to pull back from the model's output when statistics are taken, if anything.
 

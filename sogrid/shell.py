@@ -20,14 +20,23 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
-from sogrid.capture import Capture, CaptureError, LayerRecord, Wanted
+from sogrid.capture import UNKNOWN, Capture, CaptureError, LayerRecord, Wanted
 from sogrid.losses import Loss, check_reduction
 from sogrid.method import Change, Gradient
 from sogrid.parameters import Layer, check_hyperparameter, find_layers, owners, split_off_others
 from sogrid.private import without_autocast
-from sogrid.structured import Factored, add_to
+from sogrid.structured import Factored, add_to, is_one, scalar
 
-__all__ = ["LayerOptimizer", "LayerOptions", "Ready", "Watching"]
+__all__ = ["MOMENTUM", "LayerOptimizer", "LayerOptions", "Ready", "Watching"]
+
+MOMENTUM = "momentum"
+"""Where a parameter's state holds its velocity."""
+
+GROUP_KEYS = {
+    *("params", "param_names", "name"),
+    *("initial_lr", "min_lr", "max_lr", "swa_lr", "base_momentum", "max_momentum"),
+}
+"""What a parameter group may hold beside options: torch's own keys, and those of its schedulers."""
 
 
 class Watching(torch.optim.Optimizer):
@@ -104,10 +113,26 @@ class Watching(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with without_autocast():
-            self._step()
+        if not getattr(self, "found_inf", 0):  # a GradScaler's
+            with without_autocast():
+                self._step()
         self._forget()
         return loss
+
+    @property
+    def _loss_scale(self) -> float | Tensor:
+        """What a ``GradScaler`` multiplied the loss by, if it left the division to this optimizer."""
+        scale = getattr(self, "grad_scale", 1.0)
+        return 1.0 if scale is None else scalar(scale)
+
+    def _require_scale(self) -> None:
+        """Refuse gradients of examples whose scale nobody knows."""
+        if getattr(self, "grad_scale", 1.0) is None:
+            raise CaptureError(
+                f"{type(self).__name__} needs the gradient of each example, and those were seen before "
+                "GradScaler.unscale_: call scaler.step(optimizer) without unscale_ (max_change bounds the step "
+                "in the place of clipping), or before it refresh(closure) with the loss as it is"
+            )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; also forgets what the cleared gradients had seen."""
@@ -151,6 +176,11 @@ class LayerOptions(TypedDict, total=False):
     params: Iterable | None
     gradients: str
     max_change: float | Tensor | None
+    momentum: float | Tensor
+    nesterov: bool
+    weight_decay: float | Tensor
+    decay_bias: bool
+    maximize: bool
 
 
 class Ready(NamedTuple):
@@ -188,9 +218,16 @@ class LayerOptimizer(Watching):
             over (the first 16 examples of) the minibatch and the layer's units; a larger step is shrunk,
             the whole layer's alike. ``None``: no bound, as in the thesis. Kept in the parameter groups, so
             it may decay like a learning rate. Cheap with factored gradients.
+        momentum: m in [0, 1), of the heavy ball v ← m v + Δ over the (bounded) steps Δ; with it a layer may
+            move by κ/(1 − m).
+        nesterov: Step by Δ + m v, as in :class:`torch.optim.SGD`.
+        weight_decay: w ≥ 0, decoupled as in :class:`torch.optim.AdamW`: what is trained shrinks by λw first.
+        decay_bias: Whether biases, and other parameters of one dimension, shrink too.
+        maximize: Climb.
 
     Raises:
-        TypeError: If ``model`` is not a module, or a weight is neither float32 nor float64.
+        TypeError: If ``model`` is not a module, a weight is neither float32 nor float64, or a parameter
+            group has a key that no option has.
         ValueError: For hyperparameters out of range, and for parameters that cannot be
             preconditioned; the message names the module.
     """
@@ -213,6 +250,11 @@ class LayerOptimizer(Watching):
         params: Iterable | None = None,
         gradients: str = "matrix",
         max_change: float | Tensor | None = None,
+        momentum: float | Tensor = 0.0,
+        nesterov: bool = False,
+        weight_decay: float | Tensor = 0.0,
+        decay_bias: bool = False,
+        maximize: bool = False,
     ) -> None:
         """See the class."""
         self._require_model(model)
@@ -224,8 +266,9 @@ class LayerOptimizer(Watching):
         self.reduction = check_reduction(reduction)
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
-        defaults = {"lr": lr, "max_change": max_change, **hyperparameters}
-        super().__init__(params, {**defaults, "preconditioned": True, "updates": 0})
+        defaults = {"lr": lr, "max_change": max_change, "momentum": momentum, "nesterov": nesterov}
+        defaults |= {"weight_decay": weight_decay, "decay_bias": decay_bias, "maximize": maximize}
+        super().__init__(params, {**defaults, **hyperparameters, "preconditioned": True, "updates": 0})
         self._bind()
 
     def __repr__(self) -> str:
@@ -244,6 +287,12 @@ class LayerOptimizer(Watching):
 
     def add_param_group(self, param_group: dict) -> None:
         """Add a group, as in torch; parameters outside layers with a rule go to a plain SGD group."""
+        keys = param_group.keys() if isinstance(param_group, dict) else set()
+        if unknown := keys - self.defaults.keys() - GROUP_KEYS:
+            raise TypeError(
+                f"{type(self).__name__} has no option {', '.join(map(repr, sorted(unknown)))}; a parameter "
+                f"group may have {', '.join(sorted(self.defaults.keys() - {'updates', 'refreshed'}))}"
+            )
         before = len(self.param_groups)
         super().add_param_group({**param_group})
         try:
@@ -267,10 +316,17 @@ class LayerOptimizer(Watching):
         check_hyperparameter("lr (λ)", group["lr"])
         if group["max_change"] is not None:
             check_hyperparameter("max_change (κ)", group["max_change"], positive=True)
+        check_hyperparameter("momentum", group["momentum"], below=1.0)
+        check_hyperparameter("weight_decay", group["weight_decay"])
+        if group["nesterov"] and not isinstance(group["momentum"], Tensor) and group["momentum"] == 0:
+            raise ValueError("nesterov needs a momentum above zero")
 
     def _split(self, group: dict, lr: float | Tensor | None) -> None:
         """Move what is no layer's to a group of its own, or refuse; ``lr`` if that is all there is."""
-        found = owners(self.model)
+        found, names = (
+            owners(self.model),
+            dict(zip(group["params"], group.get("param_names", ()), strict=False)),
+        )
         others = split_off_others(group, found, type(self).__name__)
         if others and self.other_lr is None:
             name, module = found[others[0]][0]
@@ -281,8 +337,12 @@ class LayerOptimizer(Watching):
             )
         if not group["params"]:  # the whole group is plain
             group.update(params=others, lr=lr, preconditioned=False)
-        elif others:
-            super().add_param_group({**group, "params": others, "lr": self.other_lr, "preconditioned": False})
+            return
+        if names:
+            group["param_names"] = [names[parameter] for parameter in group["params"]]
+        if others:
+            plain = {**group, "params": others, "lr": self.other_lr, "preconditioned": False}
+            super().add_param_group(plain | ({"param_names": [names[p] for p in others]} if names else {}))
 
     def _bind(self) -> None:
         """Find the layers of the preconditioned groups and listen to them."""
@@ -290,7 +350,7 @@ class LayerOptimizer(Watching):
         if self._capture is not None:
             self._capture.close()
         self._layers, self._routes = layers, {}
-        self._factored = {p for layer in layers if layer.rule.factors for p in (layer.weight, layer.bias)}
+        self._factored = {layer.weight for layer in layers if layer.rule.factors and layer.bias is not None}
         self._capture = Capture(self.model, {layer.name: layer.module for layer in layers}, self._wanted())
 
     def _wanted(self) -> Wanted:
@@ -311,9 +371,6 @@ class LayerOptimizer(Watching):
 
     # -- gradients ---------------------------------------------------------------------------------
 
-    def _leaves_factors(self, layer: Layer) -> bool:
-        return self.gradients == "factored" and layer.rule.factors
-
     def _ready(self) -> Iterator[Ready]:
         """The layers that hold a gradient, each checked for what a step needs."""
         for layer in self._layers:
@@ -322,51 +379,65 @@ class LayerOptimizer(Watching):
                     f"layer {layer.name!r} has another weight or bias than when the optimizer was made, as "
                     "after load_state_dict(..., assign=True): make a new optimizer"
                 )
-            record, held = self._capture.records[layer.name], self._held(layer)
-            if held:
-                yield Ready(layer, record, None)
-            elif self._leaves_factors(layer) and record.count:
-                yield Ready(layer, record, self._factors(layer, record))
+            if layer.weight.dtype not in (torch.float32, torch.float64):
+                raise TypeError(
+                    f"layer {layer.name!r} has become {layer.weight.dtype}; sogrid needs float32 or float64 "
+                    "weights, and torch.autocast for other precisions"
+                )
+            record = self._capture.records[layer.name]
+            if self._held(layer, record):
+                factored = self._capture.factors(layer.module)
+                yield Ready(layer, record, self._factors(layer, record) if factored else None)
 
-    def _held(self, layer: Layer) -> bool:
-        """Whether a layer has a ``.grad``, whole and of a pass that was seen."""
-        name, record, bias = layer.name, self._capture.records[layer.name], layer.trained_bias
+    def _held(self, layer: Layer, record: LayerRecord) -> bool:
+        """Whether a layer has a ``.grad``, whole and of passes that were seen; one of zeros is none."""
+        where, bias = f"layer {layer.name!r}", layer.trained_bias
+        factored = self._capture.factors(layer.module)
         grads = {"weight": layer.weight.grad} | ({} if bias is None else {"bias": bias.grad})
-        held = [kind for kind, grad in grads.items() if grad is not None]
-        if not held:
-            return False
-        if self._leaves_factors(layer):
+        held = {kind: grad for kind, grad in grads.items() if grad is not None}
+        if factored and "weight" in held:
             raise CaptureError(
-                f"layer {name!r}: the {held[0]} has a .grad, which gradients='factored' would not "
-                "use: it is of a pass that was not seen (in eval mode?) or of a penalty on the "
-                "parameter; call zero_grad() and the model in training mode, or use "
-                "gradients='matrix'"
+                f"{where}: the weight has a .grad, which gradients='factored' would not use: it is of a pass "
+                "that was not seen (in eval mode?) or of a penalty on the weight; call zero_grad() and the "
+                "model in training mode, or use gradients='matrix'"
             )
-        if len(held) < len(grads):
-            (missing,) = grads.keys() - held
-            raise CaptureError(f"layer {name!r}: the {held[0]} has a gradient but the {missing} has none")
-        if not record.count:
+        whole = len(held) == len(grads) - factored
+        if not held or not ((whole and record) or any(grad.any() for grad in held.values())):
+            return False
+        if not whole:
+            (missing,) = grads.keys() - held.keys()
+            raise CaptureError(f"{where}: the {next(iter(held))} has a gradient but the {missing} has none")
+        if not record:
             raise CaptureError(
-                f"layer {name!r} has a gradient but its forward pass was not seen: it ran in eval mode, "
-                "its weight was used outside the layer, or the optimizer was closed"
+                f"{where} has a gradient but its forward pass was not seen: it ran in eval mode, its weight "
+                "was used outside the layer, the optimizer was closed, or the model had been compiled and run "
+                "before the optimizer was made (then make the optimizer first, or call torch.compiler.reset())"
+            )
+        if record.unseen:
+            raise CaptureError(
+                f"{where}: a part of its gradient is of a pass that is not known: {record.unseen}"
             )
         return True
 
     def _factors(self, layer: Layer, record: LayerRecord) -> Gradient:
         """A layer's factored gradient of the mean loss."""
         h, g = record.factors()
-        grad_b = None if layer.trained_bias is None else g.sum(0)
+        grad_b, grad = g.sum(0), layer.bias.grad
+        if record.version not in (UNKNOWN, grad._version) or not _equal(grad, grad_b, g):
+            raise CaptureError(
+                f"layer {layer.name!r}: the .grad of the bias is not what the backward pass left there (was it "
+                "clipped, unscaled, penalised?), and gradients='factored' has none of the weight: bound the "
+                "step with max_change, or use gradients='matrix'"
+            )
+        scale = 1 / ((1 if self.reduction == "mean" else record.count) * self._loss_scale)
         mean_h = h.mean(0) if self.uses_mean else None
-        if self.reduction == "mean":
-            return Gradient(Factored(g, h), grad_b, mean_h)
-        n = record.count
-        return Gradient(Factored(g, h, 1 / n), None if grad_b is None else grad_b / n, mean_h)
+        return Gradient(Factored(g, h, scale), grad_b if is_one(scale) else scale * grad_b, mean_h)
 
     def _matrices(self, layer: Layer, record: LayerRecord) -> Gradient:
         """``.grad`` as that of the mean loss."""
-        scale = 1 if self.reduction == "mean" else record.count
+        scale = (1 if self.reduction == "mean" else record.count) * self._loss_scale
         grads = [None if p is None else p.grad for p in (layer.weight, layer.trained_bias)]
-        grad_w, grad_b = (grad if grad is None or scale == 1 else grad / scale for grad in grads)
+        grad_w, grad_b = (grad if grad is None or is_one(scale) else grad / scale for grad in grads)
         mean_h = record.mean if self.uses_mean else None
         return Gradient(layer.rule.matrix(layer.module, grad_w), grad_b, mean_h)
 
@@ -393,17 +464,57 @@ class LayerOptimizer(Watching):
         self._prepare(ready)
         for layer, (dw, db) in self._changes(ready):
             self._routes[layer.name] = "factored" if isinstance(dw, Factored) else "formed"
-            add_to(layer.rule.matrix(layer.module, layer.weight), dw)
+            group = self.param_groups[layer.home]
+            self._move(layer.weight, dw, group, layer)
             if db is not None:
-                layer.bias.add_(db)
+                self._move(layer.bias, db, group)
         self._step_others(max((record.count for _, record, _ in ready), default=1))
         for group in self.param_groups:
             group["updates"] += 1
 
     def _step_others(self, count: int) -> None:
         """Plain SGD, with the gradient of the mean loss, outside the preconditioned groups."""
-        scale = 1 if self.reduction == "mean" else 1 / count
+        scale = 1 / ((1 if self.reduction == "mean" else count) * self._loss_scale)
         for group in self.param_groups:
             for parameter in () if group["preconditioned"] else group["params"]:
                 if parameter.grad is not None:
-                    parameter.sub_(group["lr"] * scale * parameter.grad)
+                    self._move(parameter, -group["lr"] * scale * parameter.grad, group)
+
+    def _move(
+        self, parameter: Tensor, change: Tensor | Factored, group: dict, layer: Layer | None = None
+    ) -> None:
+        """θ ← (1 − λw) θ + v with v ← m v + Δ, in place; Δ of a layer's weight is a matrix."""
+
+        def add(tensor: Tensor) -> None:
+            add_to(tensor if layer is None else layer.rule.matrix(layer.module, tensor), change)
+
+        momentum, decay = group["momentum"], group["weight_decay"]
+        if group["maximize"]:
+            change = -1 * change
+        if _on(decay) and (parameter.dim() > 1 or group["decay_bias"]):
+            parameter.mul_(1 - group["lr"] * decay)
+        if not _on(momentum):
+            add(parameter)
+            return
+        state = self.state[parameter]
+        if MOMENTUM not in state:
+            state[MOMENTUM] = torch.zeros_like(parameter)
+        add(state[MOMENTUM].mul_(momentum))
+        if group["nesterov"]:
+            add(parameter)
+            parameter.add_(state[MOMENTUM] * momentum)
+        else:
+            parameter.add_(state[MOMENTUM])
+
+
+def _equal(bias: Tensor, found: Tensor, g: Tensor) -> bool:
+    """Whether a bias's gradient is what the rows of its layer give, to rounding; believed on an accelerator."""
+    if not bias.is_cpu:
+        return True
+    few = 16 * torch.finfo(g.dtype).eps * len(g) ** 0.5
+    return bool(((bias - found).abs() <= few * g.abs().sum(0)).all()) or not found.isfinite().all()
+
+
+def _on(value: float | Tensor) -> bool:
+    """Whether a hyperparameter is set; one on a device is not looked at."""
+    return isinstance(value, Tensor) or value != 0

@@ -23,6 +23,7 @@ __all__ = [
     "ThinInverse",
     "add_outer",
     "add_to",
+    "is_one",
     "matrixwise",
     "mean_eigenvalue",
     "scalar",
@@ -47,6 +48,11 @@ def scalar(value: float | Tensor) -> float | Tensor:
     Arithmetic of such tensors is as slow as that of small matrices.
     """
     return value.item() if isinstance(value, Tensor) and value.is_cpu and value.dim() == 0 else value
+
+
+def is_one(value: float | Tensor) -> bool:
+    """Whether a factor can be left out; one on a device is not looked at."""
+    return not isinstance(value, Tensor) and value == 1
 
 
 class Gram(NamedTuple):

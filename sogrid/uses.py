@@ -12,7 +12,7 @@ from sogrid.autograd import CaptureError
 from sogrid.layers import Rule
 from sogrid.rows import Rows
 
-__all__ = ["LayerRecord", "RootRecord", "Seen", "Use", "join"]
+__all__ = ["LayerRecord", "Pass", "RootRecord", "Seen", "Use", "join"]
 
 
 class Seen:
@@ -29,6 +29,20 @@ class Seen:
 
 
 @dataclass(eq=False)
+class Pass:
+    """One forward pass of the model.
+
+    Attributes:
+        examples: Of the loss: as many as the model's output has, or its input; ``None`` while it is not known
+            or where parts of the model are called on their own.
+        over: Whether a gradient has come back, or will not.
+    """
+
+    examples: int | None = None
+    over: bool = False
+
+
+@dataclass(eq=False)
 class Use:
     """One use of a layer. The graph holds it, so it must not hold the graph.
 
@@ -36,21 +50,20 @@ class Use:
         name: Of the layer, in the model.
         layer: The layer.
         rule: Of its kind.
-        forward: Which of the capture's forward passes.
-        examples: How many.
+        forward: The pass.
+        examples: How many the layer was given.
         kept: Whether it is kept for statistics.
         input: What went in, if rows are wanted.
         mean: Over the rows of the input, ``[i]``, if ``.grad`` is formed.
         rows: How many these are.
         output: What came out, if the graph is cut above.
         probes: What was pulled back to its output.
-        over: Whether a gradient has come back, or will not.
     """
 
     name: str
     layer: nn.Module
     rule: Rule
-    forward: int
+    forward: Pass
     examples: int
     kept: bool
     input: Seen | None
@@ -58,7 +71,6 @@ class Use:
     rows: int
     output: Seen | None
     probes: list[Tensor] = field(default_factory=list)
-    over: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -87,12 +99,33 @@ class LayerRecord:
     """What one layer saw since its gradient was last cleared.
 
     Attributes:
-        count: Examples whose gradient arrived.
+        unseen: Why a part of ``.grad`` is of no pass that was seen, if it is.
+        version: That ``.grad`` has if nobody but the passes that were seen has written to it.
     """
 
-    count: int = 0
+    unseen: str = ""
+    version: int = 0
     _uses: dict[Use, Tensor | None] = field(default_factory=dict, repr=False)
     _task: int = field(default=-1, repr=False)  # the backward pass of the latest gradient
+
+    def __bool__(self) -> bool:
+        """Whether a gradient has arrived."""
+        return bool(self._uses)
+
+    @property
+    def count(self) -> int:
+        """Examples of the loss whose gradient arrived.
+
+        A layer may see parts of them, or several rows of each; where nothing but the layer's uses is known,
+        uses of as many examples are of the same.
+        """
+        sizes: dict[Pass, list[int]] = {}
+        for use in self._uses:
+            sizes.setdefault(use.forward, []).append(use.examples)
+        return sum(
+            forward.examples or (some[0] if len({*some}) == 1 else sum(some))
+            for forward, some in sizes.items()
+        )
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -128,7 +161,7 @@ class LayerRecord:
         Raises:
             CaptureError: If an input was changed in place meanwhile.
         """
-        passes: dict[int, list[Use]] = {}
+        passes: dict[Pass, list[Use]] = {}
         for use in self._uses:
             if use.input is not None:
                 use.require_input()
@@ -175,8 +208,6 @@ class LayerRecord:
             if grad is not None and self._uses[use] is not None:
                 self._uses[use] = self._uses[use] + grad
             return
-        if all(other.forward != use.forward for other in self._uses):
-            self.count += use.examples
         self._uses[use] = grad if use.input is not None else None
 
 
@@ -197,9 +228,13 @@ def join(passes: list[Tensor]) -> Tensor:
 def _stack(passes: list[list[Tensor]]) -> Tensor:
     """``[n, s, ·]`` of the uses in each forward pass: positions side by side, passes one after the other.
 
-    Passes with other numbers of positions become one block of positions.
+    Where numbers differ all is one block of positions.
     """
-    whole = [uses[0] if len(uses) == 1 else torch.cat(uses, 1) for uses in passes]
+    whole = []
+    for uses in passes:
+        if len({use.shape[0] for use in uses}) > 1:
+            uses = [use.flatten(0, 1).unsqueeze(0) for use in uses]
+        whole.append(uses[0] if len(uses) == 1 else torch.cat(uses, 1))
     if len({part.shape[1] for part in whole}) > 1:
         return torch.cat([part.flatten(0, 1) for part in whole]).unsqueeze(0)
     return join(whole)

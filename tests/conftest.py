@@ -5,6 +5,7 @@ measures (``references.measured``) is kept for ``pytest --ledger FILE``, see ``l
 """
 
 import os
+import signal
 from pathlib import Path
 
 import children
@@ -15,6 +16,7 @@ import torch
 
 os.environ["OMP_NUM_THREADS"] = "1"  # of child processes
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has its background jobs ignore
 
 
 def pytest_addoption(parser):

@@ -353,11 +353,11 @@ for _name, _make in THIN.items():
 
 
 def factored(make: Make, **options) -> None:
-    """No layer's parameter gets a ``.grad``."""
+    """No layer's weight gets a ``.grad``."""
 
     def watch(optimizer, model):
         assert optimizer.gradients == "factored"
-        assert all(p.grad is None for p in model.parameters())
+        assert all(module.weight.grad is None for module in model if isinstance(module, nn.Linear))
 
     train(functools.partial(make, gradients="factored"), watch=watch, **options)
 

@@ -20,6 +20,9 @@ class Rule(Protocol):
     Index letters: n example, s position, i input, o output of the linear map.
     """
 
+    kind: type[nn.Module]
+    """Whose ``forward`` is the map."""
+
     factors: bool
     """Whether its weight's gradient may be left as factors, without autograd forming it."""
 
@@ -48,6 +51,7 @@ def rule(kind: type[nn.Module]):
 
     def register(own: type[Rule]) -> type[Rule]:
         RULES[kind] = own()
+        RULES[kind].kind = kind
         return own
 
     return register

@@ -115,6 +115,9 @@ class ACPMethod(LayerMethod):
         if group["tikhonov"] not in ("printed", "exact"):
             raise ValueError(f"tikhonov must be 'printed' or 'exact', got {group['tikhonov']!r}")
 
+    def needs_gradients(self, group):  # noqa: D102
+        return isinstance(group["output_curvature"], str)
+
     def measure(self, rows, group):  # noqa: D102
         alpha = None
         if isinstance(group["output_curvature"], str):

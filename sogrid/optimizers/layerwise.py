@@ -5,8 +5,8 @@ was measured, and *update* one layer from its gradient (:class:`sogrid.method.La
 statistics minibatch has few rows its matrices are never formed
 (:func:`sogrid.statistics.second_moment`); ``repr`` tells where.
 
-Per-example quantities are of the loss as it was when ``backward`` ran, so a loss that a ``GradScaler``
-scaled needs :meth:`Layerwise.refresh` with the unscaled one.
+Per-example quantities are of the loss as it was when ``backward`` ran. What a ``GradScaler`` multiplied it
+by is divided out; a factor of your own is not.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sogrid.method import LayerMethod
 from sogrid.parameters import Layer, check_count, check_hyperparameter
 from sogrid.private import without_autocast
 from sogrid.rows import share
-from sogrid.shell import LayerOptimizer, LayerOptions
+from sogrid.shell import MOMENTUM, LayerOptimizer, LayerOptions
 from sogrid.statistics import Statistics, refresh_due
 from sogrid.structured import ThinInverse, scalar
 
@@ -59,8 +59,7 @@ class Layerwise(LayerOptimizer):
             become so (fewer than k examples, or a formed matrix of width 2k or less) stays whole. A
             refresh costs an eigendecomposition for each matrix, for which an accelerator's host waits.
             ``None``: all directions, exact.
-        **options: ``reduction``, ``other_lr``, ``params``, ``gradients`` and ``max_change`` of
-            :class:`~sogrid.shell.LayerOptimizer`.
+        **options: Those of :class:`~sogrid.shell.LayerOptimizer`.
 
     Raises:
         TypeError: See :class:`~sogrid.shell.LayerOptimizer`.
@@ -113,6 +112,11 @@ class Layerwise(LayerOptimizer):
         if group["rank"] is not None:
             check_count("rank", group["rank"])
         self.method.check(group)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Tell a ``GradScaler`` to leave the division to the step, which needs to know by what."""
+        return self.gradients == "factored" or any(map(self.method.needs_gradients, self.param_groups))
 
     # -- refresh ---------------------------------------------------------------------------------------
 
@@ -185,7 +189,10 @@ class Layerwise(LayerOptimizer):
                 "its forward pass: call zero_grad() and run it again, or call refresh(closure)"
             )
         rows = record.rows()
-        rows = rows._replace(g=rows.g * (record.count if self.reduction == "mean" else 1), biased=biased)
+        if self.method.needs_gradients(group):
+            self._require_scale()
+        scale = (record.count if self.reduction == "mean" else 1) / self._loss_scale
+        rows = rows._replace(g=rows.g * scale, biased=biased)
         self._require_finite({name: [rows.g]})
         older = self._kept(layer, rows.h) if self.averaging > 0 else None
         found = share(self.method.measure(rows, group), older, self.averaging)
@@ -205,7 +212,8 @@ class Layerwise(LayerOptimizer):
 
     def _adopt(self, states: dict[Tensor, State]) -> None:
         for weight, state in states.items():
-            self.state[weight] = state
+            kept = {key: value for key, value in self.state[weight].items() if key == MOMENTUM}
+            self.state[weight] = state | kept
         for group in self.param_groups:
             group["refreshed"] = self.param_groups[0]["updates"]
 

@@ -284,6 +284,8 @@ class UpdatedBackprop(LayerOptimizer):
 
     saved = (*LayerOptimizer.saved, "method")
 
+    _step_supports_amp_scaling = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -313,6 +315,27 @@ class UpdatedBackprop(LayerOptimizer):
             rows={layer.name for layer in self._layers}, roots=True, cut=self.gradients == "factored"
         )
 
+    def _held(self, layer, record):
+        """Of a graph that is cut the zeros of the last parameter are all that has a ``.grad``."""
+        if self.gradients == "matrix":
+            return super()._held(layer, record)
+        *_, last = (p for p in self.model.parameters() if p.requires_grad)
+        for kind, p in (("weight", layer.weight), ("bias", layer.bias)):
+            if p is not None and p is not last and p.grad is not None:
+                raise CaptureError(
+                    f"layer {layer.name!r}: the {kind} has a .grad, which gradients='factored' would not use: "
+                    "it is of a pass that was not seen (in eval mode?) or of a penalty; use gradients='matrix'"
+                )
+        if last.grad is None or not record:
+            return False
+        if last.grad._version != self._capture.version or (last.grad.is_cpu and last.grad.any()):
+            raise CaptureError(
+                "the .grad of the model's last parameter is not what the backward pass left there (was it "
+                "clipped, unscaled, penalised?), and gradients='factored' has no other: bound the step with "
+                "max_change, or use gradients='matrix'"
+            )
+        return True
+
     def _factors(self, layer, record):
         """Not a layer's own: the chain's, see :meth:`_changes`."""
 
@@ -333,7 +356,8 @@ class UpdatedBackprop(LayerOptimizer):
             raise CaptureError("the model's output was not seen: call the model itself, in training mode")
         watched, seen = zip(*(by_module[layer] for layer in layers), strict=True)
         inputs = [_inputs(record) for record in seen]
-        scale = len(inputs[0]) if self.loss.reduction == "mean" else 1
+        self._require_scale()
+        scale = (len(inputs[0]) if self.loss.reduction == "mean" else 1) / self._loss_scale
         f, grad_f = join([r.output for r in roots]), join([r.grad for r in roots]) * scale
         self._require_finite({"the model's output": [grad_f]})
         a = [record.preactivations() for record in seen]

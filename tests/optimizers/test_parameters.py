@@ -425,7 +425,7 @@ def test_statistics_taken_with_a_bias_are_not_used_without_it(method):
     optimizer = method(model, refresh_every=100)
     train(model, optimizer)
     model[0].bias.requires_grad_(False)
-    model[0].bias.grad = None
+    model.zero_grad()
     reference = network()
     reference.load_state_dict(model.state_dict())
     x, y = batch()
