@@ -19,6 +19,7 @@ evaluation mode or a use of the weight outside its layer, is noted there.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, replace
@@ -40,7 +41,7 @@ from sogrid.autograd import (
     without_graph,
     without_weight,
 )
-from sogrid.hooks import listen
+from sogrid.hooks import listen, listeners
 from sogrid.layers import Rule, rule_of
 from sogrid.private import graph_task
 from sogrid.uses import LayerRecord, Pass, RootRecord, Seen, Use
@@ -118,7 +119,7 @@ class Capture:
         self._uses: dict[Use, GradientEdge | None] = {}  # in the latest forward pass; in collect(), in all
         self._latest: dict[str, list[Use]] = {}
         self._pass, self._passes, self._task, self._collecting = Pass(), 0, -1, False
-        self.version = 0
+        self.version, self._warned = 0, False
         self.clear()
         self._end = listen(self, model, self._rules, _begins, _ends)
 
@@ -131,6 +132,13 @@ class Capture:
     def close(self) -> None:
         """Stop listening, for good."""
         self._end()
+
+    def take_over(self) -> None:
+        """End others that leave the gradient of one of these layers as factors: a gradient has one owner."""
+        for layer in self._rules:
+            for other in listeners(layer):
+                if other is not self and (other.wanted.cut or layer.weight in other.wanted.factored):
+                    other.close()
 
     def __enter__(self) -> Capture:
         """The capture itself."""
@@ -238,6 +246,19 @@ class Capture:
             f"{what}, of which W and b are not the map: train it in a parameter group with preconditioned=False",
         )
 
+    def _require_owner(self, record: LayerRecord, parameter: Tensor) -> None:
+        """Warn, once, if something else steps what this capture leaves without a gradient.
+
+        Its last gradients have not been used, and the one parameter that has a ``.grad`` has moved since.
+        """
+        if record and not self._warned and parameter._version != record.moved:
+            self._warned = True
+            warnings.warn(
+                "parameters moved while an optimizer of sogrid with gradients='factored' held their gradients, "
+                "which others do not get: if another optimizer trains this model now, close() that one",
+                stacklevel=2,
+            )
+
     def see_unseen(self, layer: nn.Module, output: Tensor) -> None:
         """A layer has computed its output in evaluation mode."""
         me, (name, _), weight = weakref.ref(self), self._rules[layer], layer.weight
@@ -262,6 +283,8 @@ class Capture:
             )
         if earlier and self._pass.over:
             self._begin()  # parts of the model are called on their own
+        if layer.bias is not None and (self.wanted.cut or self.factors(layer)):
+            self._require_owner(self.records[name], layer.bias)
         use = self._use(name, layer, rule, x.detach(), output)
         self._latest.setdefault(name, []).append(use)
         self._uses[use] = None if self.wanted.cut else GradientEdge(output.grad_fn, output.output_nr)
@@ -309,7 +332,7 @@ class Capture:
             elif not record and grad.is_cpu and grad.any():
                 record.unseen = "it holds a gradient of an earlier update: call zero_grad()"
             record.version = 0 if grad is None else grad._version + 1
-        record._task = task
+        record._task, record.moved = task, layer.bias._version if layer.bias is not None else 0
         return record
 
     def see_root(self, inputs: tuple, output: Any) -> None:

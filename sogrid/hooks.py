@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from sogrid.autograd import recording
-from sogrid.private import breaking_graphs
+from sogrid.private import breaking_graphs, recompile
 
-__all__ = ["listen", "watched"]
+__all__ = ["listen", "listeners", "watched"]
 
 HOOKS = {
     *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
@@ -37,6 +37,12 @@ After = Callable[[list, nn.Module, tuple, Any], Tensor | None]
 def watched() -> list[nn.Module]:
     """The modules that have hooks of this package now."""
     return list(_watches)
+
+
+def listeners(module: nn.Module) -> list[Any]:
+    """Who listens to a module."""
+    watch = _watches.get(module)
+    return [] if watch is None else [one for ref in watch.listeners if (one := ref()) is not None]
 
 
 def listen(
@@ -60,6 +66,7 @@ def listen(
             _watches[module()] = watch
             watch.listeners = (*watch.listeners, reference)
         _watches[model].hear_beginnings()
+    recompile(model.modules())
     end = weakref.finalize(listener, _stop, reference, modules)
     end.atexit = False
     return end
@@ -115,7 +122,7 @@ class _Watch:
         """Who listens; nobody to a replica of the module, which shares its hooks."""
         if module is not self._module() or not recording():
             return []
-        return [listener for ref in self.listeners if (listener := ref()) is not None]
+        return listeners(module)
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if torch.compiler.is_dynamo_compiling():

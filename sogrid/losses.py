@@ -119,6 +119,34 @@ class Loss:
         """
         raise NotImplementedError
 
+    def require_target(self, f: Tensor, y: Tensor) -> None:
+        """Refuse what :meth:`target` found if no target of this loss is such; believed on an accelerator.
+
+        It is not one if the training loss is another than was declared: with weights of classes, an index
+        that is ignored, a factor above one. A factor below one, or of squared errors, cannot be told.
+
+        Args:
+            f: Outputs, ``[..., n, k]``; their dtype is that in which the gradient was computed.
+            y: Targets, ``[..., n, k]``.
+
+        Raises:
+            ValueError: If the targets are none.
+        """
+        few = max(1e-3, 16 * torch.finfo(f.dtype).eps)
+        if y.is_cpu and not self._are_targets(y, few):
+            raise ValueError(
+                f"the gradient at the model's output is not that of {self!r} for any target: the training loss "
+                "must be this one, without weights of classes, ignored targets or a factor of its own"
+            )
+
+    def _are_targets(self, y: Tensor, few: float) -> bool:
+        return True
+
+
+def _probable(y: Tensor, few: float) -> bool:
+    """Whether numbers are in [0, 1]; those that are not finite are no matter here."""
+    return not ((y < -few) | (y > 1 + few)).any()
+
 
 def _columns(product, f: Tensor) -> Tensor:
     """Assemble ``[..., n, k, k]`` matrices from a product with vectors, one column at a time."""
@@ -214,6 +242,9 @@ class BinaryCrossEntropyAtProbabilities(Loss):
     def target(self, f, gradient):  # noqa: D102
         return f - gradient * f * (1 - f)
 
+    def _are_targets(self, y, few):
+        return _probable(y, few)
+
 
 class BinaryCrossEntropyAtLogits(Loss):
     """The same loss with f = logits; probabilities are sigmoid(f)."""
@@ -239,6 +270,9 @@ class BinaryCrossEntropyAtLogits(Loss):
     def target(self, f, gradient):  # noqa: D102
         return f.sigmoid() - gradient
 
+    def _are_targets(self, y, few):
+        return _probable(y, few)
+
 
 class _Categorical(Loss):
     """What the two categorical cuts share: targets as class indices, one-hot rows or soft rows."""
@@ -260,6 +294,9 @@ class _Categorical(Loss):
 
     def _probabilities(self, f: Tensor) -> Tensor:
         raise NotImplementedError
+
+    def _are_targets(self, y, few):
+        return _probable(y, few) and not ((y.sum(-1) - 1).abs() > few).any()
 
     def sample(self, f, generator=None):
         p = self._probabilities(f)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
+from types import CodeType
 from typing import Any
 
 import torch
+from torch import nn
 
-__all__ = ["breaking_graphs", "graph_task", "transformed", "will_execute", "without_autocast"]
+__all__ = ["breaking_graphs", "graph_task", "recompile", "transformed", "will_execute", "without_autocast"]
 
 
 def _of(owner: Any, name: str, instead: Callable) -> Callable:
@@ -26,6 +29,19 @@ _interpreters = _of(getattr(torch._C, "_functorch", None), "peek_interpreter_sta
 
 breaking_graphs: Callable[[Callable], Callable] = _of(torch, "_disable_dynamo", torch.compiler.disable)
 """A function at which ``torch.compile`` breaks its graph; dynamo is not imported for it."""
+
+
+def recompile(modules: Iterable[nn.Module]) -> None:
+    """Have ``torch.compile`` look again at modules that it compiled before they had hooks, if it did."""
+    if (dynamo := sys.modules.get("torch._dynamo")) is None:
+        return
+    reset = _of(dynamo.eval_frame, "reset_code", lambda code: None)
+    inline = _of(dynamo.external_utils, "wrap_inline", lambda function: function)  # what wraps torch's own
+    functions = [getattr(module.forward, "__func__", module.forward) for module in modules]
+    codes = [getattr(function, "__code__", None) for function in functions]
+    for code in {*codes, *inline.__code__.co_consts}:
+        if isinstance(code, CodeType):
+            reset(code)
 
 
 def transformed() -> bool:

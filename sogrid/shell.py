@@ -32,6 +32,9 @@ __all__ = ["MOMENTUM", "LayerOptimizer", "LayerOptions", "Ready", "Watching"]
 MOMENTUM = "momentum"
 """Where a parameter's state holds its velocity."""
 
+TRAINED = "trained"
+"""What a checkpoint has of a parameter without a state."""
+
 GROUP_KEYS = {
     *("params", "param_names", "name"),
     *("initial_lr", "min_lr", "max_lr", "swa_lr", "base_momentum", "max_momentum"),
@@ -148,10 +151,31 @@ class Watching(torch.optim.Optimizer):
         """Stop watching the model. Deleting the optimizer does the same."""
         self._capture.close()
 
+    def state_dict(self) -> dict:
+        """As in torch; every parameter has a state, as :mod:`torch.distributed.checkpoint` requires."""
+        state = super().state_dict()
+        for group in state["param_groups"]:
+            for index in group["params"]:
+                state["state"].setdefault(index, {TRAINED: True})
+        return state
+
     def load_state_dict(self, state_dict: dict) -> None:
-        """As in torch. Hyperparameters that a state of an earlier version lacks have their defaults."""
+        """As in torch. Hyperparameters that a state of an earlier version lacks have their defaults.
+
+        Raises:
+            ValueError: If the state is that of another optimizer; nothing was changed.
+        """
         known = self.param_groups[0].keys() & self.defaults.keys()
+        for group in state_dict["param_groups"]:
+            strange, needed = group.keys() - self.defaults.keys() - GROUP_KEYS, {"updates", "damping"} & known
+            if strange or not needed <= group.keys():
+                raise ValueError(
+                    f"this is the state of another optimizer than {type(self).__name__}: its groups have "
+                    f"{', '.join(sorted(group.keys() - {'params'}))}"
+                )
         super().load_state_dict(state_dict)
+        for parameter in [p for p, state in self.state.items() if TRAINED in state]:
+            del self.state[parameter]
         for group in self.param_groups:
             for key in known - group.keys():
                 group[key] = self.defaults[key]
@@ -352,6 +376,7 @@ class LayerOptimizer(Watching):
         self._layers, self._routes = layers, {}
         self._factored = {layer.weight for layer in layers if layer.rule.factors and layer.bias is not None}
         self._capture = Capture(self.model, {layer.name: layer.module for layer in layers}, self._wanted())
+        self._capture.take_over()
 
     def _wanted(self) -> Wanted:
         bounds = [group["max_change"] for group in self.param_groups]
@@ -395,15 +420,15 @@ class LayerOptimizer(Watching):
         factored = self._capture.factors(layer.module)
         grads = {"weight": layer.weight.grad} | ({} if bias is None else {"bias": bias.grad})
         held = {kind: grad for kind, grad in grads.items() if grad is not None}
+        whole = len(held) == len(grads) - factored
+        if not held or not ((whole and record) or any(grad.any() for grad in held.values())):
+            return False
         if factored and "weight" in held:
             raise CaptureError(
                 f"{where}: the weight has a .grad, which gradients='factored' would not use: it is of a pass "
                 "that was not seen (in eval mode?) or of a penalty on the weight; call zero_grad() and the "
                 "model in training mode, or use gradients='matrix'"
             )
-        whole = len(held) == len(grads) - factored
-        if not held or not ((whole and record) or any(grad.any() for grad in held.values())):
-            return False
         if not whole:
             (missing,) = grads.keys() - held.keys()
             raise CaptureError(f"{where}: the {next(iter(held))} has a gradient but the {missing} has none")
@@ -470,7 +495,7 @@ class LayerOptimizer(Watching):
                 self._move(layer.bias, db, group)
         self._step_others(max((record.count for _, record, _ in ready), default=1))
         for group in self.param_groups:
-            group["updates"] += 1
+            group["updates"] += bool(ready or not self._layers)
 
     def _step_others(self, count: int) -> None:
         """Plain SGD, with the gradient of the mean loss, outside the preconditioned groups."""

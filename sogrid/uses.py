@@ -101,10 +101,12 @@ class LayerRecord:
     Attributes:
         unseen: Why a part of ``.grad`` is of no pass that was seen, if it is.
         version: That ``.grad`` has if nobody but the passes that were seen has written to it.
+        moved: That the bias had when the latest gradient came.
     """
 
     unseen: str = ""
     version: int = 0
+    moved: int = 0
     _uses: dict[Use, Tensor | None] = field(default_factory=dict, repr=False)
     _task: int = field(default=-1, repr=False)  # the backward pass of the latest gradient
 

@@ -212,8 +212,8 @@ class Layerwise(LayerOptimizer):
 
     def _adopt(self, states: dict[Tensor, State]) -> None:
         for weight, state in states.items():
-            kept = {key: value for key, value in self.state[weight].items() if key == MOMENTUM}
-            self.state[weight] = state | kept
+            old = self.state[weight]
+            self.state[weight] = state | {key: old[key] for key in old.keys() & {MOMENTUM}}
         for group in self.param_groups:
             group["refreshed"] = self.param_groups[0]["updates"]
 

@@ -60,6 +60,9 @@ class Newton(Watching):
 
     The minibatch and its targets are recovered from the model's input, output and output gradient.
 
+    A pass that the matrix would not be of, since the model is random or its weights or mode have changed, and
+    a gradient with other parts than the loss's are refused on the CPU and ignored elsewhere.
+
     Args:
         model: The module that is trained; one input tensor ``[n, ...]``, one output ``[n, k]``.
         loss: What the training loss is, as an object of :mod:`sogrid.losses`; *Gauss-Newton* is cut
@@ -74,6 +77,8 @@ class Newton(Watching):
     """
 
     saved = ("model", "loss", "curvature")
+
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -113,13 +118,17 @@ class Newton(Watching):
             raise CaptureError(
                 "the model's forward and backward pass were not seen: call the model in training mode"
             )
+        self._require_scale()
         x, f, grad_f = (torch.cat([getattr(r, key) for r in roots]) for key in ("input", "output", "grad"))
-        mean = self.loss.reduction == "mean"
-        y = self.loss.target(f, grad_f * len(f) if mean else grad_f)
+        mean, scale = self.loss.reduction == "mean", self._loss_scale
+        y = self.loss.target(f, grad_f * ((len(f) if mean else 1) / scale))
+        self.loss.require_target(f, y)
         (group,) = self.param_groups
         held = [p for p in group["params"] if p.grad is not None]
-        gradient = torch.cat([p.grad.flatten() for p in held]) / (1 if mean else len(f))
+        gradient = torch.cat([p.grad.flatten() for p in held]) / ((1 if mean else len(f)) * scale)
         self._require_finite({"model": [gradient]})
+        if f.is_cpu:
+            self._require_known(x, f, y, held, gradient)
         matrix = MATRICES[self.curvature](self.model, self.loss, x, y)
         if len(held) < len(group["params"]):
             matrix = _held_block(self.model, matrix)
@@ -127,3 +136,26 @@ class Newton(Watching):
         self._require_finite({"Newton step (singular matrix? raise the damping)": [change]})
         for parameter, part in zip(held, change.split([p.numel() for p in held]), strict=True):
             parameter.add_(part.view_as(parameter))
+
+    @torch.enable_grad()
+    def _require_known(self, x: Tensor, f: Tensor, y: Tensor, held: list[Tensor], gradient: Tensor) -> None:
+        """Refuse a pass that the matrix would not be of: the model is run again, and must do the same."""
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        with torch.random.fork_rng(devices=[]):
+            again = torch.func.functional_call(self.model, buffers, (x,))
+        few = torch.finfo(f.dtype).eps ** 0.5
+        if again.shape != f.shape or (again - f).abs().max() > 8 * few * f.abs().max():
+            raise CaptureError(
+                "the model, run again on its input, gives another output than it gave: Newton needs one that "
+                "is a function of one input alone (no dropout, no further arguments, no state), and weights "
+                "and mode as they were in the pass"
+            )
+        value = self.loss(again, y)
+        own = torch.cat([g.flatten() for g in torch.autograd.grad(value, held, materialize_grads=True)])
+        own = own / (1 if self.loss.reduction == "mean" else len(f))
+        across = own * (gradient @ own / (own @ own).clamp(min=torch.finfo(own.dtype).tiny)) - gradient
+        if across.norm() > 64 * few * gradient.norm():
+            raise CaptureError(
+                f"the gradient is not that of {self.loss!r} alone (a penalty on weights?), and the matrix would "
+                "not be that of the loss that is trained"
+            )

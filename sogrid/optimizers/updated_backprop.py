@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -360,8 +361,11 @@ class UpdatedBackprop(LayerOptimizer):
         scale = (len(inputs[0]) if self.loss.reduction == "mean" else 1) / self._loss_scale
         f, grad_f = join([r.output for r in roots]), join([r.grad for r in roots]) * scale
         self._require_finite({"the model's output": [grad_f]})
+        self.loss.require_target(f, self.loss.target(f, grad_f))
         a = [record.preactivations() for record in seen]
         weights, biases = [layer.weight.detach() for layer in layers], [layer.bias for layer in layers]
+        if f.is_cpu:
+            _require_chain(layers, activations, [*inputs, f])
         if self.gradients == "matrix" and f.is_cpu:
             (top,) = activation_slopes(activations[-1:], a[-1:])
             _require_untouched(layers[-1].weight.grad * scale, Factored(top.pull(grad_f), inputs[-1]))
@@ -376,6 +380,20 @@ class UpdatedBackprop(LayerOptimizer):
     def loss(self) -> Loss:
         """What the training loss is."""
         return self.method.loss
+
+
+def _require_chain(
+    layers: Sequence[nn.Linear], activations: Sequence[Activation], seen: list[Tensor]
+) -> None:
+    """Refuse passes that the layers, as they are now, would not make; a few examples tell."""
+    few = 8 * torch.finfo(seen[-1].dtype).eps ** 0.5
+    for layer, f, (h, after) in zip(layers, activations, pairwise(seen), strict=True):
+        again, after = f(layer(h[:4])), after[:4]
+        if again.shape != after.shape or (again - after).abs().max() > few * after.abs().max():
+            raise CaptureError(
+                "the model does not map a layer's input to what came out of it: weights or mode were changed "
+                "since the pass, or its forward does more than its modules"
+            )
 
 
 def _inputs(record: LayerRecord) -> Tensor:

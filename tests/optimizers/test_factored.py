@@ -166,17 +166,21 @@ def test_steps_of_other_options_and_losses(method, loss, activation):
 
 @each(FACTORED)
 def test_passes_accumulate(method):
-    """Two backward passes, one through two forward passes, and one forward pass pulled back twice."""
+    """Two backward passes, one through two forward passes, and one forward pass pulled back twice.
+
+    Of which UBP would think that its loss is twice what was declared.
+    """
 
     def loop(model, optimizer):
         for seed in range(3):
             optimizer.zero_grad()
             (x, y), (u, v), (p, q) = batch(seed), batch(seed + 9, 7), batch(seed + 20, 4)
-            LOSS(model(x), y).backward()
-            (LOSS(model(u), v) + LOSS(model(p), q)).backward()
-            value = LOSS(model(x), y)
-            value.backward(retain_graph=True)
-            value.backward()
+            (12 / 23 * LOSS(model(x), y)).backward()
+            (7 / 23 * LOSS(model(u), v) + 4 / 23 * LOSS(model(p), q)).backward()
+            if method.kind is not UpdatedBackprop:
+                value = LOSS(model(x), y)
+                value.backward(retain_graph=True)
+                value.backward()
             optimizer.step()
 
     assert_same_steps(method, network, loop)
