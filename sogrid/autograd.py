@@ -134,7 +134,10 @@ class _WithoutWeight(torch.autograd.Function):
 
 
 class _Cut(torch.autograd.Function):
-    """The output of a model, as it is, with nothing below but a gradient of zeros for its last parameter."""
+    """The output of a model, as it is, with nothing below but a gradient for its last parameter.
+
+    It is zero, and no number where that at the output is not finite, as a ``GradScaler`` must know.
+    """
 
     @staticmethod
     def forward(ctx, output, *parameters):
@@ -144,7 +147,7 @@ class _Cut(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        return None, *[None] * (ctx.count - 1), torch.zeros_like(ctx.last)
+        return None, *[None] * (ctx.count - 1), torch.zeros_like(ctx.last) + 0 * g.sum()
 
 
 def without_weight(layer: nn.Linear, h: Tensor, output: Tensor) -> tuple[Tensor, list[Hearer]]:

@@ -118,6 +118,7 @@ class Capture:
         self._parameters = {layer: (layer.weight, layer.bias) for layer in self._rules}
         self._uses: dict[Use, GradientEdge | None] = {}  # in the latest forward pass; in collect(), in all
         self._latest: dict[str, list[Use]] = {}
+        self._root: GradientEdge | None = None  # the latest output, if roots are wanted
         self._pass, self._passes, self._task, self._collecting = Pass(), 0, -1, False
         self.version, self._warned = 0, False
         self.clear()
@@ -169,7 +170,7 @@ class Capture:
         Raises:
             TypeError: If the closure returns anything else.
         """
-        before = self._uses, self._latest, self._pass, self.wanted
+        before = self._uses, self._latest, self._pass, self._root, self.wanted
         self._uses, self._latest, self._collecting = {}, {}, True
         self.wanted = replace(self.wanted, rows=set(self.records), roots=False, probe=probe)
         try:
@@ -182,14 +183,15 @@ class Capture:
             return records
         finally:
             self._collecting = False
-            self._uses, self._latest, self._pass, self.wanted = before
+            self._uses, self._latest, self._pass, self._root, self.wanted = before
 
     # -- what the hooks tell -----------------------------------------------------------------------
 
     def begins(self, inputs: tuple) -> None:
         """A forward pass of the model starts; on what the last one gave, it is of the same examples."""
-        if self._latest and not self._pass.over:
-            nodes = {edge.node for edge in self._uses.values() if edge is not None}
+        edges = [*self._uses.values(), self._root]
+        if any(edges) and not self._pass.over:
+            nodes = {edge.node for edge in edges if edge is not None}
             if depends(tensors(inputs), nodes):
                 self._require(
                     self.wanted.probe is None and not self.wanted.roots,
@@ -202,7 +204,7 @@ class Capture:
     def _begin(self) -> None:
         if not self._collecting:
             self._uses = {}
-        self._latest, self._pass = {}, Pass()
+        self._latest, self._pass, self._root = {}, Pass(), None
         self._passes += 1
 
     @staticmethod
@@ -329,7 +331,7 @@ class Capture:
             grad = (layer.bias if self.factors(layer) else layer.weight).grad
             if grad is None or (record and _cleared(grad, record.version)):
                 record = self.records[name] = LayerRecord()
-            elif not record and grad.is_cpu and grad.any():
+            elif not (record or record.unseen) and grad.is_cpu and grad.any():
                 record.unseen = "it holds a gradient of an earlier update: call zero_grad()"
             record.version = 0 if grad is None else grad._version + 1
         record._task, record.moved = task, layer.bias._version if layer.bias is not None else 0
@@ -351,6 +353,7 @@ class Capture:
                     use.probes.append(pulled.to(use.dtype))
         if not self.wanted.roots:
             return
+        self._root = GradientEdge(output.grad_fn, output.output_nr)
         x, cut = next(iter(inputs), None), self.wanted.cut
         x = x.detach().clone() if isinstance(x, Tensor) and not cut else x
         root, me = RootRecord(x, output.detach().clone()), weakref.ref(self)

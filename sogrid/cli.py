@@ -60,9 +60,18 @@ profiles:
 
 
 LAYOUT = {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+
+
+def _seed(text: str) -> int:
+    """A seed that torch and NumPy can be given thousands of times of."""
+    if not (text.isdecimal() and int(text) < 2**31):
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to {2**31 - 1}, got {text}")
+    return int(text)
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "profile": {"default": "smoke", "help": "how much of it, see below (default: smoke)"},
-    "seed": {"type": int, "default": 0, "help": "of weights and data order (default: 0)"},
+    "seed": {"type": _seed, "default": 0, "help": "of weights and data order (default: 0)"},
     "methods": {
         "nargs": "+",
         "default": (),

@@ -238,7 +238,7 @@ def reproduce(
         Interrupted: By SIGINT or SIGTERM.
         RecordError: If the file is damaged, holds another experiment, or cannot be written.
         SearchError: If there are no hyperparameters for a method, or a study is of another plan.
-        ValueError: For an unknown experiment, profile or method.
+        ValueError: For an unknown experiment, profile or method, and a seed out of range.
     """
     plans = EXPERIMENTS | COMPARISONS
     _require(experiment=(experiment, plans), profile=(profile, PROFILES))
@@ -246,6 +246,8 @@ def reproduce(
     known = plan.samplers if isinstance(plan, Searches) else plan.methods
     for method in methods:
         _require(method=(method, known))
+    if not 0 <= seed < 2**31:  # torch and NumPy are given thousands of times that
+        raise ValueError(f"the seed must be from 0 to {2**31 - 1}, got {seed}")
     task = _task(plan.benchmark, profile, device)
     path = record_path(out, experiment, profile)
     wanted = [m for m in known if m in methods or not methods]

@@ -52,9 +52,16 @@ def winsorise(costs: Sequence[float] | np.ndarray, outlier: float = 10.0) -> np.
     finite = np.unique(costs[np.isfinite(costs)])
     if not len(finite):
         return np.zeros_like(costs)
-    c_min, spread = float(finite[0]), float(np.median(finite) - finite[0])
-    fence = c_min + outlier * spread if spread > 0 else c_min
-    return np.clip(costs, c_min, finite[finite <= fence][-1])
+    small = _summable(finite)
+    spread = np.median(small) - small[0]
+    fence = small[0] + outlier * spread if spread > 0 else small[0]
+    return np.clip(costs, finite[0], finite[small <= fence][-1])
+
+
+def _summable(costs: np.ndarray) -> np.ndarray:
+    """Finite costs, all times one power of two if their sums and differences would overflow."""
+    huge = np.abs(costs).max(initial=0.0) > 2.0**960
+    return np.ldexp(costs, -128) if huge else costs
 
 
 class UnitCube:
@@ -140,7 +147,7 @@ class Acceptance:
 
     def __init__(self, points: np.ndarray, costs: np.ndarray) -> None:
         """See the class."""
-        self.costs = costs
+        self.costs = costs = _summable(costs)
         self.c_min, self.c_max = (costs.min(), costs.max()) if len(costs) else (0.0, 0.0)
         self.tree = KDTree(points) if self.c_max > self.c_min else None
 
@@ -197,12 +204,12 @@ class BiasedRandomSampler(optuna.samplers.BaseSampler):
         self.seed = seed
         self.outlier = outlier
         self.max_proposals = max_proposals
-        self._random = optuna.samplers.RandomSampler(seed)
+        self._random = optuna.samplers.RandomSampler(None if seed is None else seed % 2**32)
 
     @cached_property
     def _rng(self) -> np.random.Generator:
         """Made at the first proposal, so that workers forked from one process without a seed differ."""
-        return np.random.default_rng(self.seed)
+        return np.random.default_rng(None if self.seed is None else abs(self.seed))
 
     def reseed_rng(self) -> None:
         """Forget the seed; Optuna calls this for each thread of ``n_jobs``."""

@@ -83,7 +83,7 @@ def _grid(plan: Search, seed: int) -> optuna.samplers.BaseSampler:
 
 SAMPLERS = {
     "grid": _grid,
-    "random": lambda plan, seed: optuna.samplers.RandomSampler(seed),
+    "random": lambda plan, seed: optuna.samplers.RandomSampler(seed % 2**32),
     "biased": lambda plan, seed: BiasedRandomSampler(seed),
 }
 """Grid and random search are Optuna's own."""

@@ -158,6 +158,9 @@ class KFACMethod(LayerMethod):
     def check(self, group):  # noqa: D102
         check_hyperparameter("damping (ε)", group["damping"], positive=True)
 
+    def needs_gradients(self, group):  # noqa: D102
+        return not self.curvature.startswith("fisher")
+
     def probe(self, updates):  # noqa: D102
         if not self.curvature.startswith("fisher"):
             return None

@@ -322,14 +322,14 @@ class UpdatedBackprop(LayerOptimizer):
             return super()._held(layer, record)
         *_, last = (p for p in self.model.parameters() if p.requires_grad)
         for kind, p in (("weight", layer.weight), ("bias", layer.bias)):
-            if p is not None and p is not last and p.grad is not None:
+            if p is not None and p is not last and p.grad is not None and p.grad.any():
                 raise CaptureError(
                     f"layer {layer.name!r}: the {kind} has a .grad, which gradients='factored' would not use: "
                     "it is of a pass that was not seen (in eval mode?) or of a penalty; use gradients='matrix'"
                 )
         if last.grad is None or not record:
             return False
-        if last.grad._version != self._capture.version or (last.grad.is_cpu and last.grad.any()):
+        if last.grad._version != self._capture.version or (last.grad.is_cpu and last.grad.nan_to_num().any()):
             raise CaptureError(
                 "the .grad of the model's last parameter is not what the backward pass left there (was it "
                 "clipped, unscaled, penalised?), and gradients='factored' has no other: bound the step with "
@@ -346,6 +346,8 @@ class UpdatedBackprop(LayerOptimizer):
         return super()._looked_over(ready)
 
     def _changes(self, ready):
+        if not ready:
+            return
         by_module = {layer.module: (layer, record) for layer, record, _ in ready}
         layers, activations = zip(*_chain(self.model), strict=True)
         if len(by_module) != len(layers):
