@@ -245,7 +245,7 @@ class Capture:
         )
         self._require(
             self._passes % LOOKS != 1 or _is_map(layer, rule, x),
-            f"{what}, of which W and b are not the map: train it in a parameter group with preconditioned=False",
+            f"{what}: train it in a parameter group with preconditioned=False",
         )
 
     def _require_owner(self, record: LayerRecord, parameter: Tensor) -> None:
@@ -256,8 +256,8 @@ class Capture:
         if record and not self._warned and parameter._version != record.moved:
             self._warned = True
             warnings.warn(
-                "parameters moved while an optimizer of sogrid with gradients='factored' held their gradients, "
-                "which others do not get: if another optimizer trains this model now, close() that one",
+                "parameters moved while an optimizer with gradients='factored' held their gradients, which "
+                "others do not get: if another optimizer trains this model now, close() that one",
                 stacklevel=2,
             )
 

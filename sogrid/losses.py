@@ -135,8 +135,8 @@ class Loss:
         few = max(1e-3, 16 * torch.finfo(f.dtype).eps)
         if y.is_cpu and not self._are_targets(y, few):
             raise ValueError(
-                f"the gradient at the model's output is not that of {self!r} for any target: the training loss "
-                "must be this one, without weights of classes, ignored targets or a factor of its own"
+                f"the gradient at the model's output is not that of {self!r} for any target: the training "
+                "loss must be this one, without weights of classes, ignored targets or a factor of its own"
             )
 
     def _are_targets(self, y: Tensor, few: float) -> bool:

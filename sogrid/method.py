@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from sogrid.losses import Loss
 from sogrid.rows import Rows
 from sogrid.statistics import Statistics
 from sogrid.structured import Factored, ThinInverse
@@ -43,6 +44,9 @@ class LayerMethod:
 
     uses_mean = True
     """Whether the update uses the minibatch's own mean input."""
+
+    loss: Loss | None = None
+    """What the training loss has to be, if that matters."""
 
     def check(self, group: dict[str, Any]) -> None:
         """Validate a group's hyperparameters.

@@ -133,7 +133,7 @@ class Watching(torch.optim.Optimizer):
         if getattr(self, "grad_scale", 1.0) is None:
             raise CaptureError(
                 f"{type(self).__name__} needs the gradient of each example, and those were seen before "
-                "GradScaler.unscale_: call scaler.step(optimizer) without unscale_ (max_change bounds the step "
+                "GradScaler.unscale_: call scaler.step(optimizer) without unscale_ (max_change bounds a step "
                 "in the place of clipping), or before it refresh(closure) with the loss as it is"
             )
 
@@ -174,8 +174,11 @@ class Watching(torch.optim.Optimizer):
                     f"{', '.join(sorted(group.keys() - {'params'}))}"
                 )
         super().load_state_dict(state_dict)
-        for parameter in [p for p, state in self.state.items() if TRAINED in state]:
-            del self.state[parameter]
+        for parameter, state in list(self.state.items()):
+            if TRAINED in state:
+                del self.state[parameter]
+            elif MOMENTUM in state:
+                state[MOMENTUM] = state[MOMENTUM].clone()  # which is written to, and was another's
         for group in self.param_groups:
             for key in known - group.keys():
                 group[key] = self.defaults[key]
@@ -434,9 +437,9 @@ class LayerOptimizer(Watching):
             raise CaptureError(f"{where}: the {next(iter(held))} has a gradient but the {missing} has none")
         if not record:
             raise CaptureError(
-                f"{where} has a gradient but its forward pass was not seen: it ran in eval mode, its weight "
-                "was used outside the layer, the optimizer was closed, or the model had been compiled and run "
-                "before the optimizer was made (then make the optimizer first, or call torch.compiler.reset())"
+                f"{where} has a gradient but its forward pass was not seen: it ran in eval mode or before "
+                "this optimizer was made, its weight was used outside the layer, or the optimizer was closed "
+                "(a later one with gradients='factored' closes it)"
             )
         if record.unseen:
             raise CaptureError(
@@ -450,9 +453,9 @@ class LayerOptimizer(Watching):
         grad_b, grad = g.sum(0), layer.bias.grad
         if record.version not in (UNKNOWN, grad._version) or not _equal(grad, grad_b, g):
             raise CaptureError(
-                f"layer {layer.name!r}: the .grad of the bias is not what the backward pass left there (was it "
-                "clipped, unscaled, penalised?), and gradients='factored' has none of the weight: bound the "
-                "step with max_change, or use gradients='matrix'"
+                f"layer {layer.name!r}: the .grad of the bias is not what the backward pass left there (was "
+                "it clipped, unscaled, penalised?), and gradients='factored' has none of the weight: bound "
+                "the step with max_change, or use gradients='matrix'"
             )
         scale = 1 / ((1 if self.reduction == "mean" else record.count) * self._loss_scale)
         mean_h = h.mean(0) if self.uses_mean else None
@@ -533,7 +536,7 @@ class LayerOptimizer(Watching):
 
 
 def _equal(bias: Tensor, found: Tensor, g: Tensor) -> bool:
-    """Whether a bias's gradient is what the rows of its layer give, to rounding; believed on an accelerator."""
+    """Whether a bias's gradient is what its layer's rows give, to rounding; believed on an accelerator."""
     if not bias.is_cpu:
         return True
     few = 16 * torch.finfo(g.dtype).eps * len(g) ** 0.5

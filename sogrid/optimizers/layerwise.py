@@ -140,7 +140,8 @@ class Layerwise(LayerOptimizer):
 
     def _wanted(self):
         wanted, stale = super()._wanted(), self._stale()
-        return replace(wanted, rows=wanted.rows | stale, probe=self._probe() if stale else None)
+        probe, roots = (self._probe(), self.method.loss is not None) if stale else (None, False)
+        return replace(wanted, rows=wanted.rows | stale, probe=probe, roots=roots)
 
     def _probe(self):
         return self.method.probe(self.param_groups[0]["updates"])
@@ -221,9 +222,19 @@ class Layerwise(LayerOptimizer):
 
     def _prepare(self, ready):
         if stale := self._stale():
+            self._require_loss_as_declared()
             self._adopt(self._refreshed({name: self._capture.records[name] for name in stale}))
         for layer, *_ in ready:
             self._check_state(layer)
+
+    def _require_loss_as_declared(self) -> None:
+        """Refuse another loss than the method's where it can be told, and its scale is known."""
+        loss, needed = self.method.loss, any(map(self.method.needs_gradients, self.param_groups))
+        if loss is None or not needed or getattr(self, "grad_scale", 1.0) is None:
+            return
+        for root in self._capture.roots:
+            scale = (len(root.output) if self.reduction == "mean" else 1) / self._loss_scale
+            loss.require_target(root.output, loss.target(root.output, root.grad * scale))
 
     def _changes(self, ready):
         for layer, record, factored in ready:

@@ -156,6 +156,6 @@ class Newton(Watching):
         across = own * (gradient @ own / (own @ own).clamp(min=torch.finfo(own.dtype).tiny)) - gradient
         if across.norm() > 64 * few * gradient.norm():
             raise CaptureError(
-                f"the gradient is not that of {self.loss!r} alone (a penalty on weights?), and the matrix would "
-                "not be that of the loss that is trained"
+                f"the gradient is not that of {self.loss!r} alone, of which the matrix would be (a penalty "
+                "on weights?)"
             )

@@ -306,6 +306,11 @@ class UpdatedBackprop(LayerOptimizer):
         options = {"params": params, "gradients": gradients, "max_change": max_change}
         super().__init__(model, lr, {}, reduction=loss.reduction, **options)
 
+    def check_hyperparameters(self, group: dict) -> None:  # noqa: D102
+        super().check_hyperparameters(group)
+        if group["maximize"]:
+            raise ValueError("UpdatedBackprop cannot maximize: the term of second order is the loss's own")
+
     def _bind(self) -> None:
         _chain(self.model)
         super()._bind()
@@ -324,8 +329,9 @@ class UpdatedBackprop(LayerOptimizer):
         for kind, p in (("weight", layer.weight), ("bias", layer.bias)):
             if p is not None and p is not last and p.grad is not None and p.grad.any():
                 raise CaptureError(
-                    f"layer {layer.name!r}: the {kind} has a .grad, which gradients='factored' would not use: "
-                    "it is of a pass that was not seen (in eval mode?) or of a penalty; use gradients='matrix'"
+                    f"layer {layer.name!r}: the {kind} has a .grad, which gradients='factored' would not "
+                    "use: it is of a pass that was not seen (in eval mode?) or of a penalty; use "
+                    "gradients='matrix'"
                 )
         if last.grad is None or not record:
             return False
@@ -346,8 +352,8 @@ class UpdatedBackprop(LayerOptimizer):
         return super()._looked_over(ready)
 
     def _changes(self, ready):
-        if not ready:
-            return
+        if not ready and any(p.grad is not None for p in self.model.parameters()):
+            return  # of zeros
         by_module = {layer.module: (layer, record) for layer, record, _ in ready}
         layers, activations = zip(*_chain(self.model), strict=True)
         if len(by_module) != len(layers):

@@ -168,7 +168,7 @@ def test_steps_of_other_options_and_losses(method, loss, activation):
 def test_passes_accumulate(method):
     """Two backward passes, one through two forward passes, and one forward pass pulled back twice.
 
-    Of which UBP would think that its loss is twice what was declared.
+    Of which methods would think, whose loss is declared, that it is twice that.
     """
 
     def loop(model, optimizer):
@@ -177,7 +177,7 @@ def test_passes_accumulate(method):
             (x, y), (u, v), (p, q) = batch(seed), batch(seed + 9, 7), batch(seed + 20, 4)
             (12 / 23 * LOSS(model(x), y)).backward()
             (7 / 23 * LOSS(model(u), v) + 4 / 23 * LOSS(model(p), q)).backward()
-            if method.kind is not UpdatedBackprop:
+            if not method.takes_loss:
                 value = LOSS(model(x), y)
                 value.backward(retain_graph=True)
                 value.backward()
