@@ -129,7 +129,7 @@ class _WithoutWeight(torch.autograd.Function):
                 arrived(g)
         _, weight = ctx.saved_tensors
         _, for_h, _, for_bias, _ = ctx.needs_input_grad
-        grad_b = g.flatten(0, -2).to(weight.dtype).sum(0) if for_bias else None
+        grad_b = g.sum(tuple(range(g.dim() - 1)), dtype=weight.dtype) if for_bias else None
         return None, g @ weight.to(g.dtype) if for_h else None, None, grad_b, None
 
 

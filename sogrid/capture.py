@@ -214,15 +214,15 @@ class Capture:
 
     def watches(self, module: nn.Module) -> bool:
         """Whether a module is a layer, with the parameters that it had, to be trained."""
-        if module not in self._rules or not module.weight.requires_grad:
+        if module not in self._rules:
             return False
-        weight, bias = self._parameters[module]
-        return module.weight is weight and module.bias is bias
+        (weight, bias), now = self._parameters[module], module._parameters
+        return now.get("weight") is weight and now.get("bias") is bias and weight.requires_grad
 
     def factors(self, layer: nn.Module) -> bool:
         """Whether a layer's weight goes without a gradient."""
-        bias = layer.bias
-        return layer.weight in self.wanted.factored and bias is not None and bias.requires_grad
+        weight, bias = self._parameters[layer]
+        return weight in self.wanted.factored and bias is not None and bias.requires_grad
 
     def ends(self) -> bool:
         """Whether the forward pass of the model that is over counts."""

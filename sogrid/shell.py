@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
-from sogrid.capture import UNKNOWN, Capture, CaptureError, LayerRecord, Wanted
+from sogrid.capture import LOOKS, UNKNOWN, Capture, CaptureError, LayerRecord, Wanted
 from sogrid.losses import Loss, check_reduction
 from sogrid.method import Change, Gradient
 from sogrid.parameters import Layer, check_hyperparameter, find_layers, owners, split_off_others
@@ -412,46 +412,43 @@ class LayerOptimizer(Watching):
                     f"layer {layer.name!r} has become {layer.weight.dtype}; sogrid needs float32 or float64 "
                     "weights, and torch.autocast for other precisions"
                 )
-            record = self._capture.records[layer.name]
-            if self._held(layer, record):
-                factored = self._capture.factors(layer.module)
+            record, factored = self._capture.records[layer.name], self._capture.factors(layer.module)
+            if self._held(layer, record, factored):
                 yield Ready(layer, record, self._factors(layer, record) if factored else None)
 
-    def _held(self, layer: Layer, record: LayerRecord) -> bool:
+    def _held(self, layer: Layer, record: LayerRecord, factored: bool) -> bool:
         """Whether a layer has a ``.grad``, whole and of passes that were seen; one of zeros is none."""
-        where, bias = f"layer {layer.name!r}", layer.trained_bias
-        factored = self._capture.factors(layer.module)
-        grads = {"weight": layer.weight.grad} | ({} if bias is None else {"bias": bias.grad})
-        held = {kind: grad for kind, grad in grads.items() if grad is not None}
-        whole = len(held) == len(grads) - factored
-        if not held or not ((whole and record) or any(grad.any() for grad in held.values())):
+        bias = layer.trained_bias
+        found = layer.weight.grad is not None, bias is not None and bias.grad is not None
+        wanted = not factored, bias is not None
+        if found == wanted and record and not record.unseen:
+            return True
+        grads = [p.grad for p in (layer.weight, bias) if p is not None and p.grad is not None]
+        if not (found == wanted and record) and not any(grad.any() for grad in grads):
             return False
-        if factored and "weight" in held:
+        where = f"layer {layer.name!r}"
+        if factored and found[0]:
             raise CaptureError(
                 f"{where}: the weight has a .grad, which gradients='factored' would not use: it is of a pass "
                 "that was not seen (in eval mode?) or of a penalty on the weight; call zero_grad() and the "
                 "model in training mode, or use gradients='matrix'"
             )
-        if not whole:
-            (missing,) = grads.keys() - held.keys()
-            raise CaptureError(f"{where}: the {next(iter(held))} has a gradient but the {missing} has none")
+        if found != wanted:
+            has, none = ("weight", "bias") if found[0] else ("bias", "weight")
+            raise CaptureError(f"{where}: the {has} has a gradient but the {none} has none")
         if not record:
             raise CaptureError(
                 f"{where} has a gradient but its forward pass was not seen: it ran in eval mode or before "
                 "this optimizer was made, its weight was used outside the layer, or the optimizer was closed "
                 "(a later one with gradients='factored' closes it)"
             )
-        if record.unseen:
-            raise CaptureError(
-                f"{where}: a part of its gradient is of a pass that is not known: {record.unseen}"
-            )
-        return True
+        raise CaptureError(f"{where}: a part of its gradient is of a pass that is not known: {record.unseen}")
 
     def _factors(self, layer: Layer, record: LayerRecord) -> Gradient:
         """A layer's factored gradient of the mean loss."""
-        h, g = record.factors()
-        grad_b, grad = g.sum(0), layer.bias.grad
-        if record.version not in (UNKNOWN, grad._version) or not _equal(grad, grad_b, g):
+        (h, g), grad_b = record.factors(), layer.bias.grad
+        looks = self.param_groups[0]["updates"] % LOOKS == 0
+        if record.version not in (UNKNOWN, grad_b._version) or (looks and not _equal(grad_b, g)):
             raise CaptureError(
                 f"layer {layer.name!r}: the .grad of the bias is not what the backward pass left there (was "
                 "it clipped, unscaled, penalised?), and gradients='factored' has none of the weight: bound "
@@ -535,12 +532,12 @@ class LayerOptimizer(Watching):
             parameter.add_(state[MOMENTUM])
 
 
-def _equal(bias: Tensor, found: Tensor, g: Tensor) -> bool:
+def _equal(bias: Tensor, g: Tensor) -> bool:
     """Whether a bias's gradient is what its layer's rows give, to rounding; believed on an accelerator."""
     if not bias.is_cpu:
         return True
     few = 16 * torch.finfo(g.dtype).eps * len(g) ** 0.5
-    return bool(((bias - found).abs() <= few * g.abs().sum(0)).all()) or not found.isfinite().all()
+    return bool(((bias - g.sum(0)).abs() <= few * g.abs().sum(0)).all()) or not bias.isfinite().all()
 
 
 def _on(value: float | Tensor) -> bool:

@@ -121,6 +121,9 @@ class LayerRecord:
         A layer may see parts of them, or several rows of each; where nothing but the layer's uses is known,
         uses of as many examples are of the same.
         """
+        if len(self._uses) == 1:
+            (use,) = self._uses
+            return use.forward.examples or use.examples
         sizes: dict[Pass, list[int]] = {}
         for use in self._uses:
             sizes.setdefault(use.forward, []).append(use.examples)

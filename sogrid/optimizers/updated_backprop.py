@@ -321,10 +321,10 @@ class UpdatedBackprop(LayerOptimizer):
             rows={layer.name for layer in self._layers}, roots=True, cut=self.gradients == "factored"
         )
 
-    def _held(self, layer, record):
+    def _held(self, layer, record, factored):
         """Of a graph that is cut the zeros of the last parameter are all that has a ``.grad``."""
         if self.gradients == "matrix":
-            return super()._held(layer, record)
+            return super()._held(layer, record, factored)
         *_, last = (p for p in self.model.parameters() if p.requires_grad)
         for kind, p in (("weight", layer.weight), ("bias", layer.bias)):
             if p is not None and p is not last and p.grad is not None and p.grad.any():

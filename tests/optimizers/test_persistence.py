@@ -9,6 +9,7 @@ import weakref
 
 import pytest
 import torch
+import torch._dynamo  # as the first optimizer does, frames of whose construction then stay
 from children import Child
 from optimizer_list import (
     LAYERWISE,
