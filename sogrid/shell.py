@@ -235,12 +235,12 @@ class LayerOptimizer(Watching):
             out or frozen stays as it is, and the layer's inputs are then not centred. In a group with
             ``preconditioned=False`` everything is trained by plain SGD.
         gradients: ``"matrix"``: the step starts from ``.grad``. ``"factored"``: it starts from the
-            factors g and h of each linear layer's gradient, and the ``.grad`` of its parameters stays
-            ``None``: faster, but gradient clipping, ``GradScaler``, distributed averaging and
-            ``create_graph=True`` do not work. A ``.grad`` that appears anyway, from a penalty on a weight
-            say, is an error. Passes accumulate until ``step()`` or this optimizer's own
-            ``zero_grad()``, and until then the minibatch must not be changed in place. Convolutions have
-            a ``.grad`` as ever.
+            factors g and h of each linear layer's gradient, and the ``.grad`` of its weight stays ``None``:
+            faster, but what works on ``.grad`` is refused: clipping, ``GradScaler.unscale_`` (not
+            ``GradScaler``), a penalty on a weight, ``create_graph=True``. The ``.grad`` of the bias is
+            formed, and tells whether gradients were cleared or changed; layers without one, and
+            convolutions, have a ``.grad`` as ever. Until ``step()`` the minibatch must not be changed in
+            place.
         max_change: κ > 0, the largest change of a layer's pre-activations in one step, in root mean square
             over (the first 16 examples of) the minibatch and the layer's units; a larger step is shrunk,
             the whole layer's alike. ``None``: no bound, as in the thesis. Kept in the parameter groups, so
