@@ -303,7 +303,7 @@ class Capture:
         mean, rows = None, 0
         if formed and wanted.means:
             h = rule.inputs(layer, x)
-            mean, rows = h.mean((0, 1)), h.shape[0] * h.shape[1]
+            mean, rows = h.mean((-3, -2)), h.shape[-3] * h.shape[-2]
         seen = Seen(x) if kept or not formed else None
         after = Seen(output.detach()) if wanted.cut else None
         return Use(name, layer, rule, self._pass, examples, kept, seen, mean, rows, after)
@@ -418,9 +418,9 @@ def _is_map(layer: nn.Module, rule: Rule, x: Tensor) -> bool:
         g = torch.arange(output.numel(), device=x.device).cos().view_as(output).to(output.dtype)
         found = torch.autograd.grad(output, trained, g, allow_unused=True)
     h, g = (rows.to(layer.weight.dtype) for rows in (rule.inputs(layer, x.detach()), rule.outputs(layer, g)))
-    expected = torch.einsum("nso,nsi->oi", g, h).view_as(layer.weight), g.sum((0, 1))
+    expected = torch.einsum("...nso,...nsi->...oi", g, h), g.sum((-3, -2))
     return all(
-        grad is not None and (grad - right).abs().max() <= 0.02 * right.abs().max()
+        grad is not None and (grad - right.reshape_as(grad)).abs().max() <= 0.02 * right.abs().max()
         for grad, right in zip(found, expected, strict=False)
     )
 

@@ -39,6 +39,14 @@ class Layer(NamedTuple):
         """The bias if it is trained now; if not, the layer's inputs are not centred."""
         return self.bias if self.bias is not None and self.bias.requires_grad else None
 
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """The weight, or what is shaped like it, as the view ``[o, i]`` of its rule."""
+        return self.rule.matrix(self.module, weight)
+
+    def as_vector(self, bias: Tensor | None) -> Tensor | None:
+        """The bias, or what is shaped like it, as the view ``[o]`` of its rule."""
+        return None if bias is None else self.rule.vector(self.module, bias)
+
     @property
     def unchanged(self) -> bool:
         """Whether the module still has the parameters that it had."""

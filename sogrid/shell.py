@@ -464,7 +464,7 @@ class LayerOptimizer(Watching):
         grads = [None if p is None else p.grad for p in (layer.weight, layer.trained_bias)]
         grad_w, grad_b = (grad if grad is None or is_one(scale) else grad / scale for grad in grads)
         mean_h = record.mean if self.uses_mean else None
-        return Gradient(layer.rule.matrix(layer.module, grad_w), grad_b, mean_h)
+        return Gradient(layer.as_matrix(grad_w), layer.as_vector(grad_b), mean_h)
 
     def _looked_over(self, ready: Ready) -> list[Tensor]:
         """Where a NaN or infinity of a layer's gradient would show."""
@@ -490,9 +490,9 @@ class LayerOptimizer(Watching):
         for layer, (dw, db) in self._changes(ready):
             self._routes[layer.name] = "factored" if isinstance(dw, Factored) else "formed"
             group = self.param_groups[layer.home]
-            self._move(layer.weight, dw, group, layer)
+            self._move(layer.weight, dw, group, layer.as_matrix)
             if db is not None:
-                self._move(layer.bias, db, group)
+                self._move(layer.bias, db, group, layer.as_vector)
         self._step_others(max((record.count for _, record, _ in ready), default=1))
         for group in self.param_groups:
             group["updates"] += bool(ready or not self._layers)
@@ -506,27 +506,27 @@ class LayerOptimizer(Watching):
                     self._move(parameter, -group["lr"] * scale * parameter.grad, group)
 
     def _move(
-        self, parameter: Tensor, change: Tensor | Factored, group: dict, layer: Layer | None = None
+        self,
+        parameter: Tensor,
+        change: Tensor | Factored,
+        group: dict,
+        view: Callable[[Tensor], Tensor] = torch.detach,
     ) -> None:
-        """θ ← (1 − λw) θ + v with v ← m v + Δ, in place; Δ of a layer's weight is a matrix."""
-
-        def add(tensor: Tensor) -> None:
-            add_to(tensor if layer is None else layer.rule.matrix(layer.module, tensor), change)
-
+        """θ ← (1 − λw) θ + v with v ← m v + Δ, in place; Δ has the shape of a view of θ."""
         momentum, decay = group["momentum"], group["weight_decay"]
         if group["maximize"]:
             change = -1 * change
         if _on(decay) and (parameter.dim() > 1 or group["decay_bias"]):
             parameter.mul_(1 - group["lr"] * decay)
         if not _on(momentum):
-            add(parameter)
+            add_to(view(parameter), change)
             return
         state = self.state[parameter]
         if MOMENTUM not in state:
             state[MOMENTUM] = torch.zeros_like(parameter)
-        add(state[MOMENTUM].mul_(momentum))
+        add_to(view(state[MOMENTUM].mul_(momentum)), change)
         if group["nesterov"]:
-            add(parameter)
+            add_to(view(parameter), change)
             parameter.add_(state[MOMENTUM] * momentum)
         else:
             parameter.add_(state[MOMENTUM])

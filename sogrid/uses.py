@@ -54,7 +54,7 @@ class Use:
         examples: How many the layer was given.
         kept: Whether it is kept for statistics.
         input: What went in, if rows are wanted.
-        mean: Over the rows of the input, ``[i]``, if ``.grad`` is formed.
+        mean: Over the rows of the input, ``[..., i]``, if ``.grad`` is formed.
         rows: How many these are.
         output: What came out, if the graph is cut above.
         probes: What was pulled back to its output.
@@ -199,8 +199,8 @@ class LayerRecord:
         for use in self._uses:
             if seen < examples and use.input is not None:
                 parts.append(use.rule.inputs(use.layer, use.input.tensor[: examples - seen]))
-                seen += len(parts[-1])
-        return join([part.flatten(0, 1) for part in parts]), parts[0].shape[1]
+                seen += parts[-1].shape[-3]
+        return join([part.flatten(-3, -2) for part in parts], -2), parts[0].shape[-2]
 
     def preactivations(self) -> Tensor:
         """The outputs of all uses; computed again where they were not kept or are changed."""
@@ -225,9 +225,9 @@ class RootRecord:
     grad: Tensor | None = None
 
 
-def join(passes: list[Tensor]) -> Tensor:
+def join(passes: list[Tensor], dim: int = 0) -> Tensor:
     """One tensor ``[n, ·]`` of all passes; not a copy if there is one."""
-    return passes[0] if len(passes) == 1 else torch.cat(passes)
+    return passes[0] if len(passes) == 1 else torch.cat(passes, dim)
 
 
 def _stack(passes: list[list[Tensor]]) -> Tensor:
@@ -237,9 +237,14 @@ def _stack(passes: list[list[Tensor]]) -> Tensor:
     """
     whole = []
     for uses in passes:
-        if len({use.shape[0] for use in uses}) > 1:
-            uses = [use.flatten(0, 1).unsqueeze(0) for use in uses]
-        whole.append(uses[0] if len(uses) == 1 else torch.cat(uses, 1))
-    if len({part.shape[1] for part in whole}) > 1:
-        return torch.cat([part.flatten(0, 1) for part in whole]).unsqueeze(0)
-    return join(whole)
+        if len({use.shape[-3] for use in uses}) > 1:
+            uses = [_block(use) for use in uses]
+        whole.append(join(uses, -2))
+    if len({part.shape[-2] for part in whole}) > 1:
+        return torch.cat([_block(part) for part in whole], -2)
+    return join(whole, -3)
+
+
+def _block(rows: Tensor) -> Tensor:
+    """All as positions of one example."""
+    return rows.flatten(-3, -2).unsqueeze(-3)

@@ -45,11 +45,12 @@ class Attention(nn.Module):
         return self.o(nn.functional.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x)))
 
 
-def convolutional(*shape, **options):
-    """A convolution and a linear layer above it, on images of 2 × 6 × 7."""
-    convolution = nn.Conv2d(2, 3, shape, **options)
-    width = convolution(torch.zeros(1, 2, 6, 7)).numel()
-    return nn.Sequential(convolution, nn.Tanh(), nn.Flatten(), nn.Linear(width, 2)), (2, 6, 7)
+def convolutional(*shape, channels=(2, 3), **options):
+    """A convolution and a linear layer above it, on sequences, images or volumes of 6 × 7 × 4."""
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(shape) - 1]
+    convolution, size = kind(*channels, shape, **options), (channels[0], *(6, 7, 4)[: len(shape)])
+    width = convolution(torch.zeros(1, *size)).numel()
+    return nn.Sequential(convolution, nn.Tanh(), nn.Flatten(), nn.Linear(width, 2)), size
 
 
 def perceptron():
@@ -73,6 +74,22 @@ NETWORKS = {
     "conv2d, circular": partial(convolutional, 1, 3, padding=(0, 1), padding_mode="circular"),
     "conv2d, reflected": partial(convolutional, 3, 3, padding=(2, 1), padding_mode="reflect"),
     "conv2d, replicated": partial(convolutional, 2, 3, padding=(1, 2), padding_mode="replicate"),
+    "conv2d, groups": partial(convolutional, 3, 2, channels=(4, 6), groups=2, padding=1),
+    "conv2d, groups, without bias": partial(convolutional, 2, 2, channels=(6, 3), groups=3, bias=False),
+    "conv2d, depthwise": partial(convolutional, 3, 3, channels=(3, 6), groups=3, stride=2),
+    "conv1d": partial(convolutional, 3, padding=1),
+    "conv1d, strided, dilated, groups": partial(
+        convolutional, 2, channels=(4, 4), stride=2, dilation=3, groups=2
+    ),
+    "conv1d, circular": partial(convolutional, 4, padding=2, padding_mode="circular"),
+    "conv1d, same": partial(convolutional, 4, padding="same"),
+    "conv3d": partial(convolutional, 2, 3, 2, padding=(0, 1, 1)),
+    "conv3d, strided, replicated": partial(
+        convolutional, 3, 2, 2, stride=(2, 1, 2), padding=1, padding_mode="replicate"
+    ),
+    "conv3d, depthwise, dilated": partial(
+        convolutional, 2, 2, 2, channels=(2, 4), groups=2, dilation=(1, 2, 1)
+    ),
 }
 METHODS = {
     "acp": partial(ACP, damping=0.3),
@@ -122,9 +139,11 @@ def test_rows_multiply_to_the_gradient_that_autograd_finds(name):
         gradient = rule_of(module).matrix(module, module.weight.grad)
         assert gradient.data_ptr() == module.weight.grad.data_ptr()
         assert relative_error(N * rows.product, gradient) < ROUNDING
-        assert relative_error(record.mean, rows.inputs.mean(0)) < ROUNDING
+        assert relative_error(record.mean, rows.inputs.mean(-2)) < ROUNDING
         if module.bias is not None:
-            assert relative_error(rows.outputs.sum(0), module.bias.grad) < ROUNDING
+            bias = rule_of(module).vector(module, module.bias.grad)
+            assert bias.data_ptr() == module.bias.grad.data_ptr()
+            assert relative_error(rows.outputs.sum(-2), bias) < ROUNDING
 
 
 @every(NETWORKS)
@@ -143,8 +162,9 @@ def test_rows_are_the_linear_map_of_the_layer(name):
     for layer, (h, a) in outputs.items():
         module = network.get_submodule(layer)
         rule = rule_of(module)
-        found = rule.inputs(module, h) @ rule.matrix(module, module.weight).mT
-        found = found if module.bias is None else found + module.bias
+        found = rule.inputs(module, h) @ rule.matrix(module, module.weight).mT.unsqueeze(-3)
+        if module.bias is not None:
+            found = found + rule.vector(module, module.bias)[..., None, None, :]
         assert relative_error(found, rule.outputs(module, a)) < ROUNDING
 
 
@@ -288,17 +308,26 @@ def test_passes_with_other_numbers_of_positions_accumulate(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_convolution_with_groups_is_refused_by_name_or_left_to_sgd(method):
-    network = nn.Sequential(nn.Conv2d(2, 4, 3, groups=2), nn.Flatten(), nn.Linear(80, 2)).double()
-    with pytest.raises(ValueError, match=r"'0' \(Conv2d\).*other_lr"):
-        METHODS[method](network, lr=0.1)
-    x = torch.randn(N, 2, 6, 7, dtype=torch.float64)
-    grouped, expected = network[0].weight, network[0].weight.detach().clone()
-    optimizer = METHODS[method](network, lr=0.1, other_lr=0.05)
-    loss(network(x)).backward()
-    expected -= 0.05 * grouped.grad
-    optimizer.step()
-    assert relative_error(grouped.detach(), expected) < ROUNDING
+def test_a_convolution_with_groups_is_as_many_convolutions(method):
+    """Each with the step that it has alone, whatever the others are."""
+
+    class Apart(nn.Module):
+        def __init__(self, whole):
+            super().__init__()
+            self.parts = nn.ModuleList(nn.Conv2d(2, 3, 2).double() for _ in range(2))
+            for part, w, b in zip(self.parts, whole.weight.chunk(2), whole.bias.chunk(2), strict=True):
+                part.load_state_dict({"weight": w, "bias": b})
+
+        def forward(self, x):
+            pairs = zip(self.parts, x.chunk(2, 1), strict=True)
+            return torch.cat([part(channels) for part, channels in pairs], 1).tanh()
+
+    torch.manual_seed(0)
+    x, whole = torch.randn(N, 4, 3, 4, dtype=torch.float64), nn.Conv2d(4, 6, 2, groups=2).double()
+    apart = step(Apart(whole), method, x)
+    weight, bias = step(nn.Sequential(whole, nn.Tanh()), method, x)
+    assert relative_error(weight, torch.cat(apart[::2])) < ROUNDING
+    assert relative_error(bias, torch.cat(apart[1::2])) < ROUNDING
 
 
 @pytest.mark.parametrize("shape", [(2, 6, 7), (0, 2, 6, 7)])

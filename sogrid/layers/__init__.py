@@ -26,20 +26,20 @@ class Rule(Protocol):
     factors: bool
     """Whether its weight's gradient may be left as factors, without autograd forming it."""
 
-    def refusal(self, layer: nn.Module) -> str | None:
-        """Why this layer is no such map after all, or ``None``."""
-
     def unfit(self, layer: nn.Module, x: Tensor) -> str | None:
         """What shape of input the layer needs, if this is another, or has no example."""
 
     def inputs(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """The input ``[n, …]`` as ``[n, s, i]``."""
+        """The input ``[n, …]`` as ``[n, s, i]``; several maps side by side are a dimension before n."""
 
     def outputs(self, layer: nn.Module, g: Tensor) -> Tensor:
-        """What is shaped like the output ``[n, …]`` as ``[n, s, o]``."""
+        """What is shaped like the output ``[n, …]`` as ``[n, s, o]``, likewise."""
 
     def matrix(self, layer: nn.Module, weight: Tensor) -> Tensor:
-        """The weight, or what is shaped like it, as a view ``[o, i]``."""
+        """The weight, or what is shaped like it, as a view ``[o, i]``, likewise."""
+
+    def vector(self, layer: nn.Module, bias: Tensor) -> Tensor:
+        """The bias, or what is shaped like it, as a view ``[o]``, likewise."""
 
 
 RULES: dict[type[nn.Module], Rule] = {}
@@ -58,11 +58,8 @@ def rule(kind: type[nn.Module]):
 
 
 def rule_of(module: nn.Module) -> Rule | None:
-    """The rule of a module, if there is one for its kind and it does not refuse this very module."""
-    for kind in type(module).__mro__:
-        if kind in RULES:
-            return RULES[kind] if RULES[kind].refusal(module) is None else None
-    return None
+    """The rule of a module, if there is one for its kind."""
+    return next((RULES[kind] for kind in type(module).__mro__ if kind in RULES), None)
 
 
 from sogrid.layers import convolution, linear  # noqa: E402, F401

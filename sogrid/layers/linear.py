@@ -11,9 +11,6 @@ class Linear:
 
     factors = True
 
-    def refusal(self, layer):  # noqa: D102
-        return None
-
     def unfit(self, layer, x):  # noqa: D102
         fits = x.dim() > 1 and x.numel()
         return None if fits else "[examples, ..., features] with at least one example"
@@ -25,3 +22,6 @@ class Linear:
 
     def matrix(self, layer, weight):  # noqa: D102
         return weight
+
+    def vector(self, layer, bias):  # noqa: D102
+        return bias
