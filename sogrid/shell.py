@@ -223,7 +223,7 @@ class LayerOptimizer(Watching):
 
     Args:
         model: The module that is trained, itself, not its parameters. Its layers that have a rule
-            (:mod:`sogrid.layers`: ``nn.Linear``, ``nn.Conv2d``) are preconditioned.
+            (:mod:`sogrid.layers`: linear layers and convolutions) are preconditioned.
         lr: Learning rate λ.
         hyperparameters: The method's own, kept in the parameter groups.
         reduction: How the training loss is reduced over examples: ``"mean"`` or ``"sum"``. Declared,

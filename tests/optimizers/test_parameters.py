@@ -41,7 +41,7 @@ class Mixed(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.table = nn.Embedding(7, N_IN)
-        self.image = nn.Conv1d(1, 1, 3, padding=1)
+        self.image = nn.ConvTranspose1d(1, 1, 3, padding=1)
         self.batch = nn.BatchNorm1d(N_IN)
         self.linear1, self.norm, self.linear2 = nn.Linear(N_IN, 6), nn.LayerNorm(6), nn.Linear(6, N_OUT)
         self.scale = nn.Parameter(torch.ones(N_OUT))
@@ -56,7 +56,7 @@ class Mixed(nn.Module):
 
 
 LINEAR = ("linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias")
-FOREIGN = {"table": "Embedding", "image": "Conv1d", "batch": "BatchNorm1d", "norm": "LayerNorm", "": "Mixed"}
+FOREIGN = {"table": "Embedding", "image": "ConvTranspose1d", "batch": "BatchNorm1d", "norm": "LayerNorm", "": "Mixed"}
 
 
 @each(WITH_OTHERS)
@@ -97,7 +97,7 @@ def test_foreign_parameters_are_refused_by_name_without_a_rate(method):
 
 @each([m for m in OPTIMIZERS if m.kind is UpdatedBackprop])
 def test_updated_backprop_refuses_what_is_not_a_chain_by_name(method):
-    layers = [nn.LayerNorm(5), nn.BatchNorm1d(5), nn.Conv1d(1, 1, 1), nn.Sequential(nn.Linear(5, 5))]
+    layers = [nn.LayerNorm(5), nn.BatchNorm1d(5), nn.ConvTranspose1d(1, 1, 1), nn.Sequential(nn.Linear(5, 5))]
     for module in [*layers, nn.Dropout(0.1), nn.AlphaDropout(0.1), nn.RReLU(), nn.Sequential(nn.Dropout())]:
         model = nn.Sequential(nn.Linear(N_IN, 5), module, nn.Linear(5, N_OUT))
         with pytest.raises(ValueError, match=rf"'1' \({type(module).__name__}\) breaks the chain"):
