@@ -158,14 +158,14 @@ class KFACMethod(LayerMethod):
     def check(self, group):  # noqa: D102
         check_hyperparameter("damping (ε)", group["damping"], positive=True)
 
-    def probe(self, updates):  # noqa: D102
+    def probe(self, updates, rank=0):  # noqa: D102
         if not self.curvature.startswith("fisher"):
             return None
         return partial(
             output_vectors,
             loss=self.loss,
             samples=self.samples if self.curvature == "fisher_sampled" else None,
-            seed=(self.seed * 1_000_003 + updates) % 2**63,
+            seed=(self.seed * 1_000_003 + updates + rank * 2**40) % 2**63,
         )
 
     def measure(self, rows, group):  # noqa: D102
