@@ -99,8 +99,8 @@ class Newton(Watching):
         check_hyperparameter("lr (λ)", lr)
         check_hyperparameter("damping (ε)", damping)
         self.loss, self.curvature = loss, curvature
-        self._join(model, process_group)
         self._require_whole(self.model.parameters())
+        self._join(model, process_group)
         super().__init__(self.model.parameters(), {"lr": lr, "damping": damping})
         self._bind()
 
