@@ -32,8 +32,8 @@ from sogrid.ranks import _balanced
 
 PROGRAM = "import sys, test_ranks; test_ranks.work(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])"
 TIMEOUT = 60  # seconds; nothing here takes as many
-SIZES = {2: [(1, 1), (3, 3), (6, 6)], 3: [(2, 2, 2)]}
-"""Examples by rank. Of twice one every matrix is thin, of twice three those that were thin are not."""
+SIZES = {2: [(1, 1), (3, 3)], 3: [(1, 1, 1)]}
+"""Examples by rank. Of two every matrix is thin, of six those that were thin on each rank are not."""
 METHODS = [
     *("centred", "centred, bias corrected", "acp", "acp, heuristic", "acp, exact Tikhonov"),
     *("acp, averaging", "acp, rank 2", "kfac, exact fisher", "kfac, empirical fisher", "nnn"),
@@ -125,6 +125,7 @@ def long_run(rank, size, before):
 
 
 UNEVEN = {2: (5, 2), 3: (4, 1, 2)}
+"""Of these some matrices are whole on one rank and thin on another."""
 
 
 def uneven(rank, size, before):
@@ -497,7 +498,7 @@ def test_wrapper_or_module_before_or_after(two, three):
         found, expected = of_all(ranks, "made_of"), alone("acp", SIZES[len(ranks)][0])
         for way in ("before the group", "the inner module", "a group"):
             assert_close(found[way], expected, 1e-9)
-        assert_same(found["a pickle"], found["going on"])
+        assert_close(found["a pickle"], found["going on"])  # a new wrapper may sum in another order
 
 
 def test_a_process_may_stay_alone(two):
