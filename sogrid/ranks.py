@@ -2,9 +2,9 @@
 
 Each rank has examples of its own; the ``.grad`` that it starts from is the mean over the R ranks of what each
 found, as :class:`~torch.nn.parallel.DistributedDataParallel` leaves it. So ranks have weights, the same for
-gradients, mean inputs and statistics: 1/R each where the loss is a mean over a rank's examples, n_r/N where it
-is their sum. For a sum, or with as many examples on every rank, that is the joint minibatch as one process
-sees it.
+gradients, mean inputs and statistics: 1/R each where the loss is a mean over a rank's examples, n_r/N where
+it is their sum. For a sum, or with as many examples on every rank, that is the joint minibatch as one process
+sees it, the ranks' parts one after the other. Every rank makes every step.
 
 Nobody changes anything before all have agreed (:meth:`Ranks.together`), and every message is a sum, in which
 a rank may fill a place of its own, so that what follows from it is the same to the bit on all ranks. Only
@@ -24,7 +24,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from sogrid.statistics import Statistics
 from sogrid.structured import Gram, add_outer
 
-__all__ = ["Ranks", "batched", "joined", "require_whole", "unwrapped"]
+__all__ = ["Ranks", "joined", "require_whole", "unwrapped"]
 
 SHARDED = (
     ", and a layer's step needs its whole weight and gradient: wrap the model in "
@@ -61,18 +61,14 @@ class Ranks:
         if self.rank < 0:
             raise ValueError("this process is not in the process_group that the optimizer was given")
 
-    def place(self, value: float) -> list[float]:
-        """One number for each rank, all zero but this rank's: what a sum makes known to all."""
-        return [value if rank == self.rank else 0 for rank in range(self.size)]
-
     def sum(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Each tensor, summed over the ranks."""
         return _at_once(tensors, partial(distributed.all_reduce, group=self._group))
 
     def together(
-        self, work: Callable[[], T], told: Callable[[T | None], tuple[list[float], list[Tensor]]]
-    ) -> tuple[T, list[float], list[Tensor]]:
-        """What each rank does alone, and sums over the ranks of what they tell of it.
+        self, work: Callable[[], T], told: Callable[[T | None], tuple[Sequence[float], Sequence[Tensor]]]
+    ) -> tuple[T, list[list[float]], list[Tensor]]:
+        """What each rank does alone, then the numbers that each tells, by rank, and the sums of its tensors.
 
         An error of one is an error of all, of the same type, before any goes on. For the numbers an
         accelerator's host waits.
@@ -87,24 +83,24 @@ class Ranks:
             done = work()
         except Exception as found:
             error = found
-        numbers, tensors = told(done)
-        numbers = torch.tensor([error is not None, *numbers], dtype=torch.float32, device=self.device)
+        own, tensors = told(done)
+        own = torch.tensor([error is not None, *own], dtype=torch.float32, device=self.device)
+        numbers = own.new_zeros(len(own), self.size)
+        numbers[:, self.rank] = own
         numbers, *tensors = self.sum([numbers, *tensors])
-        failures, *numbers = numbers.tolist()
-        if failures:
-            self._raise(error)
+        failed, *numbers = numbers.tolist()
+        if any(failed):
+            self._raise(error, failed.index(1))
         return done, numbers, tensors
 
-    def _raise(self, error: Exception | None) -> None:
+    def _raise(self, error: Exception | None, first: int) -> None:
         """This rank's own error, or that of the first which has one."""
-        errors = self._gathered(None if error is None else (type(error), str(error)))
-        if error is not None:
-            raise error
-        rank, (kind, message) = next((rank, found) for rank, found in enumerate(errors) if found)
-        try:
-            error = kind(f"rank {rank}: {message}")
-        except TypeError:  # one that takes more than a message
-            error = RuntimeError(f"rank {rank}: {kind.__name__}: {message}")
+        kind, message = self._gathered((type(error), str(error)))[first]
+        if error is None:
+            try:
+                error = kind(f"rank {first}: {message}")
+            except TypeError:  # it takes more than a message
+                error = RuntimeError(f"rank {first}: {kind.__name__}: {message}")
         raise error
 
     def _gathered(self, thing: Any) -> list[Any]:
@@ -125,7 +121,7 @@ class Ranks:
         """
         owners = _balanced(costs, self.size)
         done, *_ = self.together(
-            lambda: {k: job() for k, job in enumerate(jobs) if owners[k] == self.rank}, lambda _: ([], [])
+            lambda: {k: job() for k, job in enumerate(jobs) if owners[k] == self.rank}, lambda _: ((), ())
         )
         shapes = {k: {name: tensor.shape for name, tensor in own.items()} for k, own in done.items()}
         results = [{} for _ in jobs]
@@ -136,7 +132,7 @@ class Ranks:
             ]
             send = partial(distributed.broadcast, group_src=rank, group=self._group)
             for (k, name, _), tensor in zip(names, _at_once(own, send), strict=True):
-                results[k][name] = tensor
+                results[k][name] = tensor.clone()  # not a part of the message
         return results
 
 
@@ -176,10 +172,9 @@ def joined(ranks: Ranks, found: Sequence[Statistics], weights: Sequence[Sequence
     """
     own = [weight[ranks.rank] / sum(weight) for weight in weights]
     matrices = [matrix for _, *both in found for matrix in both if matrix is not None]
-    numbers = [number for matrix in matrices for number in ranks.place(_rows(matrix))]
     means = [w * one.mean for w, one in zip(own, found, strict=True)]
-    _, numbers, means = ranks.together(lambda: None, lambda _: (numbers, means))
-    rows = iter([list(map(int, part)) for part in batched(numbers, ranks.size)])
+    _, rows, means = ranks.together(lambda: None, lambda _: (list(map(_rows, matrices)), means))
+    rows = iter([list(map(int, by_rank)) for by_rank in rows])
     parts = []
     for one, mean, w in zip(found, means, own, strict=True):
         parts.append(_part(ranks, one.covariance, w, next(rows), one.mean - mean))
@@ -191,11 +186,6 @@ def joined(ranks: Ranks, found: Sequence[Statistics], weights: Sequence[Sequence
         Statistics(mean, next(whole), None if one.output is None else next(whole))
         for one, mean in zip(found, means, strict=True)
     ]
-
-
-def batched(values: Sequence[T], n: int) -> list[Sequence[T]]:
-    """Values, n by n."""
-    return [values[k : k + n] for k in range(0, len(values), n)]
 
 
 def _rows(matrix: Tensor | Gram) -> int:

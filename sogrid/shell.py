@@ -229,19 +229,19 @@ class Ready(NamedTuple):
         record: What it saw.
         factored: Its gradient, if that is factored; with several ranks the own share of it.
         mean_h: h̄ of the minibatch, of all ranks; ``None`` where the method does not use it.
-        counts: Examples of the minibatch, by rank.
+        counts: Examples of the minibatch, by rank, once these have told each other.
     """
 
     layer: Layer
     record: LayerRecord
     factored: Gradient | None
     mean_h: Tensor | None
-    counts: Sequence[float]
+    counts: Sequence[float] = ()
 
     @property
     def count(self) -> float:
-        """Examples of a rank, on average: the divisor of a sum that was averaged over ranks."""
-        return sum(self.counts) / len(self.counts)
+        """Examples of a rank, on average: the divisor of a sum whose ``.grad`` was averaged over ranks."""
+        return sum(self.counts) / len(self.counts) if self.counts else self.record.count
 
 
 class LayerOptimizer(Watching):
@@ -262,11 +262,10 @@ class LayerOptimizer(Watching):
             ``preconditioned=False`` everything is trained by plain SGD.
         gradients: ``"matrix"``: the step starts from ``.grad``. ``"factored"``: it starts from the
             factors g and h of each linear layer's gradient, and the ``.grad`` of its parameters stays
-            ``None``: faster, but gradient clipping, ``GradScaler``, distributed averaging and
-            ``create_graph=True`` do not work. A ``.grad`` that appears anyway, from a penalty on a weight
-            say, is an error. Passes accumulate until ``step()`` or this optimizer's own
-            ``zero_grad()``, and until then the minibatch must not be changed in place. Convolutions have
-            a ``.grad`` as ever.
+            ``None``: faster, but gradient clipping, ``GradScaler`` and ``create_graph=True`` do not work. A
+            ``.grad`` that appears anyway, from a penalty on a weight say, is an error. Passes accumulate
+            until ``step()`` or this optimizer's own ``zero_grad()``, and until then the minibatch must not be
+            changed in place. Convolutions have a ``.grad`` as ever.
         max_change: κ > 0, the largest change of a layer's pre-activations in one step, in root mean square
             over (the first 16 examples of) the minibatch and the layer's units; a larger step is shrunk,
             the whole layer's alike. ``None``: no bound, as in the thesis. Kept in the parameter groups, so
@@ -278,9 +277,9 @@ class LayerOptimizer(Watching):
         decay_bias: Whether biases, and other parameters of one dimension, shrink too.
         maximize: Climb.
         process_group: The processes that share each minibatch and hold the mean of their gradients, as
-            ``DistributedDataParallel`` leaves it; see :mod:`sogrid.ranks`. ``None``: the model's, if it is
-            so wrapped, else torch's default group, when there is one at a step. ``False``: this process steps
-            alone. A copy or pickle has the default again, or ``False``.
+            ``DistributedDataParallel`` leaves it; see :mod:`sogrid.ranks`. ``None``: that of the model, if it
+            is so wrapped, else torch's default group, when there is one at a step. ``False``: this process
+            steps alone. A copy or pickle has ``None`` again, or ``False``.
 
     Raises:
         TypeError: If ``model`` is not a module, or sharded, a weight is neither float32 nor float64, or a
@@ -431,7 +430,7 @@ class LayerOptimizer(Watching):
 
     # -- gradients ---------------------------------------------------------------------------------
 
-    def _ready(self) -> Iterator[Ready]:
+    def _ready(self, ranks: Ranks) -> Iterator[Ready]:
         """The layers that hold a gradient, each checked for what a step needs."""
         for layer in self._layers:
             if not layer.unchanged:
@@ -448,9 +447,9 @@ class LayerOptimizer(Watching):
             record = self._capture.records[layer.name]
             if self._held(layer, record):
                 factored = self._capture.factors(layer.module)
-                gradient = self._factors(layer, record) if factored else None
-                mean_h = gradient.mean_h if factored else record.mean if self.uses_mean else None
-                yield Ready(layer, record, gradient, mean_h, (record.count,))
+                gradient = self._factors(layer, record, ranks) if factored else None
+                mean_h = record.mean if self.uses_mean and not factored else None
+                yield Ready(layer, record, gradient, mean_h if gradient is None else gradient.mean_h)
 
     def _held(self, layer: Layer, record: LayerRecord) -> bool:
         """Whether a layer has a ``.grad``, whole and of passes that were seen; one of zeros is none."""
@@ -482,11 +481,11 @@ class LayerOptimizer(Watching):
             )
         return True
 
-    def _factors(self, layer: Layer, record: LayerRecord) -> Gradient:
+    def _factors(self, layer: Layer, record: LayerRecord, ranks: Ranks) -> Gradient:
         """A layer's factored gradient of the mean loss."""
         h, g = record.factors()
         grad_b, grad = g.sum(0), layer.bias.grad
-        if self._ranks().size == 1:  # else .grad is a mean over ranks
+        if ranks.size == 1:  # else .grad is a mean over ranks
             known = record.version in (UNKNOWN, grad._version)
             self._require_intact(
                 layer, known and (not grad.is_cpu or near(grad, grad_b, g.abs().sum(0), len(g)))
@@ -521,15 +520,15 @@ class LayerOptimizer(Watching):
 
     # -- step --------------------------------------------------------------------------------------
 
-    def _looked(self) -> list[Ready]:
+    def _looked(self, ranks: Ranks) -> list[Ready]:
         """The layers to step, looked over."""
-        ready = list(self._ready())
+        ready = list(self._ready(ranks))
         self._require_finite({f"layer {one.layer.name!r}": self._looked_over(one) for one in ready})
         return ready
 
     def _prepare(self, ranks: Ranks) -> list[Ready]:
         """The layers to step and whatever they need, of the minibatch of all ranks; changes no parameter."""
-        return self._looked()
+        return self._looked(ranks)
 
     def _changes(self, ready: list[Ready], ranks: Ranks) -> Iterator[tuple[Layer, Change]]:
         """(ΔW, Δb) of each layer, the same on all ranks, which tell each other nothing after the first."""

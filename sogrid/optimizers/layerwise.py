@@ -11,50 +11,31 @@ by is divided out; a factor of your own is not.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
-from itertools import repeat
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sogrid.bound import BOUND_EXAMPLES, bounded, moved, shrunk
+from sogrid.bound import BOUND_EXAMPLES, bounded
 from sogrid.capture import CaptureError, LayerRecord
-from sogrid.method import Change, Gradient, LayerMethod
+from sogrid.method import LayerMethod
+from sogrid.optimizers.joint import Joint, Looked, Measured
 from sogrid.parameters import Layer, check_count, check_hyperparameter
 from sogrid.private import without_autocast
-from sogrid.ranks import Ranks, batched, joined
+from sogrid.ranks import Ranks, joined
 from sogrid.rows import share
-from sogrid.shell import MOMENTUM, LayerOptimizer, LayerOptions, Ready, near
+from sogrid.shell import MOMENTUM, LayerOptimizer, LayerOptions
 from sogrid.statistics import Statistics, refresh_due
-from sogrid.structured import Factored, Gram, ThinInverse, scalar
+from sogrid.structured import Gram, ThinInverse, scalar
 
 __all__ = ["Layerwise", "StatisticsOptions"]
 
 SHIFT, KEPT = "_shift", "statistics_"
 
 State = dict[str, Any]
-
-
-class Measured(NamedTuple):
-    """What was measured of a layer.
-
-    Attributes:
-        layer: The layer.
-        statistics: Of the statistics minibatch.
-        counts: Its examples, by rank.
-    """
-
-    layer: Layer
-    statistics: Statistics
-    counts: Sequence[float]
-
-
-Looked = tuple[Iterable[Ready], Iterable[Measured]]
-"""Layers to step, and layers whose statistics are due."""
 
 
 class StatisticsOptions(LayerOptions, total=False):
@@ -65,7 +46,7 @@ class StatisticsOptions(LayerOptions, total=False):
     rank: int | None
 
 
-class Layerwise(LayerOptimizer):
+class Layerwise(Joint):
     """Steps each layer by a method of its own; see the module docstring.
 
     Args:
@@ -267,7 +248,7 @@ class Layerwise(LayerOptimizer):
         stale = self._stale()
 
         def looked() -> Looked:
-            ready = self._looked()
+            ready = self._looked(ranks)
             for one in ready:
                 if one.layer.name not in stale:
                     self._check_state(one.layer)
@@ -289,8 +270,7 @@ class Layerwise(LayerOptimizer):
                 change = bounded(*change, h, bound, positions)
             yield one.layer, change
 
-    def _change(self, ready: Ready) -> Change:
-        """The step of a layer, without its bound."""
+    def _change(self, ready):
         state = _packed(self.state.get(ready.layer.weight, {}))
         group = self.param_groups[ready.layer.home]
         return self.method.update(ready.factored or self._matrices(ready), state, group)
@@ -311,141 +291,11 @@ class Layerwise(LayerOptimizer):
                     "refresh(closure), or optimizer.load_state_dict(optimizer.state_dict())"
                 )
 
-    # -- several processes -----------------------------------------------------------------------------
-
-    def _shares(self, counts: Sequence[float]) -> Sequence[float]:
-        """What the ranks count for in the mean of their gradients, up to a factor, by their examples."""
-        return [1.0] * len(counts) if self.reduction == "mean" else counts
-
-    def _together(self, looked: Callable[[], Looked], ranks: Ranks) -> Looked:
-        """What was looked at, with the counts and mean inputs of the minibatch of all ranks.
-
-        Raises:
-            CaptureError: If a layer has a gradient on some ranks only, or not the same. What one of them
-                raises, all do.
-        """
-        if ranks.size == 1:
-            return looked()
-
-        def look() -> list[dict[str, Ready | Measured]]:
-            both = looked()
-            with without_autocast():
-                return [{one.layer.name: one for one in found} for found in both]
-
-        def told(found: list[dict[str, Ready | Measured]] | None) -> tuple[list[float], list[Tensor]]:
-            ready, measured = found or ({}, {})
-            firsts = dict(zip(ready, self._firsts(ready.values()), strict=True))
-            numbers, means = [], []
-            for layer in self._layers:
-                counts = [
-                    some[layer.name].counts if layer.name in some else [0] for some in (ready, measured)
-                ]
-                for number in (counts[0][0], counts[1][0], firsts.get(layer.name, 0)):
-                    numbers += ranks.place(number)
-                if self.uses_mean and layer.name in ready:
-                    means.append(self._shares(counts[0])[0] * ready[layer.name].mean_h)
-                elif self.uses_mean:
-                    means.append(
-                        layer.weight.new_zeros(layer.rule.matrix(layer.module, layer.weight).shape[1])
-                    )
-            return numbers, means
-
-        (ready, measured), numbers, means = ranks.together(look, told)
-        by_layer = batched(batched(numbers, ranks.size), 3)
-        for layer, (*counts, firsts), mean in zip(
-            self._layers, by_layer, means or [None] * len(by_layer), strict=True
-        ):
-            for some in counts:
-                if 0 < sum(map(bool, some)) < ranks.size:
-                    where = [rank for rank, count in enumerate(some) if count]
-                    raise CaptureError(
-                        f"layer {layer.name!r} has a gradient, or statistics that are due, on ranks {where} "
-                        "only: every rank has to use every layer, and to start from the same state"
-                    )
-            if len({value for value in firsts if not math.isnan(value)}) > 1:
-                raise CaptureError(
-                    f"layer {layer.name!r}: its .grad is not the same on every rank: train the model through "
-                    "torch.nn.parallel.DistributedDataParallel, its latest backward pass not under no_sync, "
-                    "or say process_group=False if each process trains a model of its own"
-                )
-            if layer.name in ready:
-                ready[layer.name] = self._of_all(ready[layer.name], counts[0], mean)
-            if layer.name in measured:
-                measured[layer.name] = measured[layer.name]._replace(counts=counts[1])
-        return list(ready.values()), measured.values()
-
-    @staticmethod
-    def _firsts(ready: Iterable[Ready]) -> list[float]:
-        """One number of each layer's ``.grad``, which nobody has computed with: equal or not."""
-        held = [layer.trained_bias if layer.trained_bias is not None else layer.weight for layer, *_ in ready]
-        return (
-            torch.stack([p.grad.flatten()[0].float().to(held[0].device) for p in held]).tolist()
-            if held
-            else []
-        )
-
-    def _of_all(self, own: Ready, counts: Sequence[float], mean: Tensor | None) -> Ready:
-        """A layer of all ranks' minibatch: of their counts, and of the sum of their weighted means."""
-        if mean is not None:
-            mean = mean / sum(self._shares(counts))
-        whole, gradient = own._replace(counts=counts, mean_h=mean), own.factored
-        if gradient is None:
-            return whole
-        share = 1.0 if self.reduction == "mean" else own.count / whole.count
-        return whole._replace(factored=Gradient(share * gradient.w, share * gradient.b, mean))
-
-    def _joint_changes(self, ready: list[Ready], ranks: Ranks) -> Iterator[tuple[Layer, Change]]:
-        """As :meth:`_changes`; all that the ranks tell each other comes before the first."""
-        factored = any(one.factored is not None for one in ready)
-        changes = self._averaged(ready, ranks) if factored else list(map(self._change, ready))
-        bounds = [self.param_groups[one.layer.home]["max_change"] for one in ready]
-        sizes = [torch.zeros(0)] * len(ready)
-        if any(bound is not None for bound in bounds):
-            sizes = ranks.sum(list(map(self._moved, ready, changes, repeat(ranks))))
-        for one, change, bound, size in zip(ready, changes, bounds, sizes, strict=True):
-            if bound is not None:
-                change = shrunk(*change, size[0].sqrt(), size[1], bound)
-            yield one.layer, change
-
-    def _averaged(self, ready: list[Ready], ranks: Ranks) -> list[Change]:
-        """Changes, of which those of factored gradients are the means of what the ranks find by theirs."""
-        factored = [k for k, one in enumerate(ready) if one.factored is not None]
-
-        def told(changes: list[Change] | None) -> tuple[list[float], list[Tensor]]:
-            tensors = []
-            for k in factored:
-                (layer, _, gradient, *_), (dw, db) = ready[k], changes[k] if changes else (None, None)
-                if changes is None:
-                    tensors += map(torch.zeros_like, (layer.weight, *[layer.bias] * 3))
-                else:
-                    g = gradient.w.left
-                    tensors += [dw.dense() if isinstance(dw, Factored) else dw, db, g.sum(0), g.abs().sum(0)]
-            return [], tensors
-
-        changes, _, sums = ranks.together(lambda: list(map(self._change, ready)), told)
-        for k, parts in zip(factored, batched(sums, 4), strict=True):
-            (layer, *_), (dw, db, found, size) = ready[k], (part / ranks.size for part in parts)
-            grad = layer.bias.grad
-            self._require_intact(layer, not grad.is_cpu or near(grad, found, size, sum(ready[k].counts)))
-            changes[k] = dw, db
-        return changes
-
-    def _moved(self, ready: Ready, change: Change, ranks: Ranks) -> Tensor:
-        """The square of :func:`~sogrid.bound.moved`, and its count, over those of the first examples here."""
-        counts, size = ready.counts, ready.layer.weight.new_zeros(2)
-        examples = int(min(counts[ranks.rank], BOUND_EXAMPLES - sum(counts[: ranks.rank])))
-        if examples > 0 and self.param_groups[ready.layer.home]["max_change"] is not None:
-            norm, size[1] = moved(*change, ready.record.some_inputs(examples)[0])
-            size[0] = norm.square()
-        return size
-
 
 def _cost(found: Statistics) -> float:
-    """What inverting a layer's matrices costs, about: n²m of rows [n, m], m³ of whole ones."""
-    matrices = [
-        matrix.rows if isinstance(matrix, Gram) else matrix for matrix in found[1:] if matrix is not None
-    ]
-    return sum(matrix.shape[-2] ** 2 * matrix.shape[-1] for matrix in matrices if matrix.dim() > 1)
+    """What inverting a layer's matrices costs, about: n²m of rows ``[n, m]``, m³ of whole ones."""
+    matrices = (part.rows if isinstance(part, Gram) else part for part in found[1:] if part is not None)
+    return sum(part.shape[-2] ** 2 * part.shape[-1] for part in matrices if part.dim() > 1)
 
 
 def _flat(state: dict[str, Tensor | ThinInverse]) -> dict[str, Tensor]:

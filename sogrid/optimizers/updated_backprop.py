@@ -342,7 +342,7 @@ class UpdatedBackprop(LayerOptimizer):
             )
         return True
 
-    def _factors(self, layer, record):
+    def _factors(self, layer, record, ranks):
         """Not a layer's own: the chain's, see :meth:`_changes`."""
 
     def _looked_over(self, ready):
