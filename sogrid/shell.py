@@ -543,13 +543,16 @@ class LayerOptimizer(Watching):
             self._move(layer.weight, dw, group, layer)
             if db is not None:
                 self._move(layer.bias, db, group)
-        self._step_others(max((one.count for one in ready), default=1 / ranks.size))
+        self._step_others(ready, ranks)
         for group in self.param_groups:
             group["updates"] += 1
 
-    def _step_others(self, count: float) -> None:
+    def _step_others(self, ready: list[Ready], ranks: Ranks) -> None:
         """Plain SGD, with the gradient of the mean loss, outside the preconditioned groups."""
-        scale = 1 / ((1 if self.reduction == "mean" else count) * self._loss_scale)
+        count = 1
+        if self.reduction == "sum":
+            count = max((one.count for one in ready), default=1 / ranks.size)
+        scale = 1 / (count * self._loss_scale)
         for group in self.param_groups:
             for parameter in () if group["preconditioned"] else group["params"]:
                 if parameter.grad is not None:
