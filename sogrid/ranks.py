@@ -189,7 +189,7 @@ def joined(ranks: Ranks, found: Sequence[Statistics], weights: Sequence[Sequence
 
 
 def _rows(matrix: Tensor | Gram) -> int:
-    """How many there are, or would be if it had been kept by them, at least."""
+    """How many it is known by; of a whole matrix its width, with which no sum is below that."""
     matrix = matrix.rows if isinstance(matrix, Gram) else matrix
     return matrix.shape[-2] if matrix.dim() > 1 else 0
 

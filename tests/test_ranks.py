@@ -167,6 +167,7 @@ def made_of(rank, size, before):
     optimizer = make("acp", outer, process_group=distributed.group.WORLD)
     compiled = torch.compile(outer, backend="eager")
     assert make("acp", compiled).model is outer.module
+    make("acp", outer).step()  # without any gradient
     found["a group"] = train(outer, optimizer, SIZES[size][0], rank)
     kept = pickle.loads(pickle.dumps(optimizer))
     assert optimizer.model is outer.module

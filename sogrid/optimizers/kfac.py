@@ -205,7 +205,7 @@ class KFAC(Layerwise):
             ``"gauss_newton_probabilities"`` or ``"empirical_fisher"`` (none); see the module.
         samples: Draws per example for ``"fisher_sampled"``.
         pi_correction: Balance the damping between the two factors.
-        seed: Of the draws; each refresh has its own stream, and each rank, so that a resumed run repeats them.
+        seed: Of the draws; each refresh and rank has its own stream, so that a resumed run repeats them.
         **options: ``refresh_every``, ``averaging`` and ``rank``, see
             :class:`~sogrid.optimizers.layerwise.Layerwise`; ``other_lr``, ``params``, ``gradients`` and
             ``max_change``, see :class:`~sogrid.shell.LayerOptimizer`.

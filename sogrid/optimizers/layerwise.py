@@ -205,6 +205,8 @@ class Layerwise(Joint):
         if ranks.size == 1:
             blended = ((layer, *self._blended(layer, found)) for layer, found, _ in measured)
             return {layer.weight: state | self._inverted(layer, found) for layer, found, state in blended}
+        if not measured:
+            return {}
         layers, own, counts = zip(*measured, strict=True)
         whole = joined(ranks, own, list(map(self._shares, counts)))
         found, states = zip(*map(self._blended, layers, whole), strict=True)
