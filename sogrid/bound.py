@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sogrid.structured import Factored, matrixwise, scalar, vectorwise
 
-__all__ = ["BOUND_EXAMPLES", "bounded"]
+__all__ = ["BOUND_EXAMPLES", "bounded", "moved", "shrunk"]
 
 BOUND_EXAMPLES = 16
 """A minibatch's change is bounded on so many of its examples."""
@@ -35,11 +35,32 @@ def bounded(
     """
     if max_change is None:
         return dw, db
-    change = dw @ h[..., : BOUND_EXAMPLES * positions, :].mT
+    return shrunk(dw, db, *moved(dw, db, h[..., : BOUND_EXAMPLES * positions, :]), max_change)
+
+
+def moved(dw: Tensor | Factored, db: Tensor | None, h: Tensor) -> tuple[Tensor, int]:
+    """‖ΔW h_i + Δb‖ over all rows i and units, ``[...]``, and over how many numbers that is.
+
+    Args:
+        dw: ΔW, ``[..., o, i]``.
+        db: Δb, ``[..., o]`` or ``None``.
+        h: Rows, ``[..., n, i]``.
+    """
+    change = dw @ h.mT
     if db is not None:
         change = change + db.unsqueeze(-1)
-    size = scalar(torch.linalg.vector_norm(change, dim=(-2, -1)))
-    most = scalar(max_change) * (change.shape[-2] * change.shape[-1]) ** 0.5
+    return torch.linalg.vector_norm(change, dim=(-2, -1)), change.shape[-2] * change.shape[-1]
+
+
+def shrunk(
+    dw: Tensor | Factored,
+    db: Tensor | None,
+    size: Tensor,
+    count: int | Tensor,
+    max_change: float | Tensor,
+) -> tuple[Tensor | Factored, Tensor | None]:
+    """(ΔW, Δb) of which that is the size, of so many numbers, shrunk if their root mean square is above κ."""
+    size, most = scalar(size), scalar(max_change) * scalar(count) ** 0.5
     if isinstance(size, Tensor):
         share = (most / size).clamp(max=1)
     elif size <= most:

@@ -60,11 +60,12 @@ class LayerMethod:
         """Whether statistics are of the examples' gradients, not of inputs and probes alone."""
         return False
 
-    def probe(self, updates: int) -> Callable[[Tensor], Iterable[Tensor]] | None:
+    def probe(self, updates: int, rank: int = 0) -> Callable[[Tensor], Iterable[Tensor]] | None:
         """What to pull back from the model's output when statistics are taken, if anything.
 
         Args:
             updates: How many were made; draws from the model depend on it.
+            rank: Of the process, whose draws are of its own.
         """
         return None
 
@@ -83,5 +84,5 @@ class LayerMethod:
         raise NotImplementedError
 
     def update(self, gradient: Gradient, state: dict[str, Any], group: dict[str, Any]) -> Change:
-        """The step of one layer."""
+        """The step of one layer: for a given mean of the inputs, a linear function of ∇W and ∇b."""
         raise NotImplementedError

@@ -58,7 +58,7 @@ def share(found: Statistics, older: Statistics | None, decay: float) -> Statisti
     """What is kept of new statistics: the only place where they meet those of earlier minibatches.
 
     Args:
-        found: Of this minibatch.
+        found: Of this minibatch; with several processes, of all (:func:`sogrid.ranks.joined`).
         older: What was kept before, if anything.
         decay: ρ, its weight.
     """

@@ -14,7 +14,7 @@ costs little more than SGD's. What works on ``.grad`` does not work then.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -25,9 +25,10 @@ from sogrid.losses import Loss, check_reduction
 from sogrid.method import Change, Gradient
 from sogrid.parameters import Layer, check_hyperparameter, find_layers, owners, split_off_others
 from sogrid.private import without_autocast
+from sogrid.ranks import Ranks, require_whole, unwrapped
 from sogrid.structured import Factored, add_to, is_one, scalar
 
-__all__ = ["MOMENTUM", "LayerOptimizer", "LayerOptions", "Ready", "Watching"]
+__all__ = ["MOMENTUM", "LayerOptimizer", "LayerOptions", "Ready", "Watching", "near"]
 
 MOMENTUM = "momentum"
 """Where a parameter's state holds its velocity."""
@@ -52,6 +53,12 @@ class Watching(torch.optim.Optimizer):
     saved: tuple[str, ...] = ("model",)
     """Attributes that copies and pickles carry."""
 
+    process_group: Any = None
+    """Who else has a part of the minibatch; see :class:`LayerOptimizer`."""
+
+    several_ranks = True
+    """Whether the step is defined for a minibatch that several processes share."""
+
     model: nn.Module
     _capture: Capture | None = None
 
@@ -67,12 +74,40 @@ class Watching(torch.optim.Optimizer):
         """The update itself, from the gradients and what the capture has seen."""
         raise NotImplementedError
 
-    def _require_model(self, model: Any) -> None:
+    def _require_model(self, model: Any) -> nn.Module:
+        """The module itself, without what is wrapped around it."""
         if not isinstance(model, nn.Module):
             raise TypeError(
                 f"{type(self).__name__} needs the model itself (its layers are watched), got "
                 f"{type(model).__name__}: write {type(self).__name__}(model, ...), not model.parameters()"
             )
+        return unwrapped(model)
+
+    def _join(self, model: nn.Module, process_group: Any) -> None:
+        """Take part in a process group: by default that of a model wrapped for several processes."""
+        if process_group is None and isinstance(model, nn.parallel.DistributedDataParallel):
+            process_group = model.process_group
+        self.process_group = process_group
+        self._ranks()
+
+    def _ranks(self) -> Ranks:
+        """The processes that share the minibatch now; a group may begin after the optimizer was made."""
+        ranks = Ranks(self.process_group)
+        if ranks.size == 1:
+            return ranks
+        if not self.several_ranks:
+            raise NotImplementedError(
+                f"{type(self).__name__} steps by one process's minibatch, and {ranks.size} processes share "
+                "this one: their parameters would drift apart. Use ACP, KFAC, NaturalNN or "
+                "CenteredGradientDescent, or say process_group=False if each process trains its own model"
+            )
+        ranks.device = next(self.model.parameters()).device
+        return ranks
+
+    def _require_whole(self, parameters: Iterable[Tensor]) -> None:
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        for parameter in parameters:
+            require_whole(f"parameter {names.get(parameter)!r}", parameter)
 
     @staticmethod
     def _require_loss(loss: Any) -> None:
@@ -185,8 +220,10 @@ class Watching(torch.optim.Optimizer):
         self._forget()
 
     def __getstate__(self) -> dict:
-        """What copies and pickles carry: never a hook."""
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in self.saved}}
+        """What copies and pickles carry: never a hook, nor a process group, but that there is to be none."""
+        group = False if self.process_group is False else None
+        kept = {name: getattr(self, name) for name in self.saved}
+        return {**super().__getstate__(), **kept, "process_group": group}
 
     def __setstate__(self, state: dict) -> None:
         """Restore, and watch the restored model."""
@@ -208,14 +245,30 @@ class LayerOptions(TypedDict, total=False):
     weight_decay: float | Tensor
     decay_bias: bool
     maximize: bool
+    process_group: Any
 
 
 class Ready(NamedTuple):
-    """A layer to step, what it saw, and its gradient if that is factored."""
+    """A layer to step.
+
+    Attributes:
+        layer: The layer.
+        record: What it saw.
+        factored: Its gradient, if that is factored; with several ranks the own share of it.
+        mean_h: h̄ of the minibatch, of all ranks; ``None`` where the method does not use it.
+        counts: Examples of the minibatch, by rank, once these have told each other.
+    """
 
     layer: Layer
     record: LayerRecord
     factored: Gradient | None
+    mean_h: Tensor | None
+    counts: Sequence[float] = ()
+
+    @property
+    def count(self) -> float:
+        """Examples of a rank, on average: the divisor of a sum whose ``.grad`` was averaged over ranks."""
+        return sum(self.counts) / len(self.counts) if self.counts else self.record.count
 
 
 class LayerOptimizer(Watching):
@@ -251,10 +304,14 @@ class LayerOptimizer(Watching):
         weight_decay: w ≥ 0, decoupled as in :class:`torch.optim.AdamW`: what is trained shrinks by λw first.
         decay_bias: Whether biases, and other parameters of one dimension, shrink too.
         maximize: Climb.
+        process_group: The processes that share each minibatch and hold the mean of their gradients, as
+            ``DistributedDataParallel`` leaves it; see :mod:`sogrid.ranks`. ``None``: that of the model, if it
+            is so wrapped, else torch's default group, when there is one at a step. ``False``: this process
+            steps alone. A copy or pickle has ``None`` again, or ``False``.
 
     Raises:
-        TypeError: If ``model`` is not a module, a weight is neither float32 nor float64, or a parameter
-            group has a key that no option has.
+        TypeError: If ``model`` is not a module, or sharded, a weight is neither float32 nor float64, or a
+            parameter group has a key that no option has.
         ValueError: For hyperparameters out of range, and for parameters that cannot be
             preconditioned; the message names the module.
     """
@@ -282,15 +339,17 @@ class LayerOptimizer(Watching):
         weight_decay: float | Tensor = 0.0,
         decay_bias: bool = False,
         maximize: bool = False,
+        process_group: Any = None,
     ) -> None:
         """See the class."""
-        self._require_model(model)
+        self.model = self._require_model(model)
         if other_lr is not None:
             check_hyperparameter("other_lr", other_lr)
         if gradients not in ("matrix", "factored"):
             raise ValueError(f"gradients must be 'matrix' or 'factored', got {gradients!r}")
-        self.model, self.other_lr, self.gradients = model, other_lr, gradients
+        self.other_lr, self.gradients = other_lr, gradients
         self.reduction = check_reduction(reduction)
+        self._join(model, process_group)
         if params is None:
             params = [p for p in model.parameters() if p.requires_grad]
         defaults = {"lr": lr, "max_change": max_change, "momentum": momentum, "nesterov": nesterov}
@@ -324,6 +383,7 @@ class LayerOptimizer(Watching):
         super().add_param_group({**param_group})
         try:
             group = self.param_groups[-1]
+            self._require_whole(group["params"])
             self.check_hyperparameters(group)
             if group["preconditioned"]:
                 self._split(group, param_group.get("lr", self.other_lr))
@@ -399,10 +459,11 @@ class LayerOptimizer(Watching):
 
     # -- gradients ---------------------------------------------------------------------------------
 
-    def _ready(self) -> Iterator[Ready]:
+    def _ready(self, ranks: Ranks) -> Iterator[Ready]:
         """The layers that hold a gradient, each checked for what a step needs."""
         for layer in self._layers:
             if not layer.unchanged:
+                require_whole(f"the weight of layer {layer.name!r}", layer.module.weight)
                 raise CaptureError(
                     f"layer {layer.name!r} has another weight or bias than when the optimizer was made, as "
                     "after load_state_dict(..., assign=True): make a new optimizer"
@@ -414,16 +475,20 @@ class LayerOptimizer(Watching):
                 )
             record, factored = self._capture.records[layer.name], self._capture.factors(layer.module)
             if self._held(layer, record, factored):
-                yield Ready(layer, record, self._factors(layer, record) if factored else None)
+                gradient = self._factors(layer, record, ranks) if factored else None
+                mean_h = record.mean if self.uses_mean and not factored else None
+                yield Ready(layer, record, gradient, mean_h if gradient is None else gradient.mean_h)
 
     def _held(self, layer: Layer, record: LayerRecord, factored: bool) -> bool:
         """Whether a layer has a ``.grad``, whole and of passes that were seen; one of zeros is none."""
-        bias = layer.trained_bias
-        found = layer.weight.grad is not None, bias is not None and bias.grad is not None
+        weight, bias = layer.weight.grad, layer.trained_bias
+        if factored and weight is not None and not weight.any():
+            weight = None  # DistributedDataParallel has filled it
+        found = weight is not None, bias is not None and bias.grad is not None
         wanted = not factored, bias is not None
         if found == wanted and record and not record.unseen:
             return True
-        grads = [p.grad for p in (layer.weight, bias) if p is not None and p.grad is not None]
+        grads = [grad for grad in (weight, None if bias is None else bias.grad) if grad is not None]
         if not (found == wanted and record) and not any(grad.any() for grad in grads):
             return False
         where = f"layer {layer.name!r}"
@@ -444,62 +509,79 @@ class LayerOptimizer(Watching):
             )
         raise CaptureError(f"{where}: a part of its gradient is of a pass that is not known: {record.unseen}")
 
-    def _factors(self, layer: Layer, record: LayerRecord) -> Gradient:
+    def _factors(self, layer: Layer, record: LayerRecord, ranks: Ranks) -> Gradient:
         """A layer's factored gradient of the mean loss."""
         (h, g), grad_b = record.factors(), layer.bias.grad
-        looks = self.param_groups[0]["updates"] % LOOKS == 0
-        if record.version not in (UNKNOWN, grad_b._version) or (looks and not _equal(grad_b, g)):
+        if ranks.size > 1:  # .grad is a mean over them
+            grad_b = g.sum(0)
+        else:
+            intact = record.version in (UNKNOWN, grad_b._version)
+            if intact and grad_b.is_cpu and self.param_groups[0]["updates"] % LOOKS == 0:
+                intact = near(grad_b, g.sum(0), g.abs().sum(0), len(g))
+            self._require_intact(layer, intact)
+        scale = 1 / ((1 if self.reduction == "mean" else record.count) * self._loss_scale)
+        mean_h = h.mean(0) if self.uses_mean else None
+        return Gradient(Factored(g, h, scale), grad_b if is_one(scale) else scale * grad_b, mean_h)
+
+    @staticmethod
+    def _require_intact(layer: Layer, intact: bool) -> None:
+        if not intact:
             raise CaptureError(
                 f"layer {layer.name!r}: the .grad of the bias is not what the backward pass left there (was "
                 "it clipped, unscaled, penalised?), and gradients='factored' has none of the weight: bound "
                 "the step with max_change, or use gradients='matrix'"
             )
-        scale = 1 / ((1 if self.reduction == "mean" else record.count) * self._loss_scale)
-        mean_h = h.mean(0) if self.uses_mean else None
-        return Gradient(Factored(g, h, scale), grad_b if is_one(scale) else scale * grad_b, mean_h)
 
-    def _matrices(self, layer: Layer, record: LayerRecord) -> Gradient:
+    def _matrices(self, ready: Ready) -> Gradient:
         """``.grad`` as that of the mean loss."""
-        scale = (1 if self.reduction == "mean" else record.count) * self._loss_scale
+        layer = ready.layer
+        scale = (1 if self.reduction == "mean" else ready.count) * self._loss_scale
         grads = [None if p is None else p.grad for p in (layer.weight, layer.trained_bias)]
         grad_w, grad_b = (grad if grad is None or is_one(scale) else grad / scale for grad in grads)
-        mean_h = record.mean if self.uses_mean else None
-        return Gradient(layer.as_matrix(grad_w), layer.as_vector(grad_b), mean_h)
+        return Gradient(layer.as_matrix(grad_w), layer.as_vector(grad_b), ready.mean_h)
 
     def _looked_over(self, ready: Ready) -> list[Tensor]:
         """Where a NaN or infinity of a layer's gradient would show."""
-        layer, _, factored = ready
-        if factored is None:
-            return [p.grad for p in (layer.weight, layer.trained_bias) if p is not None]
-        w, b, mean_h = factored
+        if ready.factored is None:
+            return [p.grad for p in (ready.layer.weight, ready.layer.trained_bias) if p is not None]
+        w, b, mean_h = ready.factored
         return [w.left if b is None else b, w.right if mean_h is None else mean_h]
 
     # -- step --------------------------------------------------------------------------------------
 
-    def _changes(self, ready: list[Ready]) -> Iterator[tuple[Layer, Change]]:
-        """Each layer's (ΔW, Δb), within its bound."""
+    def _looked(self, ranks: Ranks) -> list[Ready]:
+        """The layers to step, looked over."""
+        ready = list(self._ready(ranks))
+        self._require_finite({f"layer {one.layer.name!r}": self._looked_over(one) for one in ready})
+        return ready
+
+    def _prepare(self, ranks: Ranks) -> list[Ready]:
+        """The layers to step and whatever they need, of the minibatch of all ranks; changes no parameter."""
+        return self._looked(ranks)
+
+    def _changes(self, ready: list[Ready], ranks: Ranks) -> Iterator[tuple[Layer, Change]]:
+        """(ΔW, Δb) of each layer, the same on all ranks, which tell each other nothing after the first."""
         raise NotImplementedError
 
-    def _prepare(self, ready: list[Ready]) -> None:
-        """What comes before the first change: the last chance to refuse."""
-
     def _step(self) -> None:
-        ready = list(self._ready())
-        self._require_finite({f"layer {one.layer.name!r}": self._looked_over(one) for one in ready})
-        self._prepare(ready)
-        for layer, (dw, db) in self._changes(ready):
+        ranks = self._ranks()
+        ready = self._prepare(ranks)
+        for layer, (dw, db) in self._changes(ready, ranks):
             self._routes[layer.name] = "factored" if isinstance(dw, Factored) else "formed"
             group = self.param_groups[layer.home]
             self._move(layer.weight, dw, group, layer.as_matrix)
             if db is not None:
                 self._move(layer.bias, db, group, layer.as_vector)
-        self._step_others(max((record.count for _, record, _ in ready), default=1))
+        self._step_others(ready, ranks)
         for group in self.param_groups:
             group["updates"] += bool(ready or not self._layers)
 
-    def _step_others(self, count: int) -> None:
+    def _step_others(self, ready: list[Ready], ranks: Ranks) -> None:
         """Plain SGD, with the gradient of the mean loss, outside the preconditioned groups."""
-        scale = 1 / ((1 if self.reduction == "mean" else count) * self._loss_scale)
+        count = 1
+        if self.reduction == "sum":
+            count = max((one.count for one in ready), default=1 / ranks.size)
+        scale = 1 / (count * self._loss_scale)
         for group in self.param_groups:
             for parameter in () if group["preconditioned"] else group["params"]:
                 if parameter.grad is not None:
@@ -532,12 +614,10 @@ class LayerOptimizer(Watching):
             parameter.add_(state[MOMENTUM])
 
 
-def _equal(bias: Tensor, g: Tensor) -> bool:
-    """Whether a bias's gradient is what its layer's rows give, to rounding; believed on an accelerator."""
-    if not bias.is_cpu:
-        return True
-    few = 16 * torch.finfo(g.dtype).eps * len(g) ** 0.5
-    return bool(((bias - g.sum(0)).abs() <= few * g.abs().sum(0)).all()) or not bias.isfinite().all()
+def near(bias: Tensor, found: Tensor, size: Tensor, rows: int) -> bool:
+    """Whether a bias's gradient is that found, a sum of so many rows whose absolute values have that sum."""
+    few = 16 * torch.finfo(found.dtype).eps * rows**0.5
+    return bool(((bias - found).abs() <= few * size).all()) or not found.isfinite().all()
 
 
 def _on(value: float | Tensor) -> bool:

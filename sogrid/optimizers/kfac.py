@@ -161,14 +161,14 @@ class KFACMethod(LayerMethod):
     def needs_gradients(self, group):  # noqa: D102
         return not self.curvature.startswith("fisher")
 
-    def probe(self, updates):  # noqa: D102
+    def probe(self, updates, rank=0):  # noqa: D102
         if not self.curvature.startswith("fisher"):
             return None
         return partial(
             output_vectors,
             loss=self.loss,
             samples=self.samples if self.curvature == "fisher_sampled" else None,
-            seed=(self.seed * 1_000_003 + updates) % 2**63,
+            seed=(self.seed * 1_000_003 + updates + rank * 2**40) % 2**63,
         )
 
     def measure(self, rows, group):  # noqa: D102
@@ -208,7 +208,7 @@ class KFAC(Layerwise):
             ``"gauss_newton_probabilities"`` or ``"empirical_fisher"`` (none); see the module.
         samples: Draws per example for ``"fisher_sampled"``.
         pi_correction: Balance the damping between the two factors.
-        seed: Of the draws; each refresh has its own stream, so that a resumed run repeats them.
+        seed: Of the draws; each refresh and rank has its own stream, so that a resumed run repeats them.
         **options: ``refresh_every``, ``averaging`` and ``rank``, see
             :class:`~sogrid.optimizers.layerwise.Layerwise`; ``other_lr``, ``params``, ``gradients`` and
             ``max_change``, see :class:`~sogrid.shell.LayerOptimizer`.

@@ -11,8 +11,9 @@ by is divided out; a factor of your own is not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +22,14 @@ from torch import Tensor, nn
 from sogrid.bound import BOUND_EXAMPLES, bounded
 from sogrid.capture import CaptureError, LayerRecord
 from sogrid.method import LayerMethod
+from sogrid.optimizers.joint import Joint, Looked, Measured
 from sogrid.parameters import Layer, check_count, check_hyperparameter
 from sogrid.private import without_autocast
+from sogrid.ranks import Ranks, joined
 from sogrid.rows import share
 from sogrid.shell import MOMENTUM, LayerOptimizer, LayerOptions
 from sogrid.statistics import Statistics, refresh_due
-from sogrid.structured import ThinInverse, scalar
+from sogrid.structured import Gram, ThinInverse, scalar
 
 __all__ = ["Layerwise", "StatisticsOptions"]
 
@@ -43,7 +46,7 @@ class StatisticsOptions(LayerOptions, total=False):
     rank: int | None
 
 
-class Layerwise(LayerOptimizer):
+class Layerwise(Joint):
     """Steps each layer by a method of its own; see the module docstring.
 
     Args:
@@ -144,7 +147,7 @@ class Layerwise(LayerOptimizer):
         return replace(wanted, rows=wanted.rows | stale, probe=probe, roots=roots)
 
     def _probe(self):
-        return self.method.probe(self.param_groups[0]["updates"])
+        return self.method.probe(self.param_groups[0]["updates"], self._ranks().rank)
 
     def refresh(self, closure: Callable[[], Tensor]) -> None:
         """Refresh the statistics from a minibatch of their own (Algorithm 4, line 4), if there are any.
@@ -160,30 +163,31 @@ class Layerwise(LayerOptimizer):
         """
         if not self.uses_statistics:
             return
-        with torch.enable_grad():
-            records = self._capture.collect(closure, self._probe())
-        if not records:
-            raise CaptureError("the closure given to refresh ran no watched layer in training mode")
-        with torch.no_grad(), without_autocast():
-            states = self._refreshed(records)
+
+        def looked() -> Looked:
+            with torch.enable_grad():
+                records = self._capture.collect(closure, self._probe())
+            if not records:
+                raise CaptureError("the closure given to refresh ran no watched layer in training mode")
+            return [], self._measured(records)
+
+        ranks = self._ranks()
+        with torch.no_grad():
+            _, measured = self._together(looked, ranks)
+            with without_autocast():
+                states = self._refreshed(measured, ranks)
         self._adopt(states)
         self._capture.wanted = self._wanted()
 
-    def _refreshed(self, records: dict[str, LayerRecord]) -> dict[Tensor, State]:
-        """New states from kept records, layer by layer; changes nothing."""
-        seen = ((layer, records.get(layer.name)) for layer in self._layers)
-        return {
-            layer.weight: self._refreshed_state(layer, record)
-            for layer, record in seen
-            if record is not None and record.count
-        }
+    def _measured(self, records: dict[str, LayerRecord]) -> Iterator[Measured]:
+        """Statistics of kept records, layer by layer."""
+        for layer in self._layers:
+            record = records.get(layer.name)
+            if record is not None and record.count:
+                yield Measured(layer, self._measure(layer, record), (record.count,))
 
-    def _refreshed_state(self, layer: Layer, record: LayerRecord) -> State:
-        name, biased, group = (
-            f"layer {layer.name!r}",
-            layer.trained_bias is not None,
-            self.param_groups[layer.home],
-        )
+    def _measure(self, layer: Layer, record: LayerRecord) -> Statistics:
+        name, group = f"layer {layer.name!r}", self.param_groups[layer.home]
         if not record.complete:
             raise CaptureError(
                 f"{name}: its statistics became due, or its bias was frozen or unfrozen, after "
@@ -193,23 +197,46 @@ class Layerwise(LayerOptimizer):
         if self.method.needs_gradients(group):
             self._require_scale()
         scale = (record.count if self.reduction == "mean" else 1) / self._loss_scale
-        rows = rows._replace(g=rows.g * scale, biased=biased)
+        rows = rows._replace(g=rows.g * scale, biased=layer.trained_bias is not None)
         self._require_finite({name: [rows.g]})
-        older = self._kept(layer, rows.h) if self.averaging > 0 else None
-        found = share(self.method.measure(rows, group), older, self.averaging)
-        state: State = {"biased": biased}
+        return self.method.measure(rows, group)
+
+    def _refreshed(self, measured: Iterable[Measured], ranks: Ranks) -> dict[Tensor, State]:
+        """New states from statistics, whose inverses the ranks share out; changes nothing."""
+        if ranks.size == 1:
+            blended = ((layer, *self._blended(layer, found)) for layer, found, _ in measured)
+            return {layer.weight: state | self._inverted(layer, found) for layer, found, state in blended}
+        if not measured:
+            return {}
+        layers, own, counts = zip(*measured, strict=True)
+        whole = joined(ranks, own, list(map(self._shares, counts)))
+        found, states = zip(*map(self._blended, layers, whole), strict=True)
+        jobs = [partial(self._inverted, *job) for job in zip(layers, found, strict=True)]
+        weights = [layer.weight for layer in layers]
+        inverses = ranks.divided(jobs, list(map(_cost, found)), weights)
+        return {w: state | inverse for w, state, inverse in zip(weights, states, inverses, strict=True)}
+
+    def _blended(self, layer: Layer, found: Statistics) -> tuple[Statistics, State]:
+        """Statistics as they are kept, and the state that keeps them."""
+        older = self._kept(layer) if self.averaging > 0 else None
+        found = share(found, older, self.averaging)
+        state: State = {"biased": layer.trained_bias is not None}
         if self.averaging > 0:
             kept = found._asdict().items()
             state |= {KEPT + key: value for key, value in kept if value is not None}
-        return state | _flat(self.method.invert(found, group, name))
+        return found, state
 
-    def _kept(self, layer: Layer, like: Tensor) -> Statistics | None:
+    def _inverted(self, layer: Layer, found: Statistics) -> dict[str, Tensor]:
+        group = self.param_groups[layer.home]
+        return _flat(self.method.invert(found, group, f"layer {layer.name!r}"))
+
+    def _kept(self, layer: Layer) -> Statistics | None:
         """The statistics that are to be averaged with, if they fit."""
         old = self.state.get(layer.weight, {})
         keys = [key for key in Statistics._fields if KEPT + key in old]
         if not keys or not self._fits(layer):
             return None
-        return Statistics(**{key: old[KEPT + key].to(like) for key in keys})
+        return Statistics(**{key: old[KEPT + key].to(layer.weight) for key in keys})
 
     def _adopt(self, states: dict[Tensor, State]) -> None:
         for weight, state in states.items():
@@ -220,12 +247,22 @@ class Layerwise(LayerOptimizer):
 
     # -- step ------------------------------------------------------------------------------------------
 
-    def _prepare(self, ready):
-        if stale := self._stale():
-            self._require_loss_as_declared()
-            self._adopt(self._refreshed({name: self._capture.records[name] for name in stale}))
-        for layer, *_ in ready:
-            self._check_state(layer)
+    def _prepare(self, ranks):
+        stale = self._stale()
+
+        def looked() -> Looked:
+            ready = self._looked(ranks)
+            for one in ready:
+                if one.layer.name not in stale:
+                    self._check_state(one.layer)
+            if stale:
+                self._require_loss_as_declared()
+            return ready, self._measured({name: self._capture.records[name] for name in stale})
+
+        ready, measured = self._together(looked, ranks)
+        if stale:
+            self._adopt(self._refreshed(measured, ranks))
+        return ready
 
     def _require_loss_as_declared(self) -> None:
         """Refuse another loss than the method's where it can be told, and its scale is known."""
@@ -236,15 +273,21 @@ class Layerwise(LayerOptimizer):
             scale = (len(root.output) if self.reduction == "mean" else 1) / self._loss_scale
             loss.require_target(root.output, loss.target(root.output, root.grad * scale))
 
-    def _changes(self, ready):
-        for layer, record, factored in ready:
-            state, group = _packed(self.state.get(layer.weight, {})), self.param_groups[layer.home]
-            gradient = factored or self._matrices(layer, record)
-            change = self.method.update(gradient, state, group)
-            if group["max_change"] is not None:
-                h, positions = record.some_inputs(BOUND_EXAMPLES)
-                change = bounded(*change, h, group["max_change"], positions)
-            yield layer, change
+    def _changes(self, ready, ranks):
+        if ranks.size > 1:
+            yield from self._joint_changes(ready, ranks)
+            return
+        for one in ready:
+            change, bound = self._change(one), self.param_groups[one.layer.home]["max_change"]
+            if bound is not None:
+                h, positions = one.record.some_inputs(BOUND_EXAMPLES)
+                change = bounded(*change, h, bound, positions)
+            yield one.layer, change
+
+    def _change(self, ready):
+        state = _packed(self.state.get(ready.layer.weight, {}))
+        group = self.param_groups[ready.layer.home]
+        return self.method.update(ready.factored or self._matrices(ready), state, group)
 
     def _check_state(self, layer: Layer) -> None:
         if self.uses_statistics and not self._fits(layer):
@@ -261,6 +304,12 @@ class Layerwise(LayerOptimizer):
                     f"{value.device}: the model was moved after the optimizer had refreshed; call "
                     "refresh(closure), or optimizer.load_state_dict(optimizer.state_dict())"
                 )
+
+
+def _cost(found: Statistics) -> float:
+    """What inverting a layer's matrices costs, about: n²m of rows ``[n, m]``, m³ of whole ones."""
+    matrices = (part.rows if isinstance(part, Gram) else part for part in found[1:] if part is not None)
+    return sum(part.shape[-2] ** 2 * part.shape[-1] for part in matrices if part.dim() > 1)
 
 
 def _flat(state: dict[str, Tensor | ThinInverse]) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ r"""Newton, Gauss-Newton and natural-gradient steps with the dense matrix (Thesi
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -70,8 +72,10 @@ class Newton(Watching):
         lr: λ; 1 is the full Newton step.
         damping: ε ≥ 0.
         curvature: ``"hessian"``, ``"gauss_newton"`` or ``"fisher"``.
+        process_group: ``False``: this process steps alone, and needs to.
 
     Raises:
+        NotImplementedError: With several processes, here or at a step.
         TypeError: If ``model`` is not a module or ``loss`` not a :class:`~sogrid.losses.Loss`.
         ValueError: For hyperparameters out of range.
     """
@@ -79,6 +83,7 @@ class Newton(Watching):
     saved = ("model", "loss", "curvature")
 
     _step_supports_amp_scaling = True
+    several_ranks = False
 
     def __init__(
         self,
@@ -88,16 +93,19 @@ class Newton(Watching):
         *,
         loss: Loss,
         curvature: str = "hessian",
+        process_group: Any = None,
     ) -> None:
         """See the class."""
-        self._require_model(model)
+        self.model = self._require_model(model)
         self._require_loss(loss)
         if curvature not in MATRICES:
             raise ValueError(f"curvature must be one of {sorted(MATRICES)}, got {curvature!r}")
         check_hyperparameter("lr (λ)", lr)
         check_hyperparameter("damping (ε)", damping)
-        self.model, self.loss, self.curvature = model, loss, curvature
-        super().__init__(model.parameters(), {"lr": lr, "damping": damping})
+        self.loss, self.curvature = loss, curvature
+        self._require_whole(self.model.parameters())
+        self._join(model, process_group)
+        super().__init__(self.model.parameters(), {"lr": lr, "damping": damping})
         self._bind()
 
     def _bind(self) -> None:
@@ -113,6 +121,7 @@ class Newton(Watching):
         super().add_param_group(param_group)
 
     def _step(self) -> None:
+        self._ranks()
         roots = self._capture.roots
         if not roots:
             raise CaptureError(

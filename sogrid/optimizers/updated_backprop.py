@@ -276,14 +276,19 @@ class UpdatedBackprop(LayerOptimizer):
             the model's input; see :class:`~sogrid.shell.LayerOptimizer`.
         max_change: κ, a bound on the change of pre-activations; see there. The gradient that is passed down
             is then that after the bounded step.
+        process_group: ``False``: this process steps alone, and needs to. The gradient passed down depends on
+            the step of the layer above, so that several processes would have to meet at each layer.
 
     Raises:
+        NotImplementedError: With several processes, here or at a step.
         TypeError: If ``loss`` is not a :class:`~sogrid.losses.Loss`.
         ValueError: If the model is not such a chain, and as in
             :class:`~sogrid.shell.LayerOptimizer`.
     """
 
     saved = (*LayerOptimizer.saved, "method")
+
+    uses_mean = several_ranks = False
 
     _step_supports_amp_scaling = True
 
@@ -297,13 +302,14 @@ class UpdatedBackprop(LayerOptimizer):
         params=None,
         gradients: str = "matrix",
         max_change: float | Tensor | None = None,
+        process_group: Any = None,
     ) -> None:
         """See the class."""
-        self._require_model(model)
         self._require_loss(loss)
-        _chain(model)
+        _chain(self._require_model(model))
         self.method = UpdatedBackpropMethod(loss, curvature)
         options = {"params": params, "gradients": gradients, "max_change": max_change}
+        options["process_group"] = process_group
         super().__init__(model, lr, {}, reduction=loss.reduction, **options)
 
     def check_hyperparameters(self, group: dict) -> None:  # noqa: D102
@@ -343,7 +349,7 @@ class UpdatedBackprop(LayerOptimizer):
             )
         return True
 
-    def _factors(self, layer, record):
+    def _factors(self, layer, record, ranks):
         """Not a layer's own: the chain's, see :meth:`_changes`."""
 
     def _looked_over(self, ready):
@@ -351,10 +357,10 @@ class UpdatedBackprop(LayerOptimizer):
             return [_inputs(ready.record)]
         return super()._looked_over(ready)
 
-    def _changes(self, ready):
+    def _changes(self, ready, ranks):
         if not ready and any(p.grad is not None for p in self.model.parameters()):
             return  # of zeros
-        by_module = {layer.module: (layer, record) for layer, record, _ in ready}
+        by_module = {one.layer.module: (one.layer, one.record) for one in ready}
         layers, activations = zip(*_chain(self.model), strict=True)
         if len(by_module) != len(layers):
             raise CaptureError(

@@ -56,7 +56,13 @@ class Mixed(nn.Module):
 
 
 LINEAR = ("linear1.weight", "linear1.bias", "linear2.weight", "linear2.bias")
-FOREIGN = {"table": "Embedding", "image": "ConvTranspose1d", "batch": "BatchNorm1d", "norm": "LayerNorm", "": "Mixed"}
+FOREIGN = {
+    "table": "Embedding",
+    "image": "ConvTranspose1d",
+    "batch": "BatchNorm1d",
+    "norm": "LayerNorm",
+    "": "Mixed",
+}
 
 
 @each(WITH_OTHERS)

@@ -1,0 +1,188 @@
+"""What several processes do together before a step; one process does nothing of it.
+
+The rules are those of :mod:`sogrid.ranks`. At a step the ranks tell each other, in one message, how many
+examples each layer saw and their mean input; at a refresh, in a few more, the statistics and the inverses.
+Factored gradients, of which each rank has its own factors, take a message for the changes that they give, and
+a bound takes one for its sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import repeat
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sogrid.bound import BOUND_EXAMPLES, moved, shrunk
+from sogrid.capture import CaptureError
+from sogrid.method import Change, Gradient
+from sogrid.parameters import Layer
+from sogrid.private import without_autocast
+from sogrid.ranks import Ranks
+from sogrid.shell import LayerOptimizer, Ready, near
+from sogrid.statistics import Statistics
+from sogrid.structured import Factored
+
+__all__ = ["Joint", "Looked", "Measured"]
+
+
+class Measured(NamedTuple):
+    """What was measured of a layer.
+
+    Attributes:
+        layer: The layer.
+        statistics: Of the statistics minibatch; with several ranks of the own part of it.
+        counts: Its examples, by rank.
+    """
+
+    layer: Layer
+    statistics: Statistics
+    counts: Sequence[float]
+
+
+Looked = tuple[Iterable[Ready], Iterable[Measured]]
+"""Layers to step, and layers whose statistics are due."""
+
+
+class Joint(LayerOptimizer):
+    """An optimizer that treats each layer alone, of a minibatch that several processes may share."""
+
+    def _change(self, ready: Ready) -> Change:
+        """The step of a layer, without its bound: linear in its gradient."""
+        raise NotImplementedError
+
+    def _shares(self, counts: Sequence[float]) -> Sequence[float]:
+        """What ranks with so many examples count for in the mean of their gradients, up to a factor."""
+        return [1.0] * len(counts) if self.reduction == "mean" else counts
+
+    def _together(self, looked: Callable[[], Looked], ranks: Ranks) -> Looked:
+        """What a rank has looked at, with the counts and mean inputs of the minibatch of all ranks.
+
+        Raises:
+            CaptureError: If a layer has a gradient on some ranks only, or not the same one. What one of them
+                raises, all do.
+        """
+        if ranks.size == 1:
+            return looked()
+
+        def look() -> list[dict[str, Ready | Measured]]:
+            both = looked()
+            with without_autocast():
+                return [{one.layer.name: one for one in found} for found in both]
+
+        def told(found: list[dict[str, Ready | Measured]] | None) -> tuple[list[float], list[Tensor]]:
+            ready, measured = found or ({}, {})
+            witnesses = dict(zip(ready, _witnesses(list(ready.values()), ranks), strict=True))
+            numbers, means = [], []
+            for layer in self._layers:
+                one, other = ready.get(layer.name), measured.get(layer.name)
+                numbers += one.count if one else 0, other.counts[0] if other else 0
+                numbers.append(witnesses.get(layer.name, 0))
+                if self.uses_mean:
+                    *maps, _, width = layer.as_matrix(layer.weight).shape
+                    mean = one.mean_h if one else layer.weight.new_zeros(*maps, width)
+                    means.append(mean if self.reduction == "mean" else numbers[-3] * mean)
+            return numbers, means
+
+        (ready, measured), numbers, means = ranks.together(look, told)
+        triples, sums = zip(*[iter(numbers)] * 3, strict=True), iter(means)
+        for layer, (counts, others, witness) in zip(self._layers, triples, strict=True):
+            mean = next(sums, None)
+            _require_everywhere(layer, counts)
+            _require_everywhere(layer, others)
+            _require_averaged(layer, witness)
+            if layer.name in ready:
+                ready[layer.name] = self._of_all(ready[layer.name], counts, mean)
+            if layer.name in measured:
+                measured[layer.name] = measured[layer.name]._replace(counts=others)
+        return list(ready.values()), list(measured.values())
+
+    def _of_all(self, own: Ready, counts: Sequence[float], mean: Tensor | None) -> Ready:
+        """A layer with the counts of all ranks, and the sum over them of mean inputs, each by its share."""
+        if mean is not None:
+            mean = mean / sum(self._shares(counts))
+        whole, gradient = own._replace(counts=counts, mean_h=mean), own.factored
+        if gradient is not None:
+            share = 1.0 if self.reduction == "mean" else own.count / whole.count
+            gradient = Gradient(share * gradient.w, share * gradient.b, mean)
+        return whole._replace(factored=gradient)
+
+    def _joint_changes(self, ready: list[Ready], ranks: Ranks) -> Iterator[tuple[Layer, Change]]:
+        """(ΔW, Δb) of each layer, within its bound; all that ranks tell each other comes before the first."""
+        factored = any(one.factored is not None for one in ready)
+        changes = self._averaged(ready, ranks) if factored else list(map(self._change, ready))
+        bounds = [self.param_groups[one.layer.home]["max_change"] for one in ready]
+        sizes = [None] * len(ready)
+        if any(bound is not None for bound in bounds):
+            sizes = ranks.sum(list(map(_moved, ready, changes, bounds, repeat(ranks))))
+        for one, change, bound, size in zip(ready, changes, bounds, sizes, strict=True):
+            if bound is not None:
+                change = shrunk(*change, size[0].sqrt(), size[1], bound)
+            yield one.layer, change
+
+    def _averaged(self, ready: list[Ready], ranks: Ranks) -> list[Change]:
+        """Changes, of which those by factored gradients are the means of what ranks find by their factors.
+
+        With them go the sums of these over examples, which tell whether ``.grad`` is what they give.
+        """
+        factored = [k for k, one in enumerate(ready) if one.factored is not None]
+
+        def told(changes: list[Change] | None) -> tuple[list[float], list[Tensor]]:
+            tensors = []
+            for k in factored:
+                layer, g = ready[k].layer, ready[k].factored.w.left
+                if changes is None:
+                    tensors += map(torch.zeros_like, (layer.weight, *[layer.bias] * 3))
+                else:
+                    dw, db = changes[k]
+                    tensors += dw.dense() if isinstance(dw, Factored) else dw, db, g.sum(0), g.abs().sum(0)
+            return [], tensors
+
+        changes, _, sums = ranks.together(lambda: list(map(self._change, ready)), told)
+        means = iter([total / ranks.size for total in sums])
+        for k, dw, db, found, size in zip(factored, *[means] * 4, strict=True):
+            layer, rows = ready[k].layer, sum(ready[k].counts)
+            grad = layer.bias.grad
+            self._require_intact(layer, not grad.is_cpu or near(grad, found, size, rows))
+            changes[k] = dw, db
+        return changes
+
+
+def _witnesses(ready: list[Ready], ranks: Ranks) -> list[float]:
+    """One number of the ``.grad`` of each layer, as it is there: no rounding makes it another."""
+    if not ready:
+        return []
+    held = [layer.weight if layer.trained_bias is None else layer.bias for layer, *_ in ready]
+    return torch.stack([p.grad.flatten()[0].float().to(ranks.device) for p in held]).tolist()
+
+
+def _require_everywhere(layer: Layer, counts: Sequence[float]) -> None:
+    if any(counts) and not all(counts):
+        where = [rank for rank, count in enumerate(counts) if count]
+        raise CaptureError(
+            f"layer {layer.name!r} has a gradient, or statistics that are due, on ranks {where} only: every "
+            "rank has to use every layer, and to start from the same state"
+        )
+
+
+def _require_averaged(layer: Layer, witness: Sequence[float]) -> None:
+    if len({value for value in witness if not math.isnan(value)}) > 1:
+        raise CaptureError(
+            f"layer {layer.name!r}: its .grad is not the same on every rank: train the model through "
+            "torch.nn.parallel.DistributedDataParallel, the last backward pass not under no_sync(), or say "
+            "process_group=False if each process trains a model of its own"
+        )
+
+
+def _moved(ready: Ready, change: Change, bound: float | Tensor | None, ranks: Ranks) -> Tensor:
+    """The square of :func:`~sogrid.bound.moved`, and its count, over those of the first examples here."""
+    layer, counts = ready.layer, ready.counts
+    size = layer.weight.new_zeros(2, *layer.as_matrix(layer.weight).shape[:-2])
+    examples = int(min(counts[ranks.rank], BOUND_EXAMPLES - sum(counts[: ranks.rank])))
+    if examples > 0 and bound is not None:
+        norm, size[1] = moved(*change, ready.record.some_inputs(examples)[0])
+        size[0] = norm.square()
+    return size
