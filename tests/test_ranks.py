@@ -205,17 +205,18 @@ def accumulate(rank, size, gradients):
 
 
 class Mixed(nn.Module):
-    """A convolution, a norm that is trained plainly, a layer without bias, and one with."""
+    """Convolutions, one with groups, a norm that is trained plainly, a layer without bias, and one with."""
 
     def __init__(self):
         super().__init__()
         torch.manual_seed(3)
-        self.conv, self.norm = nn.Conv2d(1, 2, 3), nn.LayerNorm(8)
+        self.conv, self.groups = nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 1, groups=2)
+        self.norm = nn.LayerNorm(8)
         self.plain, self.last = nn.Linear(8, 5, bias=False), nn.Linear(5, 3)
         self.double()
 
     def forward(self, x):
-        h = self.norm(self.conv(x).flatten(1))
+        h = self.norm(self.groups(torch.tanh(self.conv(x))).flatten(1))
         return self.last(torch.tanh(self.plain(h)))
 
 
@@ -233,6 +234,7 @@ def mix(rank, size, gradients, loss):
         *(model, 0.1, 0.3),
         **{"other_lr": 0.05, "momentum": 0.8, "nesterov": True, "weight_decay": 0.01, "max_change": 0.1},
         **{"refresh_every": 2, "averaging": 0.5, "gradients": gradients, "reduction": loss},
+        output_curvature="heuristic",
     )
     generator = torch.Generator().manual_seed(5)
     for _ in range(3):
