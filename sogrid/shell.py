@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
+from sogrid import others
 from sogrid.capture import LOOKS, UNKNOWN, Capture, CaptureError, LayerRecord, Wanted
 from sogrid.losses import Loss, check_reduction
 from sogrid.method import Change, Gradient
@@ -194,6 +195,10 @@ class Watching(torch.optim.Optimizer):
                 state["state"].setdefault(index, {TRAINED: True})
         return state
 
+    def _known_keys(self) -> set[str]:
+        """What a parameter group may hold."""
+        return {*self.defaults, *GROUP_KEYS}
+
     def load_state_dict(self, state_dict: dict) -> None:
         """As in torch. Hyperparameters that a state of an earlier version lacks have their defaults.
 
@@ -202,7 +207,7 @@ class Watching(torch.optim.Optimizer):
         """
         known = self.param_groups[0].keys() & self.defaults.keys()
         for group in state_dict["param_groups"]:
-            strange, needed = group.keys() - self.defaults.keys() - GROUP_KEYS, {"updates", "damping"} & known
+            strange, needed = group.keys() - self._known_keys(), {"updates", "damping"} & known
             if strange or not needed <= group.keys():
                 raise ValueError(
                     f"this is the state of another optimizer than {type(self).__name__}: its groups have "
@@ -217,7 +222,11 @@ class Watching(torch.optim.Optimizer):
         for group in self.param_groups:
             for key in known - group.keys():
                 group[key] = self.defaults[key]
+        self._link()
         self._forget()
+
+    def _link(self) -> None:
+        """Look at the groups and the state as they are now."""
 
     def __getstate__(self) -> dict:
         """What copies and pickles carry: never a hook, nor a process group, but that there is to be none."""
@@ -236,6 +245,7 @@ class LayerOptions(TypedDict, total=False):
     """Options that every optimizer of layers takes; see :class:`LayerOptimizer`."""
 
     reduction: str
+    other: str | Callable | None
     other_lr: float | Tensor | None
     params: Iterable | None
     gradients: str
@@ -281,8 +291,11 @@ class LayerOptimizer(Watching):
         hyperparameters: The method's own, kept in the parameter groups.
         reduction: How the training loss is reduced over examples: ``"mean"`` or ``"sum"``. Declared,
             never guessed; both give the same step, that of the mean over the examples a layer saw.
-        other_lr: Learning rate of plain SGD for parameters outside these layers (norms, embeddings),
-            unless their group has an ``lr``. ``None``: such parameters are an error.
+        other: What trains parameters outside these layers (norms, embeddings): ``"adamw"``, ``"sgd"`` or a
+            function from parameters to a ``torch.optim.Optimizer``, with its own defaults; ``None``: plain
+            SGD with ``other_lr`` and the momentum and decay of their group.
+        other_lr: Its learning rate, unless their group has an ``lr``. ``None``: that of ``other``, and
+            without one such parameters are an error.
         params: What to train, as in torch: parameters or groups of them with hyperparameters of their
             own; default all trainable parameters. A layer's weight and bias go in one group; a bias left
             out or frozen stays as it is, and the layer's inputs are then not centred. In a group with
@@ -316,7 +329,9 @@ class LayerOptimizer(Watching):
             preconditioned; the message names the module.
     """
 
-    saved = ("model", "reduction", "other_lr", "gradients")
+    saved = ("model", "reduction", "other_lr", "gradients", "_inner")
+
+    _inner: torch.optim.Optimizer | None = None
 
     gradients = "matrix"
 
@@ -330,6 +345,7 @@ class LayerOptimizer(Watching):
         hyperparameters: dict[str, Any],
         *,
         reduction: str = "mean",
+        other: str | others.Factory | None = None,
         other_lr: float | Tensor | None = None,
         params: Iterable | None = None,
         gradients: str = "matrix",
@@ -348,6 +364,7 @@ class LayerOptimizer(Watching):
         if gradients not in ("matrix", "factored"):
             raise ValueError(f"gradients must be 'matrix' or 'factored', got {gradients!r}")
         self.other_lr, self.gradients = other_lr, gradients
+        self._inner = others.made(other, other_lr)
         self.reduction = check_reduction(reduction)
         self._join(model, process_group)
         if params is None:
@@ -372,15 +389,17 @@ class LayerOptimizer(Watching):
     # -- parameter groups --------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict) -> None:
-        """Add a group, as in torch; parameters outside layers with a rule go to a plain SGD group."""
+        """Add a group, as in torch; parameters outside layers with a rule go to a group of their own."""
         keys = param_group.keys() if isinstance(param_group, dict) else set()
-        if unknown := keys - self.defaults.keys() - GROUP_KEYS:
+        if unknown := keys - self._known_keys():
+            known = self._known_keys() - GROUP_KEYS - {"updates", "refreshed"}
             raise TypeError(
                 f"{type(self).__name__} has no option {', '.join(map(repr, sorted(unknown)))}; a parameter "
-                f"group may have {', '.join(sorted(self.defaults.keys() - {'updates', 'refreshed'}))}"
+                f"group may have {', '.join(sorted(known))}"
             )
         before = len(self.param_groups)
-        super().add_param_group({**param_group})
+        plain = self._inner is not None and "preconditioned" in keys and not param_group["preconditioned"]
+        super().add_param_group({**(self._inner.defaults if plain else {}), **param_group})
         try:
             group = self.param_groups[-1]
             self._require_whole(group["params"])
@@ -408,28 +427,35 @@ class LayerOptimizer(Watching):
         if group["nesterov"] and not isinstance(group["momentum"], Tensor) and group["momentum"] == 0:
             raise ValueError("nesterov needs a momentum above zero")
 
+    def _known_keys(self) -> set[str]:
+        return super()._known_keys() | (set() if self._inner is None else self._inner.defaults.keys())
+
+    def _link(self) -> None:
+        others.link(self._inner, self)
+
     def _split(self, group: dict, lr: float | Tensor | None) -> None:
         """Move what is no layer's to a group of its own, or refuse; ``lr`` if that is all there is."""
-        found, names = (
-            owners(self.model),
-            dict(zip(group["params"], group.get("param_names", ()), strict=False)),
-        )
-        others = split_off_others(group, found, type(self).__name__)
-        if others and self.other_lr is None:
-            name, module = found[others[0]][0]
+        found = owners(self.model)
+        names = dict(zip(group["params"], group.get("param_names", ()), strict=False))
+        left = split_off_others(group, found, type(self).__name__)
+        if left and self.other_lr is None and self._inner is None:
+            modules = {name: type(module).__name__ for name, module in (found[p][0] for p in left)}
             raise ValueError(
-                f"module {name!r} ({type(module).__name__}) has parameters that are no preconditioned "
-                "layer's weight or bias: pass other_lr=... to train them by plain SGD, or leave them out by "
-                "params=..."
+                f"{', '.join(f'{name!r} ({kind})' for name, kind in modules.items())}: parameters that are "
+                "no preconditioned layer's weight or bias. Train them by other='adamw', other_lr=1e-3 (or "
+                "another optimizer), by plain SGD with other_lr=..., or leave them out by params=..."
             )
+        inner = {} if self._inner is None else self._inner.defaults
         if not group["params"]:  # the whole group is plain
-            group.update(params=others, lr=lr, preconditioned=False)
+            group.update(
+                inner | {"params": left, "preconditioned": False} | ({} if lr is None else {"lr": lr})
+            )
             return
         if names:
             group["param_names"] = [names[parameter] for parameter in group["params"]]
-        if others:
-            plain = {**group, "params": others, "lr": self.other_lr, "preconditioned": False}
-            super().add_param_group(plain | ({"param_names": [names[p] for p in others]} if names else {}))
+        if left:
+            plain = {**group, "lr": self.other_lr, **inner, "params": left, "preconditioned": False}
+            super().add_param_group(plain | ({"param_names": [names[p] for p in left]} if names else {}))
 
     def _bind(self) -> None:
         """Find the layers of the preconditioned groups and listen to them."""
@@ -437,6 +463,7 @@ class LayerOptimizer(Watching):
         if self._capture is not None:
             self._capture.close()
         self._layers, self._routes = layers, {}
+        self._link()
         self._factored = {layer.weight for layer in layers if layer.rule.factors and layer.bias is not None}
         self._capture = Capture(self.model, {layer.name: layer.module for layer in layers}, self._wanted())
         self._capture.take_over()
@@ -577,11 +604,14 @@ class LayerOptimizer(Watching):
             group["updates"] += bool(ready or not self._layers)
 
     def _step_others(self, ready: list[Ready], ranks: Ranks) -> None:
-        """Plain SGD, with the gradient of the mean loss, outside the preconditioned groups."""
+        """Outside the preconditioned groups: plain SGD, or ``other``, with the gradient of the mean loss."""
         count = 1
         if self.reduction == "sum":
             count = max((one.count for one in ready), default=1 / ranks.size)
         scale = 1 / (count * self._loss_scale)
+        if self._inner is not None:
+            others.step(self._inner, scale)
+            return
         for group in self.param_groups:
             for parameter in () if group["preconditioned"] else group["params"]:
                 if parameter.grad is not None:

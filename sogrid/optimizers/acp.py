@@ -171,7 +171,7 @@ class ACP(Layerwise):
         curvature_floor: Smallest α the heuristic may return.
         stored_mean: Centre by the mean of the statistics minibatch in place of the update's own.
         **options: ``refresh_every``, ``averaging`` and ``rank``, see
-            :class:`~sogrid.optimizers.layerwise.Layerwise`; ``reduction``, ``other_lr``, ``params``,
+            :class:`~sogrid.optimizers.layerwise.Layerwise`; ``reduction``, ``other``, ``params``,
             ``gradients`` and ``max_change``, see :class:`~sogrid.shell.LayerOptimizer`.
 
     Raises:

@@ -1,0 +1,156 @@
+"""``other``: what trains the parameters outside layers with a rule, within one optimizer."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from optimizer_list import LAYERWISE, assert_close, assert_same, each, named, parameters
+from torch import nn
+
+from sogrid.losses import CrossEntropyAtLogits
+from sogrid.optimizers import ACP, UpdatedBackprop
+
+LOSS = CrossEntropyAtLogits()
+METHODS = [m for m in LAYERWISE if m.kind is not UpdatedBackprop]
+
+
+class Language(nn.Module):
+    """Embeddings, a norm and two linear layers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.table, self.norm = nn.Embedding(7, 4), nn.LayerNorm(5)
+        self.hidden, self.head = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.norm(self.hidden(self.table(x)).mean(1))))
+
+    @property
+    def rest(self):
+        return [*self.table.parameters(), *self.norm.parameters()]
+
+
+def train(model, *optimizers, steps=3, loss=LOSS, first=0):
+    for seed in range(first, first + steps):
+        generator = torch.Generator().manual_seed(seed)
+        x, y = torch.randint(7, (12, 4), generator=generator), torch.randint(3, (12,), generator=generator)
+        model.zero_grad()
+        loss(model(x), y).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+OTHERS = {
+    "adamw": ({"other": "adamw", "other_lr": 0.01}, lambda p: torch.optim.AdamW(p, lr=0.01)),
+    "adamw, its own rate": ({"other": "adamw"}, torch.optim.AdamW),
+    "sgd": ({"other": "sgd", "other_lr": 0.1}, lambda p: torch.optim.SGD(p, lr=0.1)),
+    "made": (
+        {"other": lambda p: torch.optim.RMSprop(p, lr=0.02, momentum=0.5)},
+        lambda p: torch.optim.RMSprop(p, lr=0.02, momentum=0.5),
+    ),
+}
+
+
+@each(METHODS)
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("loss", ["mean", "sum"])
+def test_it_is_two_optimizers_beside_each_other(method, other, loss):
+    options, alone = OTHERS[other]
+    model, twin = Language(), Language()
+    reduced = CrossEntropyAtLogits(loss)
+    train(model, method(model, loss=loss, **options), loss=reduced)
+    layers = [*twin.hidden.parameters(), *twin.head.parameters()]
+    inner = alone(twin.rest)
+    if loss == "sum":
+        inner.register_step_pre_hook(lambda *_: [p.grad.div_(12) for p in twin.rest] and None)
+    train(twin, method(twin, loss=loss, params=layers), inner, loss=reduced)
+    assert_close(parameters(model), parameters(twin))
+
+
+def test_schedules_groups_and_defaults_of_its_own():
+    model = Language()
+    groups = [
+        {"params": [*model.hidden.parameters(), *model.norm.parameters()], "weight_decay": 0.2},
+        {"params": model.head.parameters()},
+        {"params": model.table.parameters(), "preconditioned": False, "lr": 0.5, "betas": (0.5, 0.6)},
+    ]
+    optimizer = ACP(model, 0.1, other="adamw", other_lr=0.01, params=groups)
+    rates = [group["lr"] for group in optimizer.param_groups]
+    assert rates == [0.1, 0.01, 0.1, 0.5]
+    assert [group.get("betas") for group in optimizer.param_groups] == [None, (0.9, 0.999), None, (0.5, 0.6)]
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    train(model, optimizer)
+    scheduler.step()
+    assert [group["lr"] for group in optimizer.param_groups] == [rate / 2 for rate in rates]
+    before = [p.detach().clone() for p in model.rest]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    train(model, optimizer)
+    assert_same([p.detach() for p in model.rest], before)
+
+
+@each([named("acp"), named("kfac, exact fisher"), named("centred")])
+@pytest.mark.parametrize("other", ["adamw", "sgd"])
+def test_states_copies_and_pickles_know_one_optimizer(method, other):
+    model = Language()
+    optimizer = method(model, other=other, other_lr=0.01)
+    train(model, optimizer)
+    file = io.BytesIO()
+    torch.save((model.state_dict(), optimizer.state_dict()), file)
+    file.seek(0)
+    resumed = Language()
+    again = method(resumed, other=other, other_lr=0.3)
+    for one, state in zip((resumed, again), torch.load(file, weights_only=True), strict=True):
+        one.load_state_dict(state)
+    pairs = [
+        (resumed, again),
+        copy.deepcopy((model, optimizer)),
+        pickle.loads(pickle.dumps((model, optimizer))),
+        (model, optimizer),
+    ]
+    for one, its in pairs:
+        train(one, its, first=5)
+    for one, _ in pairs:
+        assert_same(parameters(one), parameters(model))
+
+
+def test_what_is_left_is_listed_with_the_line_to_write():
+    with pytest.raises(
+        ValueError, match=r"'table' \(Embedding\), 'norm' \(LayerNorm\).*other='adamw', other_lr="
+    ):
+        ACP(Language(), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("other", "error", "match"),
+    [
+        ("adam", ValueError, "adamw.*sgd"),
+        (3, ValueError, "function"),
+        (lambda p: p, TypeError, "no torch.optim"),
+    ],
+)
+def test_what_is_no_optimizer(other, error, match):
+    with pytest.raises(error, match=match):
+        ACP(Language(), 0.1, other=other)
+
+
+def test_the_state_with_another_other():
+    model = Language()
+    state = ACP(model, 0.1, other="adamw").state_dict()
+    with pytest.raises(ValueError, match="another optimizer"):
+        ACP(model, 0.1, other_lr=0.1).load_state_dict(state)
+
+
+def test_a_model_without_layers_is_the_others():
+    model = nn.Sequential(nn.Embedding(7, 3), nn.Flatten(), nn.LayerNorm(12)).double()
+    model = nn.Sequential(model, nn.Unflatten(1, (4, 3)))
+    optimizer = ACP(model, 0.1, other="adamw", other_lr=0.01)
+    twin = copy.deepcopy(model)
+    for one, its in ((model, optimizer), (twin, torch.optim.AdamW(twin.parameters(), lr=0.01))):
+        one(torch.arange(28).view(7, 4) % 7).square().mean().backward()
+        its.step()
+    assert_same(parameters(model), parameters(twin))
