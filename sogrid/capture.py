@@ -436,6 +436,8 @@ def _ends(captures: list[Capture], module: nn.Module, inputs: tuple, output: Any
     """Tell every capture; return another output if one of them wants no gradients below it."""
     handed_on, heard = output, None
     watching = [capture for capture in captures if capture.watches(module)]
+    if watching and not any(x.numel() for x in inputs[:1]):
+        watching = []  # no example of this minibatch: an expert that is not asked
     if watching and not module.training:
         for capture in watching:
             capture.see_unseen(module, output)

@@ -74,7 +74,7 @@ def split_off_others(group: dict[str, Any], found: Owners, optimizer: str) -> li
 
     Raises:
         TypeError: If a layer's weights are neither float32 nor float64.
-        ValueError: If a parameter is not in the model, of a lazy layer, or shared.
+        ValueError: If a parameter is not in the model, or of a lazy layer.
     """
     own, others = [], []
     for parameter in group["params"]:
@@ -83,12 +83,10 @@ def split_off_others(group: dict[str, Any], found: Owners, optimizer: str) -> li
                 f"a parameter of shape {tuple(parameter.shape)} is not in the model given to {optimizer}"
             )
         (name, module), *more = found[parameter]
-        if rule_of(module) is None or (parameter is not module.weight and parameter is not module.bias):
+        of_a_layer = rule_of(module) is not None and (parameter is module.weight or parameter is module.bias)
+        if more or not of_a_layer or len(found[module.weight]) > 1:  # shared: not one layer's
             others.append(parameter)
             continue
-        if more:
-            names = [name, *(n for n, _ in more)]
-            raise ValueError(f"modules {names} share a parameter: its curvature is not one layer's")
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ValueError(f"layer {name!r} is lazy: run one forward pass before making the optimizer")
         if parameter.dtype not in (torch.float32, torch.float64):

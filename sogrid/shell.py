@@ -14,6 +14,7 @@ costs little more than SGD's. What works on ``.grad`` does not work then.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypedDict
 
@@ -439,11 +440,17 @@ class LayerOptimizer(Watching):
         names = dict(zip(group["params"], group.get("param_names", ()), strict=False))
         left = split_off_others(group, found, type(self).__name__)
         if left and self.other_lr is None and self._inner is None:
-            modules = {name: type(module).__name__ for name, module in (found[p][0] for p in left)}
+            kinds = {name: type(module).__name__ for p in left for name, module in found[p]}
             raise ValueError(
-                f"{', '.join(f'{name!r} ({kind})' for name, kind in modules.items())}: parameters that are "
-                "no preconditioned layer's weight or bias. Train them by other='adamw', other_lr=1e-3 (or "
+                f"{', '.join(f'{name!r} ({kind})' for name, kind in kinds.items())}: parameters that are no "
+                "one preconditioned layer's weight or bias. Train them by other='adamw', other_lr=1e-3 (or "
                 "another optimizer), by plain SGD with other_lr=..., or leave them out by params=..."
+            )
+        if tied := [[name for name, _ in found[p]] for p in left if len(found[p]) > 1]:
+            warnings.warn(
+                f"modules {', '.join(map(str, tied))} share a parameter: it is no one layer's, and is "
+                "trained with the other parameters",
+                stacklevel=2,
             )
         inner = {} if self._inner is None else self._inner.defaults
         if not group["params"]:  # the whole group is plain

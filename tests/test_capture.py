@@ -749,7 +749,15 @@ def test_several_uses_of_other_numbers_of_examples(x):
             close(record.rows().product * count, layer.weight.grad)
 
 
-@pytest.mark.parametrize("shape", [(3,), (0, 3), (0, 5, 3), (2, 0, 3)])
+@pytest.mark.parametrize("shape", [(0, 3), (0, 5, 3), (2, 0, 3)])
+def test_no_examples_are_none(shape):
+    model = Net()
+    with Capture(model) as capture:
+        model(torch.ones(shape).double()).sum().backward()
+    assert not any(capture.records.values())
+
+
+@pytest.mark.parametrize("shape", [(3,)])
 def test_inputs_that_are_not_examples_by_features_are_refused_by_name(shape):
     model = Net()
     with Capture(model), pytest.raises(CaptureError, match=r"layer 'a' got an input of shape \(.*needs \[ex"):

@@ -124,7 +124,9 @@ def train(network, optimizer, x, steps=3):
 
 
 def test_every_rule_has_a_network():
-    assert {kind for name in NETWORKS for kind in map(type, make(name)[0].modules())} >= set(RULES)
+    assert {kind for name in NETWORKS for kind in map(type, make(name)[0].modules())} >= {
+        kind for kind in RULES if RULES[kind]
+    }
 
 
 @every(NETWORKS)
@@ -330,7 +332,7 @@ def test_a_convolution_with_groups_is_as_many_convolutions(method):
     assert relative_error(bias, torch.cat(apart[1::2])) < ROUNDING
 
 
-@pytest.mark.parametrize("shape", [(2, 6, 7), (0, 2, 6, 7)])
+@pytest.mark.parametrize("shape", [(2, 6, 7)])
 def test_images_that_are_no_batch_are_refused_by_name(shape):
     network, _ = make("conv2d")
     with (

@@ -42,8 +42,8 @@ class Rule(Protocol):
         """The bias, or what is shaped like it, as a view ``[o]``, likewise."""
 
 
-RULES: dict[type[nn.Module], Rule] = {}
-"""By kind of module; subclasses have the rule of their kind."""
+RULES: dict[type[nn.Module], Rule | None] = {}
+"""By kind of module; subclasses have the rule of their kind, or none."""
 
 
 def rule(kind: type[nn.Module]):

@@ -1,8 +1,9 @@
 """Linear layers, on ``[n, i]`` or, used at many positions, on ``[n, …, i]``: tokens, time steps, pixels."""
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from sogrid.layers import rule
+from sogrid.layers import RULES, rule
 
 
 @rule(nn.Linear)
@@ -25,3 +26,8 @@ class Linear:
 
     def vector(self, layer, bias):  # noqa: D102
         return bias
+
+
+RULES[NonDynamicallyQuantizableLinear] = (
+    None  # in nn.MultiheadAttention, which uses its weight and never calls it
+)

@@ -118,6 +118,58 @@ def test_states_copies_and_pickles_know_one_optimizer(method, other):
         assert_same(parameters(one), parameters(model))
 
 
+class Transformer(nn.Module):
+    """A small language model: torch's own encoder, and a head whose weight is the table's."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(2)
+        self.table, self.place = nn.Embedding(7, 4), nn.Embedding(5, 4)
+        self.encoder = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.table.weight
+        self.double()
+
+    def forward(self, x):
+        h = self.table(x) + self.place(torch.arange(x.shape[1]))
+        return self.head(self.encoder(h)).mean(1)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(2)
+        self.table, self.cell, self.head = nn.Embedding(7, 4), kind(4, 5, batch_first=True), nn.Linear(5, 7)
+        self.double()
+
+    def forward(self, x):
+        return self.head(self.cell(self.table(x))[0]).mean(1)
+
+
+@each([m for m in METHODS if not m.samples])
+@pytest.mark.parametrize(
+    "make",
+    [Transformer, lambda: Recurrent(nn.LSTM), lambda: Recurrent(nn.GRU)],
+    ids=["transformer", "lstm", "gru"],
+)
+@pytest.mark.parametrize("gradients", ["matrix", "factored"])
+@pytest.mark.filterwarnings("ignore:modules .* share a parameter")
+def test_weights_that_bypass_their_layers_are_the_others(method, make, gradients):
+    model = make()
+    optimizer = method(model, other="adamw", other_lr=0.01, gradients=gradients)
+    x = torch.randint(7, (16, 5), generator=torch.Generator().manual_seed(0))
+    y, losses = x[:, 0], []
+    for _ in range(20):
+        optimizer.zero_grad()
+        value = LOSS(model(x), y)
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    assert losses[-1] < losses[0] - 0.1
+    trained = {layer.name for layer in optimizer._layers}
+    assert trained == ({"encoder.linear1", "encoder.linear2"} if make is Transformer else {"head"})
+
+
 def test_what_is_left_is_listed_with_the_line_to_write():
     with pytest.raises(
         ValueError, match=r"'table' \(Embedding\), 'norm' \(LayerNorm\).*other='adamw', other_lr="

@@ -243,19 +243,24 @@ def test_the_model_itself_is_asked_for(method, given):
 def test_tied_weights_are_refused_by_name(method):
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3))
     model[2].weight = model[0].weight
-    with pytest.raises(ValueError, match=r"\['0', '2'\] share a parameter"):
+    with pytest.raises(ValueError, match=r"'0' \(Linear\), '2' \(Linear\): parameters that are no one"):
         method(model)
 
 
-def test_weights_tied_to_an_embedding_are_refused_by_name():
+def test_weights_tied_to_an_embedding_are_refused_by_name_or_trained_otherwise():
+    """With the bias beside them."""
     for order in (["table", "head"], ["head", "table"]):
-        modules = {"table": nn.Embedding(7, 3), "head": nn.Linear(3, 7)}
-        model = nn.ModuleDict({name: modules[name] for name in order})
+        modules = {"table": nn.Embedding(7, 3), "middle": nn.Linear(3, 3), "head": nn.Linear(3, 7)}
+        model = nn.ModuleDict({name: modules[name] for name in [*order, "middle"]})
         model["head"].weight = model["table"].weight
-        with pytest.raises(ValueError, match=r"'table'|'head'"):
+        with pytest.raises(ValueError, match=r"'table' \(Embedding\)"):
             ACP(model, 0.1)
-        with pytest.raises(ValueError, match="'head'"):
-            ACP(model, 0.1, other_lr=0.1)
+        with pytest.warns(UserWarning, match="'table'.*share a parameter") as caught:
+            optimizer = ACP(model, 0.1, other_lr=0.1)
+        assert len(caught) == 1
+        layer, rest = (group["params"] for group in optimizer.param_groups)
+        assert layer == [*model["middle"].parameters()]
+        assert {*rest} == {model["head"].weight, model["head"].bias}
 
 
 @each(LAYERWISE)
