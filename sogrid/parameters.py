@@ -84,7 +84,7 @@ def split_off_others(group: dict[str, Any], found: Owners, optimizer: str) -> li
             )
         (name, module), *more = found[parameter]
         of_a_layer = rule_of(module) is not None and (parameter is module.weight or parameter is module.bias)
-        if more or not of_a_layer or len(found[module.weight]) > 1:  # shared: not one layer's
+        if more or not of_a_layer or len(found.get(module.weight, ())) != 1:  # shared, or computed of others
             others.append(parameter)
             continue
         if isinstance(parameter, nn.parameter.UninitializedParameter):

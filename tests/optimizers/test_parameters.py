@@ -279,13 +279,15 @@ def test_half_precision_weights_are_refused_by_name(method, dtype):
         method(network(dtype=dtype))
 
 
-def test_parametrized_weights_are_refused_by_name():
+def test_parametrized_weights_are_refused_by_name_or_trained_otherwise():
+    """With the bias beside them."""
     model = network()
     nn.utils.parametrizations.weight_norm(model[0])
     with pytest.raises(ValueError, match=r"'0\.parametrizations\.weight' \(ParametrizationList\)"):
         ACP(model, 0.1)
-    with pytest.raises(ValueError, match="layer '0'"):
-        ACP(model, 0.1, other_lr=0.1)
+    optimizer = ACP(model, 0.1, other_lr=0.1)
+    assert {*optimizer.param_groups[1]["params"]} == {*model[0].parameters()}
+    train(model, optimizer, 2)
 
 
 class LowRank(nn.Linear):
@@ -329,12 +331,20 @@ def test_a_parameter_that_was_replaced_is_refused_by_name(method, replaced):
 
 
 def test_a_weight_that_is_used_outside_its_layer_is_refused_by_name():
-    """The output projection of attention is a linear layer whose forward is never called."""
-    model = nn.MultiheadAttention(4, 2, batch_first=True)
-    optimizer = ACP(model, 0.1, other_lr=0.1)
-    x = torch.randn(3, 5, 4)
-    model(x, x, x)[0].sum().backward()
-    with pytest.raises(CaptureError, match=r"layer 'out_proj'.*outside the layer"):
+    """A linear layer whose forward is never called."""
+
+    class Holder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.held = nn.Linear(4, 2)
+
+        def forward(self, x):
+            return nn.functional.linear(x, self.held.weight, self.held.bias)
+
+    model = Holder()
+    optimizer = ACP(model, 0.1)
+    model(torch.randn(3, 4)).sum().backward()
+    with pytest.raises(CaptureError, match=r"layer 'held'.*outside the layer"):
         optimizer.step()
 
 
