@@ -345,20 +345,8 @@ def train_grid(
     grid = training_grid(task, method, settings, seeds)
     order, statistics_order = (_Order(len(x), batch, [s + shift for s in seeds]) for shift in (0, 1_000_003))
     curves, clock, some = [Curve() for _ in settings], 0.0, (x[:evaluate_on], y[:evaluate_on])
-
-    def look(done: int) -> None:
-        (train, train_error), (test, test_error) = (grid.evaluate(*part) for part in (some, task.test))
-        grid.mark(train.isfinite() & test.isfinite(), UNBOUNDED)
-        columns = {"train": train, "test": test}
-        if task.classifies:
-            columns |= {"train_error": train_error, "test_error": test_error}
-        columns = {name: column.tolist() for name, column in columns.items()}
-        for k in grid.alive.nonzero().flatten().tolist():
-            for name, value in {"update": done, "second": round(clock, 4), **columns}.items():
-                getattr(curves[k], name).append(value[k] if name in columns else value)
-
     if 0 in points:
-        look(0)
+        _look(grid, task, some, curves, 0, clock)
     for done in range(1, updates + 1):
         start = perf_counter()
         if grid.refresh_due:
@@ -370,10 +358,25 @@ def train_grid(
             torch.accelerator.synchronize()
         clock += perf_counter() - start
         if done in points:
-            look(done)
+            _look(grid, task, some, curves, done, clock)
             if not grid.alive.any():
                 break
     for curve, alive, when, why in zip(curves, grid.alive.tolist(), *grid.lost.tolist(), strict=True):
         if not alive:
             curve.status, curve.reason = "diverged", f"update {when + (why != UNBOUNDED)}: {REASONS[why]}"
     return curves
+
+
+def _look(
+    grid: Any, task: Task, some: tuple[Tensor, Tensor], curves: list[Curve], done: int, second: float
+) -> None:
+    """Evaluate every configuration after so many updates, and add a point to the curves of those alive."""
+    (train, train_error), (test, test_error) = (grid.evaluate(*part) for part in (some, task.test))
+    grid.mark(train.isfinite() & test.isfinite(), UNBOUNDED)
+    columns = {"train": train, "test": test}
+    if task.classifies:
+        columns |= {"train_error": train_error, "test_error": test_error}
+    columns = {name: column.tolist() for name, column in columns.items()}
+    for k in grid.alive.nonzero().flatten().tolist():
+        for name, value in {"update": done, "second": round(second, 4), **columns}.items():
+            getattr(curves[k], name).append(value[k] if name in columns else value)

@@ -7,7 +7,6 @@ from itertools import product
 import pytest
 import torch
 
-from lab.grid_timing import grid_memory, grid_times
 from sogrid.experiments.benchmarks import METHODS, Method, Task
 from sogrid.experiments.grid import StackedMLP, pooled_digits, train_grid
 from sogrid.experiments.training import run
@@ -238,14 +237,3 @@ def test_a_grid_refuses_configurations_of_several_kinds():
     mixed = [{"lr": alpha, "scale": 1.0} for alpha in (1.0, "heuristic")]
     with pytest.raises(ValueError, match="share output_curvature"):
         train_grid(task("regression"), Method(build), mixed, **PLAN)
-
-
-def test_memory_is_linear_in_the_number_of_configurations():
-    sizes = [grid_memory("acp", count, task=task("regression"), batch=100) for count in (20, 40, 80)]
-    assert (sizes[2] - sizes[1]) / (sizes[1] - sizes[0]) == pytest.approx(2, rel=0.05)
-
-
-@pytest.mark.parametrize("name", ["standard_sgd", "kfac"])
-def test_the_clock_compares_a_grid_with_its_loop(name):
-    cost = grid_times(name, task=task("regression"), count=3, batch=20, rounds=2)
-    assert cost["ratio"] == cost["loop_ms"] / cost["grid_ms"] > 0
