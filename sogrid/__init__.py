@@ -28,6 +28,7 @@ _HOMES = {
     "sogrid.networks": ("MLP", "cifar10_classifier", "mnist_autoencoder"),
     "sogrid.optimizers": (
         "ACP",
+        "EKFAC",
         "KFAC",
         "CenteredGradientDescent",
         "NaturalNN",

@@ -96,6 +96,7 @@ class Capture:
         records: Name → :class:`LayerRecord`.
         roots: The model's own input, output and gradient of each pass, if wanted.
         version: As a record's, for the last parameter of a model whose graph is cut.
+        asked: Whether the latest forward pass of the model was of any example.
         wanted: What coming passes leave behind; may be replaced between passes.
 
     Example:
@@ -120,7 +121,7 @@ class Capture:
         self._latest: dict[str, list[Use]] = {}
         self._root: GradientEdge | None = None  # the latest output, if roots are wanted
         self._pass, self._passes, self._task, self._collecting = Pass(), 0, -1, False
-        self.version, self._warned = 0, False
+        self.version, self.asked, self._warned = 0, False, False
         self.clear()
         self._end = listen(self, model, self._rules, _begins, _ends)
 
@@ -200,11 +201,12 @@ class Capture:
                 )
                 return
         self._begin()
+        self.asked = any(x.numel() for x in tensors(inputs))
 
     def _begin(self) -> None:
         if not self._collecting:
             self._uses = {}
-        self._latest, self._pass, self._root = {}, Pass(), None
+        self._latest, self._pass, self._root, self.asked = {}, Pass(), None, False
         self._passes += 1
 
     @staticmethod
@@ -436,8 +438,8 @@ def _ends(captures: list[Capture], module: nn.Module, inputs: tuple, output: Any
     """Tell every capture; return another output if one of them wants no gradients below it."""
     handed_on, heard = output, None
     watching = [capture for capture in captures if capture.watches(module)]
-    if watching and not any(x.numel() for x in inputs[:1]):
-        watching = []  # no example of this minibatch: an expert that is not asked
+    if watching and not any(x.numel() for x in inputs[:1]):  # an expert that is not asked?
+        watching = [capture for capture in watching if not capture.asked]
     if watching and not module.training:
         for capture in watching:
             capture.see_unseen(module, output)

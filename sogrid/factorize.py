@@ -22,6 +22,7 @@ from sogrid.structured import Gram, ThinInverse, shift_diagonal
 
 __all__ = [
     "FactorizationError",
+    "eigenvectors",
     "failures_are_nan",
     "inverse_square_root",
     "naming_the_damping",
@@ -141,6 +142,18 @@ def inverse_square_root(matrix: Tensor, damping: float | Tensor = 0.0, name: str
     if matrix.device.type == "cpu" and not bool((values > 0).all()):
         raise _indefinite(values.double(), matrix.dtype, damping, name)
     return (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
+
+
+def eigenvectors(matrix: Tensor | Gram, name: str = "matrix") -> Tensor:
+    """Those of a symmetric matrix ``[..., m, m]``, as columns; for them an accelerator's host waits.
+
+    Raises:
+        FactorizationError: On the CPU, if the matrix is not finite.
+    """
+    matrix = matrix.dense() if isinstance(matrix, Gram) else matrix
+    if matrix.device.type == "cpu":
+        _require_finite(matrix, name)
+    return torch.linalg.eigh(matrix)[1]
 
 
 def _thin_inverse(matrix: Gram, damping: float | Tensor, name: str) -> Tensor | ThinInverse:

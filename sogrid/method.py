@@ -45,6 +45,9 @@ class LayerMethod:
     uses_mean = True
     """Whether the update uses the minibatch's own mean input."""
 
+    uses_moments = False
+    """Whether :meth:`moments` is wanted beside what is inverted."""
+
     loss: Loss | None = None
     """What the training loss has to be, if that matters."""
 
@@ -81,6 +84,10 @@ class LayerMethod:
         Raises:
             FactorizationError: If a damped matrix cannot be inverted.
         """
+        raise NotImplementedError
+
+    def moments(self, rows: Rows, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
+        """A mean over examples in the basis that :meth:`invert` found, kept in the state as ``moments``."""
         raise NotImplementedError
 
     def update(self, gradient: Gradient, state: dict[str, Any], group: dict[str, Any]) -> Change:

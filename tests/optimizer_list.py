@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sogrid.losses import CrossEntropyAtLogits, Loss
-from sogrid.optimizers import ACP, KFAC, CenteredGradientDescent, NaturalNN, Newton, UpdatedBackprop
+from sogrid.optimizers import ACP, EKFAC, KFAC, CenteredGradientDescent, NaturalNN, Newton, UpdatedBackprop
 from sogrid.optimizers.layerwise import Layerwise
 from sogrid.shell import LayerOptimizer
 
@@ -43,7 +43,7 @@ class Method:
 
     @property
     def takes_loss(self) -> bool:
-        return self.kind in (KFAC, UpdatedBackprop, Newton)
+        return self.kind in (KFAC, EKFAC, UpdatedBackprop, Newton)
 
     @property
     def layerwise(self) -> bool:
@@ -77,6 +77,8 @@ OPTIMIZERS = [
     Method("kfac, sampled fisher", KFAC, {"lr": 0.1, "curvature": "fisher_sampled", "refresh_every": 2}),
     Method("kfac, gauss-newton", KFAC, {"lr": 0.1, "curvature": "gauss_newton_probabilities"}),
     Method("kfac, empirical fisher", KFAC, {"lr": 0.1, "curvature": "empirical_fisher", "averaging": 0.5}),
+    Method("ekfac", EKFAC, {"lr": 0.1, "damping": 0.5, "curvature": "fisher_exact"}),
+    Method("ekfac, empirical", EKFAC, {"lr": 0.1, "damping": 0.5, "curvature": "empirical_fisher"}),
     Method("nnn", NaturalNN, {"lr": 0.1, "damping": 0.5}),
     Method("ubp", UpdatedBackprop, {"lr": 0.1}),
     Method("ubp, hessian", UpdatedBackprop, {"lr": 0.1, "curvature": "hessian"}),

@@ -14,7 +14,7 @@ from torch import nn
 from sogrid.capture import Capture
 from sogrid.layers import RULES, rule_of
 from sogrid.losses import Quadratic
-from sogrid.optimizers import ACP, KFAC, CenteredGradientDescent, NaturalNN
+from sogrid.optimizers import ACP, EKFAC, KFAC, CenteredGradientDescent, NaturalNN
 
 N = 6
 ROUNDING = 1e-12
@@ -95,6 +95,7 @@ METHODS = {
     "acp": partial(ACP, damping=0.3),
     "acp, exact": partial(ACP, damping=0.3, tikhonov="exact", output_curvature="heuristic", averaging=0.5),
     "kfac": partial(KFAC, damping=0.3, curvature="empirical_fisher", loss=Quadratic()),
+    "ekfac": partial(EKFAC, damping=0.3, curvature="empirical_fisher", loss=Quadratic()),
     "nnn": partial(NaturalNN, damping=0.3, rank=2),
     "centred": CenteredGradientDescent,
 }
@@ -332,7 +333,7 @@ def test_a_convolution_with_groups_is_as_many_convolutions(method):
     assert relative_error(bias, torch.cat(apart[1::2])) < ROUNDING
 
 
-@pytest.mark.parametrize("shape", [(2, 6, 7)])
+@pytest.mark.parametrize("shape", [(2, 6, 7), (0, 2, 6, 7)])
 def test_images_that_are_no_batch_are_refused_by_name(shape):
     network, _ = make("conv2d")
     with (

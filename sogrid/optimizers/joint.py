@@ -25,6 +25,7 @@ from sogrid.ranks import Ranks
 from sogrid.shell import LayerOptimizer, Ready, near
 from sogrid.statistics import Statistics
 from sogrid.structured import Factored
+from sogrid.uses import LayerRecord
 
 __all__ = ["Joint", "Looked", "Measured"]
 
@@ -36,11 +37,13 @@ class Measured(NamedTuple):
         layer: The layer.
         statistics: Of the statistics minibatch; with several ranks of the own part of it.
         counts: Its examples, by rank.
+        record: What they were measured of.
     """
 
     layer: Layer
     statistics: Statistics
     counts: Sequence[float]
+    record: LayerRecord
 
 
 Looked = tuple[Iterable[Ready], Iterable[Measured]]

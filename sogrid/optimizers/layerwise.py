@@ -11,7 +11,7 @@ by is divided out; a factor of your own is not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,7 +26,7 @@ from sogrid.optimizers.joint import Joint, Looked, Measured
 from sogrid.parameters import Layer, check_count, check_hyperparameter
 from sogrid.private import without_autocast
 from sogrid.ranks import Ranks, joined
-from sogrid.rows import share
+from sogrid.rows import Rows, share
 from sogrid.shell import MOMENTUM, LayerOptimizer, LayerOptions
 from sogrid.statistics import Statistics, refresh_due
 from sogrid.structured import Gram, ThinInverse, scalar
@@ -184,7 +184,7 @@ class Layerwise(Joint):
         for layer in self._layers:
             record = records.get(layer.name)
             if record is not None and record.count:
-                yield Measured(layer, self._measure(layer, record), (record.count,))
+                yield Measured(layer, self._measure(layer, record), (record.count,), record)
 
     def _measure(self, layer: Layer, record: LayerRecord) -> Statistics:
         name, group = f"layer {layer.name!r}", self.param_groups[layer.home]
@@ -193,28 +193,54 @@ class Layerwise(Joint):
                 f"{name}: its statistics became due, or its bias was frozen or unfrozen, after "
                 "its forward pass: call zero_grad() and run it again, or call refresh(closure)"
             )
-        rows = record.rows()
         if self.method.needs_gradients(group):
             self._require_scale()
-        scale = (record.count if self.reduction == "mean" else 1) / self._loss_scale
-        rows = rows._replace(g=rows.g * scale, biased=layer.trained_bias is not None)
+        rows = self._rows(layer, record)
         self._require_finite({name: [rows.g]})
         return self.method.measure(rows, group)
+
+    def _rows(self, layer: Layer, record: LayerRecord) -> Rows:
+        rows, scale = record.rows(), (record.count if self.reduction == "mean" else 1) / self._loss_scale
+        return rows._replace(g=rows.g * scale, biased=layer.trained_bias is not None)
 
     def _refreshed(self, measured: Iterable[Measured], ranks: Ranks) -> dict[Tensor, State]:
         """New states from statistics, whose inverses the ranks share out; changes nothing."""
         if ranks.size == 1:
-            blended = ((layer, *self._blended(layer, found)) for layer, found, _ in measured)
-            return {layer.weight: state | self._inverted(layer, found) for layer, found, state in blended}
+            states = {}
+            for layer, own, _, record in measured:
+                found, state = self._blended(layer, own)
+                state |= self._inverted(layer, found)
+                states[layer.weight] = state | self._moments(layer, record, state)
+            return states
         if not measured:
             return {}
-        layers, own, counts = zip(*measured, strict=True)
+        layers, own, counts, records = zip(*measured, strict=True)
         whole = joined(ranks, own, list(map(self._shares, counts)))
         found, states = zip(*map(self._blended, layers, whole), strict=True)
         jobs = [partial(self._inverted, *job) for job in zip(layers, found, strict=True)]
         weights = [layer.weight for layer in layers]
         inverses = ranks.divided(jobs, list(map(_cost, found)), weights)
-        return {w: state | inverse for w, state, inverse in zip(weights, states, inverses, strict=True)}
+        states = [state | inverse for state, inverse in zip(states, inverses, strict=True)]
+        moments = map(self._moments, layers, records, states)
+        states = [state | own for state, own in zip(states, self._mean(ranks, counts, moments), strict=True)]
+        return dict(zip(weights, states, strict=True))
+
+    def _moments(self, layer: Layer, record: LayerRecord, state: State) -> State:
+        """What the method wants of a minibatch in the basis that was found."""
+        if not self.method.uses_moments:
+            return {}
+        group = self.param_groups[layer.home]
+        return {"moments": self.method.moments(self._rows(layer, record), _packed(state), group)}
+
+    def _mean(self, ranks: Ranks, counts: Sequence[Sequence[float]], own: Iterable[State]) -> list[State]:
+        """States of means over examples, of the minibatch of all ranks."""
+        shares = [self._shares(by_rank) for by_rank in counts]
+        parts = [
+            {key: share[ranks.rank] / sum(share) * value for key, value in state.items()}
+            for share, state in zip(shares, own, strict=True)
+        ]
+        sums = iter(ranks.sum([value for part in parts for value in part.values()]))
+        return [{key: next(sums) for key in part} for part in parts]
 
     def _blended(self, layer: Layer, found: Statistics) -> tuple[Statistics, State]:
         """Statistics as they are kept, and the state that keeps them."""

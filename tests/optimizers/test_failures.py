@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from sogrid.capture import CaptureError
 from sogrid.factorize import FactorizationError
 from sogrid.losses import CrossEntropyAtLogits, Quadratic
-from sogrid.optimizers import ACP, KFAC, NaturalNN, Newton, UpdatedBackprop
+from sogrid.optimizers import ACP, EKFAC, KFAC, NaturalNN, Newton, UpdatedBackprop
 
 LOSS = CrossEntropyAtLogits()
 NOT_UBP = [m for m in OPTIMIZERS if m.kind is not UpdatedBackprop]
@@ -287,7 +287,7 @@ def test_too_small_a_damping_names_the_layer_and_one_that_helps(kind, options, d
     assert all((a != b).any() for a, b in zip(parameters(model), before, strict=True))
 
 
-@each([m for m in REFRESHING if m.kind is not KFAC])
+@each([m for m in REFRESHING if m.kind not in (KFAC, EKFAC)])
 def test_training_goes_on_after_a_failed_refresh_with_a_higher_damping(method):
     """By step or by closure; the old statistics and their schedule stay."""
     model, reference = network(), network()
@@ -382,7 +382,7 @@ def test_statistics_on_another_device_are_refused_by_name(method):
     optimizer = method(model, refresh_every=100)
     train(model, optimizer)
     state, before = optimizer.state[model[2].weight], parameters(model)
-    key = next(key for key in state if key.endswith("inverse"))
+    key = next(key for key in state if key.endswith(("inverse", "basis")))
     state[key] = state[key].to("meta")
     with pytest.raises(ValueError, match=rf"layer '2' is .* on cpu, its {key} .* on meta"):
         train(model, optimizer)

@@ -90,7 +90,7 @@ class InATuple(Flattened):
 @ROUTES
 def test_mean_and_sum_give_one_step_whatever_rows_a_layer_sees(method, kind, gradients):
     """Also those of a layer that sees a part of the minibatch, of models that return more than a tensor."""
-    if method.name == "kfac, exact fisher" and kind is not Flattened:
+    if "fisher_exact" in method.options.values() and kind is not Flattened:
         pytest.skip("which needs one output")
     x = torch.randn(12, 5, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 0.3
     y, steps = torch.arange(12) % 3, []
@@ -123,7 +123,7 @@ class Loop(nn.Module):
         return h + 0.5 * torch.tanh(self.f(h))
 
 
-@each([m for m in SAME_DRAWS if m.kind is not KFAC])
+@each([m for m in SAME_DRAWS if not m.takes_loss])
 @ROUTES
 def test_a_model_that_is_called_on_what_it_gave(method, gradients):
     """As one that has the loop inside, whose step is known; by keyword and in a nest of tensors too."""
@@ -692,7 +692,9 @@ def test_a_scale_that_overflows_skips_the_step(method, gradients):
     assert_same(parameters(model), before)
 
 
-NEED_SCALE = [m for m in LAYERWISE if m.name.startswith(("acp, heur", "kfac, gauss", "kfac, emp", "ubp"))]
+NEED_SCALE = [
+    m for m in LAYERWISE if m.name.startswith(("acp, heur", "kfac, gauss", "kfac, emp", "ekfac, emp", "ubp"))
+]
 
 
 @each(LAYERWISE)
