@@ -96,7 +96,7 @@ class Capture:
         records: Name → :class:`LayerRecord`.
         roots: The model's own input, output and gradient of each pass, if wanted.
         version: As a record's, for the last parameter of a model whose graph is cut.
-        asked: Whether the latest forward pass of the model was of any example.
+        asked: Whether a forward pass of the model is running, and is of any example.
         wanted: What coming passes leave behind; may be replaced between passes.
 
     Example:
@@ -341,6 +341,7 @@ class Capture:
 
     def see_root(self, inputs: tuple, output: Any) -> None:
         """The model's own forward pass is over."""
+        self.asked = False
         _wanted, latest = self.wanted, [use for uses in self._latest.values() for use in uses]
         sizes = [len(x) for x in (*tensors(output), *tensors(inputs)) if x.dim()]
         self._pass.examples = sizes[0] if sizes else None
