@@ -172,7 +172,7 @@ class Capture:
             TypeError: If the closure returns anything else.
         """
         before = self._uses, self._latest, self._pass, self._root, self.wanted
-        self._uses, self._latest, self._collecting = {}, {}, True
+        self._uses, self._latest, self._collecting, self.asked = {}, {}, True, False
         self.wanted = replace(self.wanted, rows=set(self.records), roots=False, probe=probe)
         try:
             loss = closure()
@@ -341,8 +341,7 @@ class Capture:
 
     def see_root(self, inputs: tuple, output: Any) -> None:
         """The model's own forward pass is over."""
-        self.asked = False
-        _wanted, latest = self.wanted, [use for uses in self._latest.values() for use in uses]
+        latest = [use for uses in self._latest.values() for use in uses]
         sizes = [len(x) for x in (*tensors(output), *tensors(inputs)) if x.dim()]
         self._pass.examples = sizes[0] if sizes else None
         if not isinstance(output, Tensor):
@@ -449,7 +448,10 @@ def _ends(captures: list[Capture], module: nn.Module, inputs: tuple, output: Any
         capture.require_map(module, inputs[0])
     if any(capture.factors(module) for capture in watching):
         handed_on, heard = without_weight(module, inputs[0], output)
-    rooted = [capture for capture in captures if module is capture._model and capture.ends()]
+    rooted = [capture for capture in captures if module is capture._model]
+    for capture in rooted:
+        capture.asked = False
+    rooted = [capture for capture in rooted if capture.ends()]
     if isinstance(output, Tensor) and any(capture.wanted.cut for capture in rooted):
         handed_on = without_graph(module, inputs, handed_on)
     for capture in watching:
