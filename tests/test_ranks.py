@@ -36,7 +36,7 @@ SIZES = {2: [(1, 1), (3, 3)], 3: [(1, 1, 1)]}
 """Examples by rank. Of two every matrix is thin, of six those that were thin on each rank are not."""
 METHODS = [
     *("centred", "centred, bias corrected", "acp", "acp, heuristic", "acp, exact Tikhonov"),
-    *("acp, averaging", "acp, rank 2", "kfac, exact fisher", "kfac, empirical fisher", "nnn"),
+    *("acp, averaging", "acp, rank 2", "kfac, exact fisher", "kfac, empirical fisher", "ekfac", "nnn"),
 ]
 OPTIONS = [
     {"gradients": "matrix", "max_change": None, "loss": "mean"},
