@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from sogrid.capture import UNKNOWN, Capture, CaptureError, LayerRecord, Wanted
+from sogrid.finite import Noted
 from sogrid.losses import Loss, check_reduction
 from sogrid.method import Change, Gradient
 from sogrid.parameters import Layer, check_hyperparameter, find_layers, owners, split_off_others
@@ -81,7 +82,7 @@ class Watching(torch.optim.Optimizer):
 
     @staticmethod
     def _require_finite(gradients: dict[str, list[Tensor]]) -> None:
-        """Look for NaN and infinity where looking is free (on an accelerator they spread visibly).
+        """Look for NaN and infinity where looking is free; on an accelerator they are noted, and read later.
 
         Args:
             gradients: By the place that an error names.
@@ -107,7 +108,8 @@ class Watching(torch.optim.Optimizer):
         Raises:
             CaptureError: If the forward pass that a gradient belongs to was not seen.
             FactorizationError: If a damped matrix cannot be inverted.
-            FloatingPointError: On the CPU, if a gradient is not finite. No error changes a parameter.
+            FloatingPointError: On the CPU, if a gradient is not finite; on an accelerator, if that of an earlier
+                step was not, of layers only and not before the next refresh. No other error changes a parameter.
         """
         loss = None
         if closure is not None:
@@ -349,9 +351,13 @@ class LayerOptimizer(Watching):
         layers = find_layers(self.param_groups, owners(self.model))
         if self._capture is not None:
             self._capture.close()
-        self._layers, self._routes = layers, {}
+        self._layers, self._routes, self._noted = layers, {}, Noted()
         self._factored = {layer.weight for layer in layers if layer.rule.factors and layer.bias is not None}
         self._capture = Capture(self.model, {layer.name: layer.module for layer in layers}, self._wanted())
+
+    def load_state_dict(self, state_dict: dict) -> None:  # noqa: D102
+        super().load_state_dict(state_dict)
+        self._noted = Noted()
 
     def _wanted(self) -> Wanted:
         bounds = [group["max_change"] for group in self.param_groups]
@@ -460,7 +466,11 @@ class LayerOptimizer(Watching):
 
     def _step(self) -> None:
         ready = list(self._ready())
-        self._require_finite({f"layer {one.layer.name!r}": self._looked_over(one) for one in ready})
+        gradients = {f"layer {one.layer.name!r}": self._looked_over(one) for one in ready}
+        self._require_finite(gradients)
+        self._noted.note(self.param_groups[0]["updates"], gradients)
+        if self.refresh_due or self._noted.due:
+            self._noted.require_finite()
         self._prepare(ready)
         for layer, (dw, db) in self._changes(ready):
             self._routes[layer.name] = "factored" if isinstance(dw, Factored) else "formed"
