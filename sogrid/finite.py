@@ -54,7 +54,7 @@ class Noted:
         """Read what was noted, and forget it.
 
         Raises:
-            FloatingPointError: At the first gradient that was not finite; the parameters hold what came of it.
+            FloatingPointError: At the first gradient that was not finite; the parameters have moved by it.
         """
         steps, self._steps = self._steps, []
         if not steps:
@@ -64,7 +64,7 @@ class Noted:
             for where, size in zip(places, sizes):  # noqa: B905
                 if not math.isfinite(size):
                     raise FloatingPointError(
-                        f"{where}: the gradient of update {update + 1} was not finite, so the loss diverged or "
-                        "overflowed, and the parameters have moved by it: go back to a checkpoint, and lower "
-                        "max_change or lr, or raise the damping"
+                        f"{where}: the gradient of update {update + 1} was not finite, so the loss diverged "
+                        "or overflowed, and the parameters have moved by it: go back to a checkpoint, and "
+                        "lower max_change or lr, or raise the damping"
                     )

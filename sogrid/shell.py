@@ -108,8 +108,8 @@ class Watching(torch.optim.Optimizer):
         Raises:
             CaptureError: If the forward pass that a gradient belongs to was not seen.
             FactorizationError: If a damped matrix cannot be inverted.
-            FloatingPointError: On the CPU, if a gradient is not finite; on an accelerator, if that of an earlier
-                step was not, of layers only and not before the next refresh. No other error changes a parameter.
+            FloatingPointError: On the CPU, if a gradient is not finite. On an accelerator only at the next
+                refresh, and then the step has been made; no other error changes a parameter.
         """
         loss = None
         if closure is not None:
@@ -218,8 +218,9 @@ class LayerOptimizer(Watching):
             a ``.grad`` as ever.
         max_change: κ > 0, the largest change of a layer's pre-activations in one step, in root mean square
             over (the first 16 examples of) the minibatch and the layer's units; a larger step is shrunk,
-            the whole layer's alike. ``None``: no bound, as in the thesis. Kept in the parameter groups, so
-            it may decay like a learning rate. Cheap with factored gradients.
+            the whole layer's alike, so that a large λ is no risk, and κ the length of a step. ``None``: no
+            bound, as in the thesis. Kept in the parameter groups, so it may decay like a learning rate. Cheap
+            with factored gradients.
         momentum: m in [0, 1), of the heavy ball v ← m v + Δ over the (bounded) steps Δ; with it a layer may
             move by κ/(1 − m).
         nesterov: Step by Δ + m v, as in :class:`torch.optim.SGD`.
@@ -251,7 +252,7 @@ class LayerOptimizer(Watching):
         other_lr: float | Tensor | None = None,
         params: Iterable | None = None,
         gradients: str = "matrix",
-        max_change: float | Tensor | None = None,
+        max_change: float | Tensor | None = 0.03,
         momentum: float | Tensor = 0.0,
         nesterov: bool = False,
         weight_decay: float | Tensor = 0.0,

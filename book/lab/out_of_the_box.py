@@ -1,7 +1,7 @@
 """Out of the box: the README's line on six tasks, with nothing tuned, beside Adam with its defaults.
 
 ``python -m lab out-of-the-box`` runs every line of :data:`LINES` on every task of :data:`TASKS` from three
-seeds, each in the loop of the README, and leaves a record. A line is text: what the page shows is what runs.
+seeds, in an ordinary training loop, and leaves a record. A line is text: what the page shows is what runs.
 
 Five tasks need no data but what is in the project: its digits, and the prose of these pages for the language
 model. The network of CIFAR-10 gets CIFAR-10 if it is there, and else the digits in its format; the record
@@ -17,13 +17,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
+import plotly.graph_objects as go
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from lab.figures import TICKS
+from lab.plotting import figure, looks, style
+from lab.verdicts import CAVEAT, FAILS, HOLDS
 from sogrid.experiments import data
 from sogrid.experiments.records import Record, provenance
 from sogrid.experiments.reproduce import as_cifar10
@@ -33,16 +36,22 @@ from sogrid.losses import CrossEntropyAtLogits, Loss, Quadratic
 from sogrid.networks import cifar10_classifier, mnist_autoencoder
 from sogrid.optimizers import ACP, KFAC, NaturalNN
 
-__all__ = ["LINES", "SEEDS", "TASKS", "Task", "out_of_the_box", "verdict"]
+__all__ = ["LINES", "SEEDS", "TASKS", "Task", "ends", "fit", "out_of_the_box", "verdict"]
 
 LINES = {
-    "acp": "ACP(model, lr=1.0, other_lr=0.1)",
-    "kfac": "KFAC(model, lr=1.0, other_lr=0.1, loss=loss)",
-    "nnn2": "NaturalNN(model, lr=1.0, other_lr=0.1)",
+    "acp_bounded": "ACP(model, lr=10.0, other_lr=0.1)",
+    "nnn2_bounded": "NaturalNN(model, lr=10.0, other_lr=0.1)",
+    "kfac_bounded": "KFAC(model, lr=10.0, other_lr=0.1, loss=loss)",
+    "acp_fixedalpha": "ACP(model, lr=0.1, other_lr=0.1, bias_correction=False, max_change=None)",
     "adam": "torch.optim.Adam(model.parameters())",
 }
-"""What is compared. ``other_lr`` counts where a model has norms or embeddings, here in the transformer."""
+"""What is compared, by the look of its curves: our defaults, ACP as Algorithm 4 prints it, and Adam.
 
+``other_lr`` counts where a model has norms or embeddings, here in the transformer alone.
+"""
+
+ADAM = "adam"
+UPDATES = 300
 SEEDS = (1, 2, 3)
 EVALUATE_ON = 2_000
 CONTEXT = 64
@@ -52,7 +61,7 @@ Examples = tuple[str, Tensor, Tensor]
 
 @cache
 def digits(normalised: bool = False) -> Examples:
-    """(variant, pixels, classes) of the embedded digits; normalised by the mean and deviation of all pixels."""
+    """(variant, pixels, classes) of the embedded digits, as they are or with mean 0 and deviation 1."""
     found = data.load("mnist", source="embedded")
     x, y = found.train
     return found.variant, (x - x.mean()) / x.std() if normalised else x, y
@@ -131,6 +140,9 @@ def convolutions() -> nn.Module:
     )
 
 
+CROSS_ENTROPY = CrossEntropyAtLogits()
+
+
 @dataclass(frozen=True)
 class Task:
     """One of the tasks.
@@ -139,7 +151,6 @@ class Task:
         title: In the book.
         examples: Gives (variant, x, y).
         network: Builds it, from torch's own random numbers.
-        updates: How many.
         batch: Examples of an update.
         loss: What is trained, and compared.
     """
@@ -147,9 +158,8 @@ class Task:
     title: str
     examples: Callable[[], Examples]
     network: Callable[[], nn.Module]
-    updates: int = 300
     batch: int = 100
-    loss: Loss = CrossEntropyAtLogits()
+    loss: Loss = CROSS_ENTROPY
 
     def risk(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The training loss of a minibatch, a mean over positions too where there are any."""
@@ -170,3 +180,148 @@ TASKS = {
         loss=Quadratic(),
     ),
 }
+
+
+@cache
+def checksum(task: str) -> str:
+    """SHA-256 of a task's examples."""
+    digest = hashlib.sha256()
+    for part in TASKS[task].examples()[1:]:
+        digest.update(part.numpy())
+    return digest.hexdigest()
+
+
+def fit(
+    task: Task, line: str, seed: int, updates: int = UPDATES, progress: str | None = None
+) -> dict[str, Any]:
+    """Train a task's network with an optimizer that one line makes.
+
+    Args:
+        task: What to do.
+        line: Of :data:`LINES`; it knows ``model``, ``loss`` and our optimizers.
+        seed: Of the weights and of the order of the examples.
+        updates: How many.
+        progress: Title of a progress bar, or ``None``.
+
+    Returns:
+        ``update`` and ``train``, the loss on the first 2,000 training examples; ``status``, ``"finished"`` or
+        ``"diverged"``, and the ``reason`` of the latter.
+    """
+    _, x, y = task.examples()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = task.network()
+    known = {"torch": torch, "ACP": ACP, "KFAC": KFAC, "NaturalNN": NaturalNN}
+    optimizer = eval(line, known | {"model": model, "loss": task.loss})
+    order = Minibatches(len(x), task.batch, torch.Generator().manual_seed(seed))
+    points, found = evaluation_points(updates, per_decade=4), {"update": [], "train": []}
+    title = {"desc": progress, "disable": progress is None, "leave": False}
+    for done in tqdm(range(updates + 1), **title):
+        if done in points:
+            with torch.no_grad():
+                value = task.risk(model, x[:EVALUATE_ON], y[:EVALUATE_ON]).item()
+            if not math.isfinite(value):
+                return {**found, "status": "diverged", "reason": f"update {done}: the loss is not finite"}
+            found["update"].append(done)
+            found["train"].append(value)
+        if done < updates:
+            i = next(order)
+            optimizer.zero_grad()
+            task.risk(model, x[i], y[i]).backward()
+            try:
+                optimizer.step()
+            except (FloatingPointError, FactorizationError) as error:
+                return {**found, "status": "diverged", "reason": f"update {done + 1}: {error}"}
+    return {**found, "status": "finished", "reason": ""}
+
+
+def out_of_the_box(
+    *,
+    tasks: Sequence[str] = tuple(TASKS),
+    seeds: Sequence[int] = SEEDS,
+    updates: int = UPDATES,
+    out: str | Path = "out",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Run every line on tasks, or what is missing, and return the content of ``<out>/out_of_the_box.json``.
+
+    Args:
+        tasks: Of :data:`TASKS`.
+        seeds: Each is a run.
+        updates: Of each run.
+        out: Folder of the record, which is written after each run.
+        progress: Show bars.
+
+    Raises:
+        RecordError: If the record is damaged, of other lines or sizes, or cannot be written.
+        ValueError: For an unknown task.
+    """
+    for name in tasks:
+        if name not in TASKS:
+            raise ValueError(f"task must be one of {tuple(TASKS)}, got {name!r}")
+    settings = {"lines": LINES, "updates": updates, "evaluate_on": EVALUATE_ON}
+    record = Record(Path(out) / "out_of_the_box.json", "out_of_the_box", settings)
+    for name in tasks:
+        task = TASKS[name]
+        data_used = {"variant": task.examples()[0], "checksum": checksum(name)}
+        for seed in seeds:
+            for method, line in LINES.items():
+                key = {"task": name, "method": method, "seed": seed, "data": data_used}
+                if record.find(**key) is None:
+                    title = f"{task.title}: {looks(method).name}, seed {seed}" if progress else None
+                    run = fit(task, line, seed, updates, title)
+                    record.add({**key, "batch": task.batch, **run, "provenance": provenance()}, once=key)
+    return record.content
+
+
+def ends(content: dict[str, Any], task: str, method: str) -> list[float]:
+    """The last training loss of each seed, infinite where a run diverged."""
+    runs = [run for run in content["runs"] if (run["task"], run["method"]) == (task, method)]
+    runs.sort(key=lambda run: run["seed"])
+    return [run["train"][-1] if run["status"] == "finished" else math.inf for run in runs]
+
+
+def verdict(content: dict[str, Any], task: str, method: str) -> str:
+    """Whether a method ends at or below Adam: from every seed, with a caveat in the mean alone, or not."""
+    ours, adam = (ends(content, task, name) for name in (method, ADAM))
+    if math.inf in ours:
+        return FAILS
+    if all(a <= b for a, b in zip(ours, adam, strict=True)):
+        return HOLDS
+    return CAVEAT if sum(ours) <= sum(adam) else FAILS
+
+
+def report(content: dict[str, Any]) -> list[tuple[str, ...]]:
+    """Rows of a table, the first one the head: the last losses of the seeds, and the verdict."""
+    rows = [("task", "method", "last training losses", "at or below Adam")]
+    for task, method in dict.fromkeys((run["task"], run["method"]) for run in content["runs"]):
+        losses = ", ".join("diverged" if v == math.inf else f"{v:.3g}" for v in ends(content, task, method))
+        found = "" if method == ADAM else verdict(content, task, method)
+        rows.append((TASKS[task].title, looks(method).name, losses, found))
+    return rows
+
+
+def curves(content: dict[str, Any]) -> go.Figure:
+    """The training loss by update: a panel for each task, a line for each seed, both axes logarithmic."""
+    traces, layout, words = [], {}, []
+    for i, task in enumerate(dict.fromkeys(run["task"] for run in content["runs"])):
+        number, (row, column) = "" if i == 0 else str(i + 1), divmod(i, 3)
+        axes, shown = {"xaxis": f"x{number}", "yaxis": f"y{number}"}, set()
+        for run in (run for run in content["runs"] if run["task"] == task):
+            method = run["method"]
+            first = method not in shown and i == 0
+            shown.add(method)
+            look = {"mode": "lines", **style(method), "showlegend": first, "opacity": 0.8}
+            traces.append(go.Scatter(x=run["update"][1:], y=run["train"][1:], **axes, **look))
+        words.append(
+            f"{TASKS[task].title}: "
+            + ", ".join(f"{looks(m).name} {min(ends(content, task, m)):.3g}" for m in LINES)
+        )
+        left, top = 0.36 * column, 1 - 0.55 * row
+        layout[f"xaxis{number}"] = {
+            **{"title": f"update<br>{TASKS[task].title}", "type": "log", "dtick": 1},
+            **{"domain": [left, left + 0.28], "anchor": f"y{number}"},
+        }
+        layout[f"yaxis{number}"] = {**TICKS, "domain": [top - 0.4, top], "anchor": f"x{number}"}
+    alt = "Training loss by update on six tasks. The best seed ends at: " + "; ".join(words)
+    return figure(traces, alt=alt, height=640, **layout)

@@ -155,7 +155,7 @@ class Layerwise(LayerOptimizer):
         Raises:
             CaptureError: If the closure did not run the model, or a layer was used in an unsupported way.
             FactorizationError: If a damped matrix cannot be inverted; the old statistics stay.
-            FloatingPointError: On an accelerator, if a gradient of a step since the last refresh was not finite.
+            FloatingPointError: On an accelerator, if a gradient since the last refresh was not finite.
             TypeError: If the closure returns no scalar loss.
         """
         if not self.uses_statistics:
