@@ -56,8 +56,13 @@ class Method:
 
     @property
     def starts_from_grad(self) -> bool:
-        """Whether the step is linear in ``.grad`` for given statistics, as clipping needs."""
+        """Whether the step is made from ``.grad``, as clipping needs."""
         return self.kind is not UpdatedBackprop
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a step is shrunk, and so not linear in anything, and the inputs kept at every update."""
+        return self.layerwise and "max_change" not in self.options
 
     @property
     def samples(self) -> bool:

@@ -41,12 +41,12 @@ def method(kind, *settings, **options):
 
 CASES = {
     "sgd": METHODS["standard_sgd"],
-    "centred": method(CenteredGradientDescent, "lr", bias_correction=True, gradients="factored"),
-    "acp": method(ACP, output_curvature="heuristic", **REFRESH),
+    "centred": method(CenteredGradientDescent, "lr", max_change=None, gradients="factored"),
+    "acp": method(ACP, output_curvature="heuristic", bias_correction=False, max_change=None, **REFRESH),
     "acp, α each": method(ACP, "lr", "damping", "output_curvature", **REFRESH),
     "acp, exact": method(ACP, "lr", "damping", "output_curvature", tikhonov="exact", **REFRESH),
     "acp, exact heuristic": method(ACP, output_curvature="heuristic", tikhonov="exact", **REFRESH),
-    "acp, averaged": method(ACP, averaging=0.7, bias_correction=True, **REFRESH),
+    "acp, averaged": method(ACP, averaging=0.7, **REFRESH),
     "acp, one damping": method(ACP, "lr", damping=0.3, **REFRESH),
     "acp, bounded": method(ACP, "lr", "damping", "max_change", **REFRESH),
     "acp, rank 2": method(ACP, rank=2, **REFRESH),
