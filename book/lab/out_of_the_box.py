@@ -180,6 +180,7 @@ TASKS = {
         loss=Quadratic(),
     ),
 }
+"""The six, by name."""
 
 
 @cache
