@@ -24,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lab.figures import TICKS
 from lab.plotting import figure, looks, style
 from lab.verdicts import CAVEAT, FAILS, HOLDS
 from sogrid.experiments import data
@@ -275,10 +274,15 @@ def out_of_the_box(
     return record.content
 
 
+def by_seed(content: dict[str, Any], task: str, method: str) -> list[dict[str, Any]]:
+    """The runs of a method on a task, one for each seed; of several, as on other prose, the last."""
+    runs = (run for run in content["runs"] if (run["task"], run["method"]) == (task, method))
+    return [run for _, run in sorted({run["seed"]: run for run in runs}.items())]
+
+
 def ends(content: dict[str, Any], task: str, method: str) -> list[float]:
     """The last training loss of each seed, infinite where a run diverged."""
-    runs = [run for run in content["runs"] if (run["task"], run["method"]) == (task, method)]
-    runs.sort(key=lambda run: run["seed"])
+    runs = by_seed(content, task, method)
     return [run["train"][-1] if run["status"] == "finished" else math.inf for run in runs]
 
 
@@ -296,7 +300,7 @@ def report(content: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows of a table, the first one the head: the last losses of the seeds, and the verdict."""
     rows = [("task", "method", "last training losses", "at or below Adam")]
     for task, method in dict.fromkeys((run["task"], run["method"]) for run in content["runs"]):
-        losses = ", ".join("diverged" if v == math.inf else f"{v:.3g}" for v in ends(content, task, method))
+        losses = _losses(ends(content, task, method))
         found = "" if method == ADAM else verdict(content, task, method)
         rows.append((TASKS[task].title, looks(method).name, losses, found))
     return rows
@@ -306,23 +310,30 @@ def curves(content: dict[str, Any]) -> go.Figure:
     """The training loss by update: a panel for each task, a line for each seed, both axes logarithmic."""
     traces, layout, words = [], {}, []
     for i, task in enumerate(dict.fromkeys(run["task"] for run in content["runs"])):
-        number, (row, column) = "" if i == 0 else str(i + 1), divmod(i, 3)
-        axes, shown = {"xaxis": f"x{number}", "yaxis": f"y{number}"}, set()
-        for run in (run for run in content["runs"] if run["task"] == task):
-            method = run["method"]
-            first = method not in shown and i == 0
-            shown.add(method)
-            look = {"mode": "lines", **style(method), "showlegend": first, "opacity": 0.8}
-            traces.append(go.Scatter(x=run["update"][1:], y=run["train"][1:], **axes, **look))
-        words.append(
-            f"{TASKS[task].title}: "
-            + ", ".join(f"{looks(m).name} {min(ends(content, task, m)):.3g}" for m in LINES)
-        )
-        left, top = 0.36 * column, 1 - 0.55 * row
-        layout[f"xaxis{number}"] = {
-            **{"title": f"update<br>{TASKS[task].title}", "type": "log", "dtick": 1},
-            **{"domain": [left, left + 0.28], "anchor": f"y{number}"},
+        number, (row, column) = "" if i == 0 else str(i + 1), divmod(i, 2)
+        axes, losses = {"xaxis": f"x{number}", "yaxis": f"y{number}"}, []
+        for method in LINES:
+            for k, run in enumerate(by_seed(content, task, method)):
+                look = {"mode": "lines", **style(method), "showlegend": i == k == 0}
+                traces.append(go.Scatter(x=run["update"][1:], y=run["train"][1:], **axes, **look))
+                losses += run["train"]
+        words.append(f"{TASKS[task].title}: {', '.join(_spoken(content, task, m) for m in LINES)}")
+        left, top = 0.54 * column, 1 - 0.35 * row
+        title = {"title": f"update<br>{TASKS[task].title}", "type": "log", "dtick": 1}
+        layout[f"xaxis{number}"] = {**title, "domain": [left, left + 0.46], "anchor": f"y{number}"}
+        start = max(run["train"][0] for run in by_seed(content, task, ADAM))  # what diverges leaves the panel
+        shown = [math.log10(0.8 * min(losses)), math.log10(2 * start)]
+        layout[f"yaxis{number}"] = {
+            **{"type": "log", "dtick": 1, "exponentformat": "power", "range": shown},
+            **{"domain": [top - 0.25, top], "anchor": f"x{number}"},
         }
-        layout[f"yaxis{number}"] = {**TICKS, "domain": [top - 0.4, top], "anchor": f"x{number}"}
-    alt = "Training loss by update on six tasks. The best seed ends at: " + "; ".join(words)
-    return figure(traces, alt=alt, height=640, **layout)
+    alt = "Training loss by update; the last losses, by seed. " + "; ".join(words)
+    return figure(traces, alt=alt, height=900, **layout)
+
+
+def _spoken(content: dict[str, Any], task: str, method: str) -> str:
+    return f"{looks(method).name} {_losses(ends(content, task, method))}"
+
+
+def _losses(values: list[float]) -> str:
+    return ", ".join("diverged" if value == math.inf else f"{value:.3g}" for value in values)
