@@ -71,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "the README's line on six tasks, beside Adam's"
     command = commands.add_parser("out-of-the-box", help=text, description=OUT_OF_THE_BOX, **LAYOUT)
+    text = "only these: digits, normalised, cifar10, convolutions, transformer, autoencoder"
+    command.add_argument("--tasks", nargs="+", metavar="TASK", help=f"{text} (default: all)")
     command.add_argument("--updates", type=int, default=300, help="of each run (default: 300)")
     add_options(command, "out", "quiet")
     command.set_defaults(action=_out_of_the_box, parser=command)
@@ -108,10 +110,15 @@ def _bench(options: argparse.Namespace) -> int:
 
 
 def _out_of_the_box(options: argparse.Namespace) -> int:
-    from lab.out_of_the_box import out_of_the_box, report
+    from lab.out_of_the_box import TASKS, out_of_the_box, report
 
+    fail, tasks = options.parser.error, options.tasks or tuple(TASKS)
+    for task in tasks:
+        if task not in TASKS:
+            fail(f"--tasks: there are {', '.join(TASKS)}, got {task!r}")
     if options.updates < 1:
-        options.parser.error(f"--updates must be 1 or more, got {options.updates}")
-    content = out_of_the_box(updates=options.updates, out=options.out, progress=not options.quiet)
+        fail(f"--updates must be 1 or more, got {options.updates}")
+    wanted = {key: getattr(options, key) for key in ("updates", "out")}
+    content = out_of_the_box(tasks=tasks, **wanted, progress=not options.quiet)
     print(f"{table(report(content))}\n\nrecord: {Path(options.out) / 'out_of_the_box.json'}")
     return OK

@@ -102,7 +102,7 @@ def test_a_fit_is_the_ordinary_loop_and_says_why_it_ended():
     assert refused["status"] == "diverged"
 
 
-def test_a_record_is_gone_on_with_and_not_mixed(tmp_path, monkeypatch, capsys):
+def test_a_record_is_gone_on_with_and_not_mixed(tmp_path, capsys):
     options = {"tasks": ("transformer",), "updates": 1, "out": tmp_path, "progress": False}
     content = out_of_the_box(**options, seeds=(1,))
     assert [run["method"] for run in content["runs"]] == list(LINES)
@@ -114,9 +114,13 @@ def test_a_record_is_gone_on_with_and_not_mixed(tmp_path, monkeypatch, capsys):
         out_of_the_box(**(options | {"updates": 2}))
     with pytest.raises(ValueError, match="task must be one of"):
         out_of_the_box(**(options | {"tasks": ("digit",)}))
-    monkeypatch.setattr("lab.out_of_the_box.TASKS", {"transformer": TASKS["transformer"]})
-    assert cli.main(["out-of-the-box", "--updates", "1", "--out", str(tmp_path), "--quiet"]) == 0
+    command = ["out-of-the-box", "--out", str(tmp_path), "--quiet", "--updates"]
+    assert cli.main([*command, "1", "--tasks", "transformer"]) == 0
     assert "at or below Adam" in capsys.readouterr().out
+    for wrong, words in ((["0"], "must be 1 or more"), (["1", "--tasks", "digit"], "there are digits,")):
+        with pytest.raises(SystemExit):
+            cli.main([*command, *wrong])
+        assert words in capsys.readouterr().err
 
 
 def test_the_prose_is_characters_and_those_that_follow():
