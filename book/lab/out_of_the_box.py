@@ -41,7 +41,8 @@ LINES = {
     "acp_bounded": "ACP(model, lr=10.0, other_lr=0.1)",
     "nnn2_bounded": "NaturalNN(model, lr=10.0, other_lr=0.1)",
     "kfac_bounded": "KFAC(model, lr=10.0, other_lr=0.1, loss=loss)",
-    "acp_fixedalpha": "ACP(model, lr=0.1, other_lr=0.1, bias_correction=False, max_change=None)",
+    "acp_fixedalpha": "ACP(model, lr=0.1, other_lr=0.1, bias_correction=False, max_change=None, "
+    "refresh_every=100)",
     "adam": "torch.optim.Adam(model.parameters())",
 }
 """What is compared, by the look of its curves: our defaults, ACP as Algorithm 4 prints it, and Adam.

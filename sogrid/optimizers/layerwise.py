@@ -75,7 +75,7 @@ class Layerwise(LayerOptimizer):
         lr: float | Tensor,
         hyperparameters: dict[str, Any],
         *,
-        refresh_every: int | None = 100,
+        refresh_every: int | None = 20,
         averaging: float = 0.0,
         rank: int | None = None,
         **options,
