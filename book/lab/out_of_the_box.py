@@ -281,6 +281,11 @@ def by_seed(content: dict[str, Any], task: str, method: str) -> list[dict[str, A
     return [run for _, run in sorted({run["seed"]: run for run in runs}.items())]
 
 
+def _tasks(content: dict[str, Any]) -> list[str]:
+    """Those that a record has, in order."""
+    return [name for name in TASKS if any(run["task"] == name for run in content["runs"])]
+
+
 def ends(content: dict[str, Any], task: str, method: str) -> list[float]:
     """The last training loss of each seed, infinite where a run diverged."""
     runs = by_seed(content, task, method)
@@ -300,7 +305,7 @@ def verdict(content: dict[str, Any], task: str, method: str) -> str:
 def report(content: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows of a table, the first one the head: the last losses of the seeds, and the verdict."""
     rows = [("task", "method", "last training losses", "at or below Adam")]
-    for task, method in dict.fromkeys((run["task"], run["method"]) for run in content["runs"]):
+    for task, method in ((t, m) for t in _tasks(content) for m in LINES if by_seed(content, t, m)):
         losses = _losses(ends(content, task, method))
         found = "" if method == ADAM else verdict(content, task, method)
         rows.append((TASKS[task].title, looks(method).name, losses, found))
@@ -310,7 +315,7 @@ def report(content: dict[str, Any]) -> list[tuple[str, ...]]:
 def curves(content: dict[str, Any]) -> go.Figure:
     """The training loss by update: a panel for each task, a line for each seed, both axes logarithmic."""
     traces, layout, words = [], {}, []
-    for i, task in enumerate(dict.fromkeys(run["task"] for run in content["runs"])):
+    for i, task in enumerate(_tasks(content)):
         number, (row, column) = "" if i == 0 else str(i + 1), divmod(i, 2)
         axes, losses = {"xaxis": f"x{number}", "yaxis": f"y{number}"}, []
         for method in LINES:
