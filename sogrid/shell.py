@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from sogrid import others
 from sogrid.capture import LOOKS, UNKNOWN, Capture, CaptureError, LayerRecord, Wanted
+from sogrid.finite import Noted
 from sogrid.losses import Loss, check_reduction
 from sogrid.method import Change, Gradient
 from sogrid.parameters import Layer, check_hyperparameter, find_layers, owners, split_off_others
@@ -121,7 +122,7 @@ class Watching(torch.optim.Optimizer):
 
     @staticmethod
     def _require_finite(gradients: dict[str, list[Tensor]]) -> None:
-        """Look for NaN and infinity where looking is free (on an accelerator they spread visibly).
+        """Look for NaN and infinity where looking is free; on an accelerator they are noted, and read later.
 
         Args:
             gradients: By the place that an error names.
@@ -147,7 +148,8 @@ class Watching(torch.optim.Optimizer):
         Raises:
             CaptureError: If the forward pass that a gradient belongs to was not seen.
             FactorizationError: If a damped matrix cannot be inverted.
-            FloatingPointError: On the CPU, if a gradient is not finite. No error changes a parameter.
+            FloatingPointError: On the CPU, if a gradient is not finite. On an accelerator only at the next
+                refresh, and then the step has been made; no other error changes a parameter.
         """
         loss = None
         if closure is not None:
@@ -310,12 +312,14 @@ class LayerOptimizer(Watching):
             place.
         max_change: κ > 0, the largest change of a layer's pre-activations in one step, in root mean square
             over (the first 16 examples of) the minibatch and the layer's units; a larger step is shrunk,
-            the whole layer's alike. ``None``: no bound, as in the thesis. Kept in the parameter groups, so
-            it may decay like a learning rate. Cheap with factored gradients.
+            the whole layer's alike, so that a large λ is no risk, and κ the length of a step. ``None``: no
+            bound, as in the thesis. Kept in the parameter groups, so it may decay like a learning rate. Cheap
+            with factored gradients.
         momentum: m in [0, 1), of the heavy ball v ← m v + Δ over the (bounded) steps Δ; with it a layer may
             move by κ/(1 − m).
         nesterov: Step by Δ + m v, as in :class:`torch.optim.SGD`.
-        weight_decay: w ≥ 0, decoupled as in :class:`torch.optim.AdamW`: what is trained shrinks by λw first.
+        weight_decay: w ≥ 0, decoupled as in :class:`torch.optim.AdamW`: what is trained shrinks by λw first,
+            which with the λ of a bounded step is much: at λ = 10, w = 0.0001 is a thousandth an update.
         decay_bias: Whether biases, and other parameters of one dimension, shrink too.
         maximize: Climb.
         process_group: The processes that share each minibatch and hold the mean of their gradients, as
@@ -350,7 +354,7 @@ class LayerOptimizer(Watching):
         other_lr: float | Tensor | None = None,
         params: Iterable | None = None,
         gradients: str = "matrix",
-        max_change: float | Tensor | None = None,
+        max_change: float | Tensor | None = 0.03,
         momentum: float | Tensor = 0.0,
         nesterov: bool = False,
         weight_decay: float | Tensor = 0.0,
@@ -425,6 +429,13 @@ class LayerOptimizer(Watching):
             check_hyperparameter("max_change (κ)", group["max_change"], positive=True)
         check_hyperparameter("momentum", group["momentum"], below=1.0)
         check_hyperparameter("weight_decay", group["weight_decay"])
+        if not any(isinstance(group[key], Tensor) for key in ("lr", "weight_decay")):
+            shrinks = group["lr"] * group["weight_decay"]
+            if shrinks >= 1:
+                raise ValueError(
+                    f"lr · weight_decay must be below one: a step would shrink weights by {shrinks} times "
+                    "what they are"
+                )
         if group["nesterov"] and not isinstance(group["momentum"], Tensor) and group["momentum"] == 0:
             raise ValueError("nesterov needs a momentum above zero")
 
@@ -469,11 +480,15 @@ class LayerOptimizer(Watching):
         layers = find_layers(self.param_groups, owners(self.model))
         if self._capture is not None:
             self._capture.close()
-        self._layers, self._routes = layers, {}
+        self._layers, self._routes, self._noted = layers, {}, Noted()
         self._link()
         self._factored = {layer.weight for layer in layers if layer.rule.factors and layer.bias is not None}
         self._capture = Capture(self.model, {layer.name: layer.module for layer in layers}, self._wanted())
         self._capture.take_over()
+
+    def load_state_dict(self, state_dict: dict) -> None:  # noqa: D102
+        super().load_state_dict(state_dict)
+        self._noted = Noted()
 
     def _wanted(self) -> Wanted:
         bounds = [group["max_change"] for group in self.param_groups]
@@ -586,7 +601,11 @@ class LayerOptimizer(Watching):
     def _looked(self, ranks: Ranks) -> list[Ready]:
         """The layers to step, looked over."""
         ready = list(self._ready(ranks))
-        self._require_finite({f"layer {one.layer.name!r}": self._looked_over(one) for one in ready})
+        gradients = {f"layer {one.layer.name!r}": self._looked_over(one) for one in ready}
+        self._require_finite(gradients)
+        self._noted.note(self.param_groups[0]["updates"], gradients)
+        if self.refresh_due or self._noted.due:
+            self._noted.require_finite()
         return ready
 
     def _prepare(self, ranks: Ranks) -> list[Ready]:

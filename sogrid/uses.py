@@ -160,18 +160,23 @@ class LayerRecord:
         """Whether every use was kept."""
         return all(use.kept for use in self._uses)
 
+    def _kept(self) -> dict[Pass, list[Use]]:
+        """The uses whose input is there, by forward pass."""
+        passes: dict[Pass, list[Use]] = {}
+        for use in self._uses:
+            if use.input is not None:
+                passes.setdefault(use.forward, []).append(use)
+        return passes
+
     def rows(self) -> Rows:
         """All that was kept, with the gradients scaled as the loss was reduced; none where the graph was cut.
 
         Raises:
             CaptureError: If an input was changed in place meanwhile.
         """
-        passes: dict[Pass, list[Use]] = {}
-        for use in self._uses:
-            if use.input is not None:
-                use.require_input()
-                passes.setdefault(use.forward, []).append(use)
-        uses = list(passes.values())
+        uses = list(self._kept().values())
+        for use in (use for some in uses for use in some):
+            use.require_input()
         h = _stack([[use.rule.inputs(use.layer, use.input.tensor) for use in some] for some in uses])
         if any(g is None for g in self._uses.values()):
             return Rows(h, None, (), self.count)
@@ -194,13 +199,15 @@ class LayerRecord:
         return join(h), join([g.flatten(0, -2) for g in self._uses.values()])
 
     def some_inputs(self, examples: int) -> tuple[Tensor, int]:
-        """Rows ``[·, i]`` of the first examples at least, and how many rows an example has."""
+        """Rows ``[·, i]`` of the first examples at least, in all uses, and how many rows an example has."""
         seen, parts = 0, []
-        for use in self._uses:
-            if seen < examples and use.input is not None:
-                parts.append(use.rule.inputs(use.layer, use.input.tensor[: examples - seen]))
-                seen += parts[-1].shape[-3]
-        return join([part.flatten(-3, -2) for part in parts], -2), parts[0].shape[-2]
+        for uses in self._kept().values():
+            if seen < examples:
+                some = [use.rule.inputs(use.layer, use.input.tensor[: examples - seen]) for use in uses]
+                parts.append(some)
+                seen += some[0].shape[-3]
+        h = _stack(parts)
+        return h.flatten(-3, -2), h.shape[-2]
 
     def preactivations(self) -> Tensor:
         """The outputs of all uses; computed again where they were not kept or are changed."""

@@ -38,7 +38,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-__all__ = ["DeviceFault", "Generator", "accelerator", "main", "preparing", "run_apart"]
+from sogrid import finite
+
+__all__ = ["DeviceFault", "Generator", "Reading", "accelerator", "main", "preparing", "run_apart"]
 
 NAME = "fakegpu"
 
@@ -106,6 +108,25 @@ class Generator(torch.Generator):
         if self.accelerated:
             self.seeds.append(seed)
         return super().manual_seed(seed)
+
+
+class Reading:
+    """In the place of :func:`sogrid.finite.read`.
+
+    Attributes:
+        counts: How many numbers were read, each time.
+        planted: Which of those that are read next are NaN; the others are zero.
+    """
+
+    counts: list[int] = []  # noqa: RUF012
+    planted: set[int] = set()  # noqa: RUF012
+
+    @classmethod
+    def read(cls, sizes: Tensor) -> list[float]:
+        if sizes.device.type != NAME or sizes.dim() != 1:
+            raise _fault(f"a tensor of shape {tuple(sizes.shape)} on {sizes.device} is read")
+        cls.counts.append(len(sizes))
+        return [float("nan") if i in cls.planted else 0.0 for i in range(len(sizes))]
 
 
 class _Calls(TorchFunctionMode):
@@ -180,12 +201,14 @@ def accelerator(*, host_scalars: bool = False, threaded: bool = False) -> Iterat
         threaded: Run backward passes in the engine's thread for the device, as a GPU does.
     """
     _name_backend()
-    Generator.seeds.clear()
+    for kept in (Generator.seeds, Reading.counts, Reading.planted):
+        kept.clear()
     with (
         _Fakes(allow_non_fake_inputs=False),
         _Operations(host_scalars),
         _Calls(),
         mock.patch.object(torch, "Generator", Generator),
+        mock.patch.object(finite, "read", Reading.read),
         torch.autograd.set_multithreading_enabled(threaded),
     ):
         yield torch.device(NAME, 0)

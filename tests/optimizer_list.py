@@ -56,32 +56,48 @@ class Method:
 
     @property
     def starts_from_grad(self) -> bool:
-        """Whether the step is linear in ``.grad`` for given statistics, as clipping needs."""
+        """Whether the step is made from ``.grad``, as clipping needs."""
         return self.kind is not UpdatedBackprop
 
     @property
+    def bounded(self) -> bool:
+        """Whether a step is shrunk, and so not linear in anything, and the inputs kept at every update."""
+        return self.layerwise and "max_change" not in self.options
+
+    @property
+    def draws(self) -> bool:
+        """Whether it pulls back what the Fisher has at the model's output."""
+        return self.kind in (KFAC, EKFAC) and self.options.get("curvature", "fisher").startswith("fisher")
+
+    @property
     def samples(self) -> bool:
-        return self.options.get("curvature") == "fisher_sampled"
+        return self.draws and self.options.get("curvature") != "fisher_exact"
 
 
+PLAIN: dict[str, Any] = {"lr": 0.1, "max_change": None}
+HALF = {**PLAIN, "damping": 0.5}
+ALGORITHM_4 = {**HALF, "bias_correction": False}
+SHARED = {**PLAIN, "damping": 1.0, "pi_correction": True}
 OPTIMIZERS = [
-    Method("centred", CenteredGradientDescent, {"lr": 0.1}),
-    Method("centred, bias corrected", CenteredGradientDescent, {"lr": 0.1, "bias_correction": True}),
-    Method("acp", ACP, {"lr": 0.1, "damping": 0.5}),
-    Method("acp, bias corrected", ACP, {"lr": 0.1, "damping": 0.5, "bias_correction": True}),
-    Method("acp, heuristic", ACP, {"lr": 0.1, "damping": 0.5, "output_curvature": "heuristic"}),
-    Method("acp, exact Tikhonov", ACP, {"lr": 0.1, "damping": 0.5, "tikhonov": "exact"}),
-    Method("acp, averaging", ACP, {"lr": 0.1, "damping": 0.5, "averaging": 0.6, "refresh_every": 2}),
-    Method("acp, rank 2", ACP, {"lr": 0.1, "damping": 0.5, "rank": 2, "averaging": 0.6}),
-    Method("kfac, exact fisher", KFAC, {"lr": 0.1, "curvature": "fisher_exact"}),
-    Method("kfac, sampled fisher", KFAC, {"lr": 0.1, "curvature": "fisher_sampled", "refresh_every": 2}),
-    Method("kfac, gauss-newton", KFAC, {"lr": 0.1, "curvature": "gauss_newton_probabilities"}),
-    Method("kfac, empirical fisher", KFAC, {"lr": 0.1, "curvature": "empirical_fisher", "averaging": 0.5}),
-    Method("ekfac", EKFAC, {"lr": 0.1, "damping": 0.5, "curvature": "fisher_exact"}),
-    Method("ekfac, empirical", EKFAC, {"lr": 0.1, "damping": 0.5, "curvature": "empirical_fisher"}),
-    Method("nnn", NaturalNN, {"lr": 0.1, "damping": 0.5}),
-    Method("ubp", UpdatedBackprop, {"lr": 0.1}),
-    Method("ubp, hessian", UpdatedBackprop, {"lr": 0.1, "curvature": "hessian"}),
+    Method("centred", CenteredGradientDescent, {**PLAIN, "bias_correction": False}),
+    Method("centred, bias corrected", CenteredGradientDescent, PLAIN),
+    Method("acp", ACP, ALGORITHM_4),
+    Method("acp, bias corrected", ACP, HALF),
+    Method("acp, heuristic", ACP, {**ALGORITHM_4, "output_curvature": "heuristic"}),
+    Method("acp, exact Tikhonov", ACP, {**ALGORITHM_4, "tikhonov": "exact"}),
+    Method("acp, averaging", ACP, {**ALGORITHM_4, "averaging": 0.6, "refresh_every": 2}),
+    Method("acp, rank 2", ACP, {**ALGORITHM_4, "rank": 2, "averaging": 0.6}),
+    Method("acp, as it comes", ACP, {"lr": 10.0}),
+    Method("kfac, exact fisher", KFAC, {**SHARED, "curvature": "fisher_exact"}),
+    Method("kfac, sampled fisher", KFAC, {**SHARED, "curvature": "fisher_sampled", "refresh_every": 2}),
+    Method("kfac, gauss-newton", KFAC, {**SHARED, "curvature": "gauss_newton_probabilities"}),
+    Method("kfac, empirical fisher", KFAC, {**SHARED, "curvature": "empirical_fisher", "averaging": 0.5}),
+    Method("kfac, as it comes", KFAC, {"lr": 10.0}),
+    Method("ekfac", EKFAC, {**HALF, "curvature": "fisher_exact"}),
+    Method("ekfac, empirical", EKFAC, {**HALF, "curvature": "empirical_fisher"}),
+    Method("nnn", NaturalNN, HALF),
+    Method("ubp", UpdatedBackprop, PLAIN),
+    Method("ubp, hessian", UpdatedBackprop, {**PLAIN, "curvature": "hessian"}),
     Method("newton", Newton, {"damping": 1.0}),
     Method("newton, gauss-newton", Newton, {"damping": 1.0, "curvature": "gauss_newton"}),
     Method("newton, fisher", Newton, {"damping": 1.0, "curvature": "fisher"}),

@@ -10,17 +10,19 @@ import copy
 import functools
 import json
 from collections.abc import Callable
+from unittest import mock
 
 import fake_accelerator
 import pytest
 import torch
-from fake_accelerator import DeviceFault, Generator, accelerator, preparing
+from fake_accelerator import DeviceFault, Generator, Reading, accelerator, preparing
 from filelock import FileLock
 from torch import Tensor, nn
 
 from lab.grid_timing import configurations
 from sogrid.experiments.grid import Grid, pooled_digits, train_grid
 from sogrid.factorize import inverse_square_root, tikhonov_inverse
+from sogrid.finite import Noted
 from sogrid.kronecker import bordered, bordered_inverse, homogeneous
 from sogrid.losses import (
     BinaryCrossEntropyAtLogits,
@@ -317,6 +319,69 @@ def _():
     seeds(2**63 - 1)  # any 64-bit seed will do
 
 
+# --- gradients that are not finite -------------------------------------------------------------------
+
+
+def steps_read(make: Make, steps: int, planted: int = -1) -> list[int]:
+    """Train a model of two layers, and return how many numbers were read, each time.
+
+    Args:
+        make: Of the optimizer.
+        steps: How many.
+        planted: Which of the numbers read in the last step is NaN.
+    """
+    with accelerator() as device:
+        with preparing():
+            model = MLP((4, 5, 3), device=device)
+        optimizer = make(model)
+        for step in range(steps):
+            if step == steps - 1:
+                Reading.planted.add(planted)
+            optimizer.zero_grad()
+            model(torch.randn(8, 4, device=device)).square().mean().backward()
+            optimizer.step()
+        return list(Reading.counts)
+
+
+@case("a NaN is named by layer and update at the next refresh, and nothing is read before")
+def _():
+    """A weight and a bias in each of two layers are four numbers of a step."""
+    make = functools.partial(ACP, lr=0.1, refresh_every=3)
+    assert steps_read(make, 3) == [4]
+    assert steps_read(make, 4) == [4, 12]
+    with pytest.raises(FloatingPointError, match=r"layer 'linear2': the gradient of update 3 was not finite"):
+        steps_read(make, 4, planted=4 + 3)
+
+
+@case("a method that does not refresh is read after a hundred steps")
+def _():
+    make = functools.partial(CenteredGradientDescent, lr=0.1)
+    assert steps_read(make, 101) == [400]
+    with pytest.raises(FloatingPointError, match=r"layer 'linear1': the gradient of update 1 was not finite"):
+        steps_read(make, 100, planted=0)
+
+
+@case("a refresh by closure reads the steps before it, and a state that is loaded forgets them")
+def _():
+    def watch(optimizer, model):
+        device = model.linear1.weight.device
+        closure = lambda: model(torch.randn(8, 4, device=device)).square().mean()  # noqa: E731
+        Reading.planted.add(0)
+        with pytest.raises(FloatingPointError, match="layer 'linear1'"):
+            optimizer.refresh(closure)
+        optimizer.refresh(closure)
+        for loaded in (True, False):
+            closure().backward()
+            optimizer.step()
+            if loaded:
+                optimizer.load_state_dict(optimizer.state_dict())
+                optimizer.refresh(closure)
+        with pytest.raises(FloatingPointError, match="layer 'linear1'"):
+            optimizer.refresh(closure)
+
+    train(functools.partial(ACP, lr=0.1), watch=watch)
+
+
 # --- thin inverses, of layers wider than twice the minibatch -----------------------------------------
 
 WIDE = (20, 40, 30)
@@ -605,6 +670,35 @@ def test_sampled_targets_depend_on_their_seed_alone():
     assert not torch.equal(draws[0][0], draws[0][1])
 
 
+class Elsewhere(Tensor):
+    """On a device with numbers."""
+
+    is_cpu = False
+
+
+def test_the_first_gradient_that_is_not_finite_is_named():
+    noted, whole = Noted(), {"a": [torch.full((2,), -1e38)], "b": [torch.zeros(2, 3), torch.ones(3).double()]}
+    everywhere = {where: [t.as_subclass(Elsewhere) for t in tensors] for where, tensors in whole.items()}
+    noted.note(0, everywhere)
+    noted.require_finite()
+    for update, wrong in enumerate((0.0, float("nan"), float("-inf"))):
+        everywhere["b"][1][1] = wrong
+        noted.note(update, everywhere)
+    with pytest.raises(FloatingPointError, match="b: the gradient of update 2 was not finite"):
+        noted.require_finite()
+    noted.require_finite()
+
+
+def read_at_a_refresh(sizes: Tensor) -> list[float]:
+    """The one wait, where torch would raise."""
+    mode = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")
+    try:
+        return sizes.tolist()
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
+
+
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 everywhere = pytest.mark.parametrize(
     ("make", "sizes"),
@@ -617,6 +711,7 @@ everywhere = pytest.mark.parametrize(
 
 @needs_gpu
 @everywhere
+@mock.patch("sogrid.finite.read", read_at_a_refresh)
 def test_a_gpu_never_makes_the_host_wait(make, sizes):
     """What the fake one cannot see: kernels that wait inside. torch raises where the host would."""
     model = MLP(sizes, device="cuda")
@@ -631,6 +726,22 @@ def test_a_gpu_never_makes_the_host_wait(make, sizes):
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+
+
+@needs_gpu
+def test_a_gpu_run_that_goes_nan_is_noticed_at_the_next_refresh():
+    model = MLP((4, 5, 3), device="cuda")
+    optimizer = ACP(model, lr=0.1, refresh_every=5)
+
+    def step(x: float) -> None:
+        optimizer.zero_grad()
+        model(torch.full((8, 4), x, device="cuda")).square().mean().backward()
+        optimizer.step()
+
+    for x in (0.0, 1.0, 0.0, float("nan"), 1.0):
+        step(x)
+    with pytest.raises(FloatingPointError, match="the gradient of update 4 was not finite"):
+        step(0.0)
 
 
 @needs_gpu

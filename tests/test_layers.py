@@ -230,7 +230,7 @@ def test_kfac_averages_inputs_over_positions_and_sums_outputs_over_them():
     root = 0.3**0.5
     inverses = [torch.linalg.inv(m + root * torch.eye(len(m), dtype=m.dtype)) for m in (b, a)]
     change = -0.1 * inverses[0] @ gradient @ inverses[1]
-    optimizer = METHODS["kfac"](network, lr=0.1, pi_correction=False)
+    optimizer = METHODS["kfac"](network, lr=0.1, max_change=None)
     assert_step(network, optimizer, x, change[:, :-1], change[:, -1])
 
 
@@ -243,7 +243,7 @@ def test_acp_centres_over_examples_and_positions():
     centred = sum(torch.outer(u, v - mean) for u, v in zip(outputs, rows, strict=True)) / N
     dw = -0.1 * centred @ torch.linalg.inv(covariance + 0.3 * torch.eye(5, dtype=h.dtype))
     db = -0.1 * outputs.sum(0) / N - dw @ mean
-    assert_step(network, ACP(network, 0.1, 0.3, bias_correction=True), x, dw, db)
+    assert_step(network, ACP(network, 0.1, 0.3, max_change=None), x, dw, db)
 
 
 def step(network, method, x):

@@ -146,7 +146,7 @@ def test_optimizer_takes_the_exact_tikhonov_step():
     x = torch.rand(n, n_in, dtype=torch.float64)
     y = torch.randn(n, n_out, dtype=torch.float64)
     before = [p.detach().clone() for p in model.parameters()]
-    optimizer = ACP(model, 0.3, 0.2, output_curvature=2.0, tikhonov="exact")
+    optimizer = ACP(model, 0.3, 0.2, output_curvature=2.0, tikhonov="exact", max_change=None)
     Quadratic()(model(x), y).backward()
     tilde = torch.cat([x, torch.ones(n, 1, dtype=x.dtype)], 1)
     matrix = references.kron(tilde.mT @ tilde / n, 2 * torch.eye(5, dtype=x.dtype))
@@ -280,7 +280,7 @@ def test_natural_nn_is_sgd_on_whitened_layers_through_refreshes(damping):
     torch.manual_seed(1)
     model = MLP([n_in, 5, n_out], "tanh", dtype=torch.float64)
     whitened = nn.Sequential(WhitenedLinear(model.linear1), nn.Tanh(), WhitenedLinear(model.linear2))
-    ours = NaturalNN(model, 0.1, damping, refresh_every=3)
+    ours = NaturalNN(model, 0.1, damping, refresh_every=3, max_change=None)
     reference = torch.optim.SGD(whitened.parameters(), 0.1)
     loss = Quadratic()
     for step in range(10):
@@ -392,7 +392,7 @@ def test_optimizer_takes_the_step_of_algorithm_2(case, reduction):
     """
     options = LOSSES[case] | {"loss": type(LOSSES[case]["loss"])(reduction)}
     model, loss, x, y, inputs, pre, weights, biases, activations, f = chain("sigmoid", **options)
-    optimizer = UpdatedBackprop(model, 0.05, loss=loss)
+    optimizer = UpdatedBackprop(model, 0.05, loss=loss, max_change=None)
     loss(model(x), y).backward()
     optimizer.step()
     reference = jacobian_ubp(inputs, pre, weights, activations, f, y, type(loss).__name__, 0.05, n)
@@ -495,7 +495,8 @@ def test_kfac_with_one_repeated_input_is_the_exact_block_step():
     y = torch.randint(0, 3, (8,))
     loss = CrossEntropyAtLogits()
     damping = 1e-2
-    optimizer = KFAC(model, 1.0, damping, loss=loss, curvature="fisher_exact", pi_correction=False)
+    options = {"curvature": "fisher_exact", "pi_correction": False, "max_change": None}
+    optimizer = KFAC(model, 1.0, damping, loss=loss, **options)
     loss(model(x), y).backward()
     grads = {k: p.grad.clone() for k, p in model.named_parameters()}
     before = {k: p.detach().clone() for k, p in model.named_parameters()}

@@ -1,4 +1,4 @@
-"""The command line of the book's laboratory, ``python -m lab``: ``clock`` and ``bench``.
+"""The command line of the book's laboratory, ``python -m lab``: ``clock``, ``bench`` and ``out-of-the-box``.
 
 Torch is imported only by what needs it, so that ``--help`` is quick.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from pathlib import Path
 
 from sogrid.cli import (
     LAYOUT,
@@ -35,6 +36,12 @@ from the learning curves in OUT or the book. The record is OUT/bench.json, of a 
 on an otherwise idle machine.
 """
 
+OUT_OF_THE_BOX = """\
+Train six networks with the line of the README, nothing tuned, and with Adam and its defaults, from three
+seeds: some minutes for each on one thread. The record is OUT/out_of_the_box.json; what it holds is not run
+again.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks, and return the exit status.
@@ -61,6 +68,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--rounds", type=int, default=30, help="updates timed of each method (default: 30)")
     add_options(command, "device", "out", "quiet")
     command.set_defaults(action=_bench, parser=command)
+
+    text = "the README's line on six tasks, beside Adam's"
+    command = commands.add_parser("out-of-the-box", help=text, description=OUT_OF_THE_BOX, **LAYOUT)
+    text = "only these: digits, normalised, cifar10, convolutions, transformer, autoencoder"
+    command.add_argument("--tasks", nargs="+", metavar="TASK", help=f"{text} (default: all)")
+    command.add_argument("--updates", type=int, default=300, help="of each run (default: 300)")
+    add_options(command, "out", "quiet")
+    command.set_defaults(action=_out_of_the_box, parser=command)
     return parser
 
 
@@ -91,4 +106,19 @@ def _bench(options: argparse.Namespace) -> int:
     for title, rows in report(content).items():
         print(f"{title}\n{table(rows)}\n")
     print(f"record: {bench_path(options.out, options.device)}")
+    return OK
+
+
+def _out_of_the_box(options: argparse.Namespace) -> int:
+    from lab.out_of_the_box import TASKS, out_of_the_box, report
+
+    fail, tasks = options.parser.error, options.tasks or tuple(TASKS)
+    for task in tasks:
+        if task not in TASKS:
+            fail(f"--tasks: there are {', '.join(TASKS)}, got {task!r}")
+    if options.updates < 1:
+        fail(f"--updates must be 1 or more, got {options.updates}")
+    wanted = {key: getattr(options, key) for key in ("updates", "out")}
+    content = out_of_the_box(tasks=tasks, **wanted, progress=not options.quiet)
+    print(f"{table(report(content))}\n\nrecord: {Path(options.out) / 'out_of_the_box.json'}")
     return OK

@@ -159,6 +159,8 @@ class Method:
         return network, self.optimizer(network, task.loss, own)
 
 
+PRINTED = {"max_change": None}
+AS_ALGORITHMS = {"bias_correction": False, **PRINTED}
 GRADIENTS = {"gradients": "factored"}
 STATISTICS = {"refresh_every": REFRESH_EVERY, **GRADIENTS}
 
@@ -181,15 +183,17 @@ def _adaptive(optimizer):
 
 
 def _centered(model, loss, settings):
-    return CenteredGradientDescent(model, **settings, **GRADIENTS)
+    return CenteredGradientDescent(model, **settings, **AS_ALGORITHMS, **GRADIENTS)
 
 
 def _acp(alpha, **options):
-    return lambda model, loss, s: ACP(model, **s, output_curvature=alpha, **options, **STATISTICS)
+    fixed = {"output_curvature": alpha, **AS_ALGORITHMS, **options, **STATISTICS}
+    return lambda model, loss, s: ACP(model, **s, **fixed)
 
 
 def _nnn(**options):
-    return lambda model, loss, s: NaturalNN(model, **s, **options, **STATISTICS)
+    fixed = {**PRINTED, **options, **STATISTICS}
+    return lambda model, loss, s: NaturalNN(model, **s, **fixed)
 
 
 def _kfac(curvature=None, **options):
@@ -202,13 +206,13 @@ def _kfac(curvature=None, **options):
     def build(model, loss, settings):
         usual = "fisher_sampled" if isinstance(loss, Quadratic) else "gauss_newton_probabilities"
         fixed = {"loss": loss, "pi_correction": False, "curvature": curvature or usual}
-        return KFAC(model, **settings, **fixed, **options, **STATISTICS)
+        return KFAC(model, **settings, **fixed, **{**PRINTED, **options}, **STATISTICS)
 
     return build
 
 
 def _ubp(curvature, **options):
-    fixed = {"curvature": curvature, **options, **GRADIENTS}
+    fixed = {"curvature": curvature, **PRINTED, **options, **GRADIENTS}
     return lambda model, loss, s: UpdatedBackprop(model, **s, loss=loss, **fixed)
 
 

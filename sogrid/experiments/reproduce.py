@@ -334,7 +334,7 @@ def _task(benchmark: str, profile: str, device: str) -> Task:
     plan = BENCHMARKS[benchmark]
     if not PROFILES[profile].full:
         digits = data.load("mnist", source="embedded", subset=SMOKE_EXAMPLES, device=device)
-        return plan.task(digits if plan.dataset == "mnist" else _as_cifar10(digits))
+        return plan.task(digits if plan.dataset == "mnist" else as_cifar10(digits))
     found = data.load(plan.dataset, device=device)
     if "subset" in found.variant:
         raise data.DataError(
@@ -344,7 +344,7 @@ def _task(benchmark: str, profile: str, device: str) -> Task:
     return plan.task(found)
 
 
-def _as_cifar10(digits: data.Dataset) -> data.Dataset:
+def as_cifar10(digits: data.Dataset) -> data.Dataset:
     """Digits in the format of CIFAR-10, none of which may be shipped: framed, and three times the same."""
 
     def colour(images: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ C and, for the heuristic, α = max (g_i)_j² come from a statistics minibatch ev
 h̄ is the current minibatch's. Where the thesis is open, this is what we chose:
 
 * the heuristic α is frozen at the refresh, in P and in λ/α alike;
-* the bracketed term of eq. (6.2.5) is off by default, as Algorithm 4 prints it (erratum E17);
+* the bracketed term of eq. (6.2.5) is there by default; Algorithm 4 prints the step without (erratum E17);
 * the *printed* damping adds ε/α to C only. Tikhonov damping of the whole block, A + (ε/α) I, is
   something else (erratum E16, THESIS rows 21–24): with d = ε/α, P = (M + dI − h̄h̄ᵀ/(1+d))⁻¹ for the
   second moment M, centring by h̄/(1+d), and a bias step divided by 1 + d. ``tikhonov="exact"``
@@ -166,7 +166,8 @@ class ACP(Layerwise):
             gradient descent with learning rate λ/ε. Zero needs an invertible covariance.
         output_curvature: α > 0, or ``"heuristic"``: max of the squared per-example gradients, by layer
             and refresh.
-        bias_correction: Add the term −ΔW h̄ of eq. (6.2.5) to the bias; off in the printed algorithm.
+        bias_correction: Add the term −ΔW h̄ of eq. (6.2.5) to the bias, without which the step does not always
+            descend; the printed algorithm is without.
         tikhonov: ``"printed"`` or ``"exact"``; see the module. The exact form includes the bias term.
         curvature_floor: Smallest α the heuristic may return.
         stored_mean: Centre by the mean of the statistics minibatch in place of the update's own.
@@ -180,7 +181,7 @@ class ACP(Layerwise):
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 1))
-        >>> optimizer = ACP(model, lr=0.1, damping=0.1)
+        >>> optimizer = ACP(model, lr=10.0)
         >>> model(torch.randn(8, 4)).square().mean().backward()
         >>> optimizer.step()
     """
@@ -189,10 +190,10 @@ class ACP(Layerwise):
         self,
         model: nn.Module,
         lr: float | Tensor,
-        damping: float | Tensor = 1.0,
+        damping: float | Tensor = 0.1,
         *,
         output_curvature: float | Tensor | str = 1.0,
-        bias_correction: bool = False,
+        bias_correction: bool = True,
         tikhonov: str = "printed",
         curvature_floor: float = 1e-12,
         stored_mean: bool = False,

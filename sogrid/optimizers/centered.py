@@ -91,7 +91,7 @@ class CenteredGradientDescent(Layerwise):
     Args:
         model: See :class:`~sogrid.shell.LayerOptimizer`.
         lr: λ.
-        bias_correction: Add the term −ΔW h̄ of eq. (6.2.5) to the bias; off in the printed algorithm.
+        bias_correction: Add the term −ΔW h̄ of eq. (6.2.5) to the bias; the printed algorithm is without.
         **options: ``reduction``, ``other_lr``, ``params``, ``gradients`` and ``max_change``; see
             :class:`~sogrid.shell.LayerOptimizer`.
 
@@ -105,7 +105,7 @@ class CenteredGradientDescent(Layerwise):
         model: nn.Module,
         lr: float | Tensor,
         *,
-        bias_correction: bool = False,
+        bias_correction: bool = True,
         **options: Unpack[LayerOptions],
     ) -> None:
         """See the class."""

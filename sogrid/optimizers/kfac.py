@@ -207,7 +207,8 @@ class KFAC(Layerwise):
             passes at a refresh), ``"fisher_exact"`` (one more for each output, at most 128),
             ``"gauss_newton_probabilities"`` or ``"empirical_fisher"`` (none); see the module.
         samples: Draws per example for ``"fisher_sampled"``.
-        pi_correction: Balance the damping between the two factors.
+        pi_correction: Balance the damping between the two factors. Where gradients vanish, as below many
+            sigmoid layers, the inputs then get nearly all of it.
         seed: Of the draws; each refresh and rank has its own stream, so that a resumed run repeats them.
         **options: ``refresh_every``, ``averaging`` and ``rank``, see
             :class:`~sogrid.optimizers.layerwise.Layerwise`; ``other_lr``, ``params``, ``gradients`` and
@@ -223,12 +224,12 @@ class KFAC(Layerwise):
         self,
         model: nn.Module,
         lr: float | Tensor,
-        damping: float | Tensor = 1.0,
+        damping: float | Tensor = 0.1,
         *,
         loss: Loss,
         curvature: str = "fisher_sampled",
         samples: int = 1,
-        pi_correction: bool = True,
+        pi_correction: bool = False,
         seed: int = 0,
         **options: Unpack[StatisticsOptions],
     ) -> None:

@@ -78,7 +78,7 @@ class Layerwise(Joint):
         lr: float | Tensor,
         hyperparameters: dict[str, Any],
         *,
-        refresh_every: int | None = 100,
+        refresh_every: int | None = 20,
         averaging: float = 0.0,
         rank: int | None = None,
         **options,
@@ -159,12 +159,14 @@ class Layerwise(Joint):
         Raises:
             CaptureError: If the closure did not run the model, or a layer was used in an unsupported way.
             FactorizationError: If a damped matrix cannot be inverted; the old statistics stay.
+            FloatingPointError: On an accelerator, if a gradient since the last refresh was not finite.
             TypeError: If the closure returns no scalar loss.
         """
         if not self.uses_statistics:
             return
 
         def looked() -> Looked:
+            self._noted.require_finite()
             with torch.enable_grad():
                 records = self._capture.collect(closure, self._probe())
             if not records:

@@ -94,7 +94,7 @@ class NaturalNN(ACP):
         self,
         model: nn.Module,
         lr: float | Tensor,
-        damping: float | Tensor = 1.0,
+        damping: float | Tensor = 0.1,
         **options: Unpack[StatisticsOptions],
     ) -> None:
         """See the class."""

@@ -274,8 +274,8 @@ class UpdatedBackprop(LayerOptimizer):
         gradients: ``"matrix"``: ``backward`` forms every ``.grad``, which the step only compares with its
             own. ``"factored"``: the graph ends at the model's output, and no ``.grad`` is made, nor one of
             the model's input; see :class:`~sogrid.shell.LayerOptimizer`.
-        max_change: κ, a bound on the change of pre-activations; see there. The gradient that is passed down
-            is then that after the bounded step.
+        max_change: κ, a bound on the change of pre-activations, ``None`` for none; see there. The gradient
+            that is passed down is then that after the bounded step.
         process_group: ``False``: this process steps alone, and needs to. The gradient passed down depends on
             the step of the layer above, so that several processes would have to meet at each layer.
 
@@ -301,7 +301,7 @@ class UpdatedBackprop(LayerOptimizer):
         curvature: str = "gauss_newton",
         params=None,
         gradients: str = "matrix",
-        max_change: float | Tensor | None = None,
+        max_change: float | Tensor | None = 0.03,
         process_group: Any = None,
     ) -> None:
         """See the class."""

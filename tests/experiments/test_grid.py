@@ -32,27 +32,27 @@ def task(kind: str, dtype: torch.dtype = torch.float64) -> Task:
 
 
 def method(kind, *settings, **options):
-    """A method of one's own; losses are given to those that ask for one."""
-    takes_loss = kind in (KFAC, UpdatedBackprop)
-    build = lambda model, loss, s: kind(model, **s, **options, **({"loss": loss} if takes_loss else {}))  # noqa: E731
+    """A method of one's own; losses are given to those that ask for one, and bounds are a setting."""
+    takes_loss, options = kind in (KFAC, UpdatedBackprop), {"max_change": None, **options}
+    build = lambda model, loss, s: kind(model, **(options | s), **({"loss": loss} if takes_loss else {}))  # noqa: E731
     return Method(build, settings=settings or ("lr", "damping"))
 
 
 CASES = {
     "sgd": METHODS["standard_sgd"],
-    "centred": method(CenteredGradientDescent, "lr", bias_correction=True, gradients="factored"),
-    "acp": method(ACP, output_curvature="heuristic", **REFRESH),
+    "centred": method(CenteredGradientDescent, "lr", gradients="factored"),
+    "acp": method(ACP, output_curvature="heuristic", bias_correction=False, **REFRESH),
     "acp, α each": method(ACP, "lr", "damping", "output_curvature", **REFRESH),
     "acp, exact": method(ACP, "lr", "damping", "output_curvature", tikhonov="exact", **REFRESH),
     "acp, exact heuristic": method(ACP, output_curvature="heuristic", tikhonov="exact", **REFRESH),
-    "acp, averaged": method(ACP, averaging=0.7, bias_correction=True, **REFRESH),
+    "acp, averaged": method(ACP, averaging=0.7, **REFRESH),
     "acp, one damping": method(ACP, "lr", damping=0.3, **REFRESH),
     "acp, bounded": method(ACP, "lr", "damping", "max_change", **REFRESH),
     "acp, rank 2": method(ACP, rank=2, **REFRESH),
     "nnn": method(NaturalNN, **REFRESH),
-    "kfac": method(KFAC, **REFRESH),
+    "kfac": method(KFAC, pi_correction=True, **REFRESH),
     "kfac, two draws": method(KFAC, samples=2, seed=5, pi_correction=False, **REFRESH),
-    "kfac, exact": method(KFAC, curvature="fisher_exact", **REFRESH),
+    "kfac, exact": method(KFAC, curvature="fisher_exact", pi_correction=True, **REFRESH),
     "kfac, empirical": method(KFAC, curvature="empirical_fisher", averaging=0.5, **REFRESH),
     "ubp": method(UpdatedBackprop, "lr", gradients="factored"),
     "ubp, hessian": method(UpdatedBackprop, "lr", curvature="hessian", gradients="factored"),

@@ -291,7 +291,7 @@ def test_every_method_is_searched_alike(benchmark, monkeypatch, tmp_path):
 
     monkeypatch.setattr(module, "search", note)
     monkeypatch.setattr(module, "open_storage", lambda url: None)
-    task = BENCHMARKS[benchmark].task(module._as_cifar10(module.data.load("mnist", source="embedded")))
+    task = BENCHMARKS[benchmark].task(module.as_cifar10(module.data.load("mnist", source="embedded")))
     monkeypatch.setattr(module, "_task", lambda *_: task)
     for profile in PROFILES:
         plans.clear()

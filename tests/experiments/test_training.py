@@ -10,6 +10,7 @@ from sogrid.experiments.training import Minibatches, evaluation_points, run, tra
 from sogrid.losses import CrossEntropyAtLogits, Quadratic
 from sogrid.networks import MLP
 from sogrid.optimizers import ACP
+from sogrid.shell import LayerOptimizer
 
 
 @pytest.fixture
@@ -64,6 +65,22 @@ def test_a_run_repeats_itself(task, method):
     one, two = (run(task, method, settings, **options) for _ in range(2))
     assert one["train"] == two["train"]
     assert one["train"] != run(task, method, settings, **{**options, "seed": 2})["train"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_thesis_s_methods_do_not_move_with_the_package_s_defaults(task, method):
+    """No bound, Algorithms 3 and 4 as printed, the same √ε for both factors; but for our own variants."""
+    values = {"lr": 0.01, "damping": 0.5, "scale": 4.0}
+    settings = {key: values[key] for key in (*METHODS[method].settings, "scale")}
+    _, optimizer = METHODS[method].build(task, settings, torch.Generator().manual_seed(0))
+    group, bounded = optimizer.param_groups[0], "bounded" in method
+    if isinstance(optimizer, LayerOptimizer):
+        assert group["max_change"] == (0.1 if bounded else None)
+        assert group["momentum"] == 0
+        assert group.get("damping", 0.5) == 0.5
+        assert group.get("bias_correction", False) == method.startswith(("nnn", "acp_bounded"))
+        assert group.get("pi_correction", False) is False
+        assert getattr(optimizer, "refresh_every", None) in (100, None)
 
 
 def test_statistics_come_from_minibatches_of_their_own(task):

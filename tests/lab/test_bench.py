@@ -284,7 +284,7 @@ def test_a_peer_takes_the_step_of_kfac(name):
     restart(model)
     plain = name == "curvlinops"
     options = {"curvature": "gauss_newton_probabilities", "pi_correction": not plain, "refresh_every": None}
-    optimizer = KFAC(model, lr, damping**2 if plain else damping, loss=loss, **options)
+    optimizer = KFAC(model, lr, damping**2 if plain else damping, loss=loss, max_change=None, **options)
     optimizer.refresh(lambda: loss(model(x), y))
     loss(model(x), y).backward()
     grads = [p.grad.clone() for p in model.parameters()]

@@ -440,7 +440,7 @@ def test_freezing_and_unfreezing_a_layer(method):
     assert all((a != b).any() for a, b in zip(parameters(model[0]), before, strict=True))
 
 
-@each([m for m in WITH_OTHERS if m.refreshes])
+@each([m for m in WITH_OTHERS if m.refreshes and not m.bounded])
 def test_statistics_taken_with_a_bias_are_not_used_without_it(method):
     model = network()
     optimizer = method(model, refresh_every=100)

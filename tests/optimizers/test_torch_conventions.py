@@ -82,10 +82,10 @@ def test_plain_groups_are_torchs_sgd(options):
 def test_decay_shrinks_what_is_trained_by_its_rate_alone(method, gradients, decay_bias):
     """Before the step, and beside it: as in AdamW."""
     model, twin = network(), network()
-    train(model, made(method, model, gradients=gradients, weight_decay=0.3, decay_bias=decay_bias))
+    train(model, made(method, model, gradients=gradients, weight_decay=0.03, decay_bias=decay_bias))
     train(twin, method(twin, gradients=gradients))
     shrunk = [
-        p - 0.1 * 0.3 * q * (q.dim() > 1 or decay_bias)
+        p - method.options["lr"] * 0.03 * q * (q.dim() > 1 or decay_bias)
         for p, q in zip(parameters(twin), parameters(network()), strict=True)
     ]
     assert_close(parameters(model), shrunk)
@@ -143,6 +143,11 @@ def test_hyperparameters_out_of_range(method, key, value):
     model = network()
     with pytest.raises(ValueError, match=key):
         method(model, params=[{"params": model.parameters(), key: value}])
+
+
+def test_a_decay_that_leaves_nothing():
+    with pytest.raises(ValueError, match=r"a step would shrink weights by 10\.0 times what they are"):
+        ACP(network(), 10.0, weight_decay=1.0)
 
 
 def test_nesterov_needs_a_momentum():

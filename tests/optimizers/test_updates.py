@@ -70,7 +70,7 @@ def test_centered_gradient_descent_is_algorithm_3(correction):
         dw = -0.1 * sum(torch.outer(gi, hi - mean) for gi, hi in zip(g, h, strict=True)) / n
         db = -0.1 * g.mean(0) - (dw @ mean if correction else 0)
         expected[module] = flat(dw, db)
-    optimizer = CenteredGradientDescent(model, 0.1, bias_correction=correction)
+    optimizer = CenteredGradientDescent(model, 0.1, bias_correction=correction, max_change=None)
     assert_steps(step(optimizer, model, loss, x, y), expected)
 
 
@@ -89,7 +89,7 @@ def test_acp_is_algorithm_4_with_statistics_of_their_own_minibatch(alpha, correc
         mean = h.mean(0)
         dw = -0.1 / a * sum(torch.outer(gi, hi - mean) for gi, hi in zip(g, h, strict=True)) / n @ P
         expected[module] = flat(dw, -0.1 / a * g.mean(0) - (dw @ mean if correction else 0))
-    optimizer = ACP(model, 0.1, 0.2, output_curvature=alpha, bias_correction=correction)
+    optimizer = ACP(model, 0.1, 0.2, output_curvature=alpha, bias_correction=correction, max_change=None)
     optimizer.refresh(lambda: loss(model(xs), ys))
     assert_steps(step(optimizer, model, loss, x, y), expected)
 
@@ -126,7 +126,8 @@ def test_kfac_is_the_product_of_its_damped_factors(curvature, loss, pi_correctio
         G = g.mT @ tilde / n
         S = -0.1 * torch.linalg.solve(references.kron(A, B), references.vec(G)).view(len(A), len(B)).mT
         expected[module] = flat(S[:, :-1], S[:, -1])
-    optimizer = KFAC(model, 0.1, damping, loss=loss, curvature=curvature, pi_correction=pi_correction)
+    options = {"curvature": curvature, "pi_correction": pi_correction, "max_change": None}
+    optimizer = KFAC(model, 0.1, damping, loss=loss, **options)
     assert_steps(step(optimizer, model, loss, x, y), expected)
 
 
@@ -136,7 +137,8 @@ def test_kfac_is_exact_on_deep_linear_networks_with_the_quadratic_loss():
     model = MLP([n_in, n_hidden, n_out], "identity", dtype=torch.float64)
     (x, y), loss = batch(), Quadratic()
     fisher = references.fisher(model, "Quadratic", x)
-    optimizer = KFAC(model, 1.0, 1e-10, loss=loss, curvature="fisher_exact", pi_correction=False)
+    options = {"curvature": "fisher_exact", "pi_correction": False, "max_change": None}
+    optimizer = KFAC(model, 1.0, 1e-10, loss=loss, **options)
     gradients = {}
     loss(model(x), y).backward()
     for module in (model.linear1, model.linear2):
@@ -149,12 +151,12 @@ def test_kfac_is_exact_on_deep_linear_networks_with_the_quadratic_loss():
         assert references.relative_error(block @ steps[module], -gradient) < 1e-4
 
 
-@pytest.mark.parametrize("make", [lambda m: ACP(m, 1e8, 1e8), lambda m: NaturalNN(m, 1e8, 1e8)])
-def test_infinite_damping_gives_the_centred_gradient(make):
+@pytest.mark.parametrize("kind", [ACP, NaturalNN])
+def test_infinite_damping_gives_the_centred_gradient(kind):
     """ε → ∞ with λ/ε fixed: ΔW is the centred gradient's step, with an error of order ‖C‖/ε."""
     model, (x, y), loss = network(), batch(), Quadratic()
     pairs = per_example(model, loss, x, y)
-    found = step(make(model), model, loss, x, y)
+    found = step(kind(model, 1e8, 1e8, max_change=None), model, loss, x, y)
     for module, (h, g) in pairs.items():
         dw = -(g.mT @ (h - h.mean(0)) / n).flatten()
         assert references.relative_error(found[module][: dw.numel()], dw) < 1e-7
@@ -168,7 +170,7 @@ def test_whitened_inputs_give_sgd():
     x = x @ vectors @ torch.diag(values.rsqrt()) @ vectors.mT
     first = model.linear1
     h, g = per_example(model, loss, x, y)[first]
-    optimizer = ACP(model, 0.1, 0.0, params=first.parameters())
+    optimizer = ACP(model, 0.1, 0.0, params=first.parameters(), max_change=None)
     found = step(optimizer, model, loss, x, y)[first]
     assert references.relative_error(found, flat(-0.1 * g.mT @ h / n, -0.1 * g.mean(0))) < ROUNDING
 
