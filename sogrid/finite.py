@@ -1,8 +1,8 @@
 """Gradients that are not finite, on an accelerator: noted on the device at every step, read now and then.
 
 On the CPU looking is free, and a step that would start from NaN or infinity is refused
-(:class:`sogrid.shell.Watching`). On an accelerator the host would have to wait for the answer, at every step,
-so the step is made, and the error comes with the next refresh.
+(:class:`sogrid.watching.Watching`). On an accelerator the host would have to wait for the answer, at every
+step, so the step is made, and the error comes with the next refresh.
 """
 
 from __future__ import annotations

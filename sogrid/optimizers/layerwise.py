@@ -27,9 +27,10 @@ from sogrid.parameters import Layer, check_count, check_hyperparameter
 from sogrid.private import without_autocast
 from sogrid.ranks import Ranks, joined
 from sogrid.rows import Rows, share
-from sogrid.shell import MOMENTUM, LayerOptimizer, LayerOptions
+from sogrid.shell import LayerOptimizer, LayerOptions
 from sogrid.statistics import Statistics, refresh_due
 from sogrid.structured import Gram, ThinInverse, scalar
+from sogrid.watching import MOMENTUM
 
 __all__ = ["Layerwise", "StatisticsOptions"]
 

@@ -15,8 +15,8 @@ from sogrid.capture import Capture, CaptureError, Wanted
 from sogrid.curvature import fisher, gauss_newton, hessian
 from sogrid.losses import Loss
 from sogrid.parameters import check_hyperparameter
-from sogrid.shell import Watching
 from sogrid.structured import shift_diagonal
+from sogrid.watching import Watching
 
 __all__ = ["Newton", "newton_update"]
 
