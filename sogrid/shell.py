@@ -19,11 +19,11 @@ from typing import Any, NamedTuple, TypedDict
 import torch
 from torch import Tensor, nn
 
-from sogrid import others
 from sogrid.capture import LOOKS, UNKNOWN, Capture, CaptureError, LayerRecord, Wanted
 from sogrid.finite import Noted
 from sogrid.losses import check_reduction
 from sogrid.method import Change, Gradient
+from sogrid.others import Factory, link, made, step
 from sogrid.parameters import Layer, check_hyperparameter, find_layers, owners, split_off_others
 from sogrid.ranks import Ranks, require_whole
 from sogrid.structured import Factored, add_to, is_one
@@ -68,7 +68,7 @@ class Ready(NamedTuple):
 
     @property
     def count(self) -> float:
-        """Examples of a rank, on average: the divisor of a sum whose ``.grad`` was averaged over ranks."""
+        """Examples of a rank on average, the divisor of a sum whose ``.grad`` was averaged over ranks."""
         return sum(self.counts) / len(self.counts) if self.counts else self.record.count
 
 
@@ -138,7 +138,7 @@ class LayerOptimizer(Watching):
         hyperparameters: dict[str, Any],
         *,
         reduction: str = "mean",
-        other: str | others.Factory | None = None,
+        other: str | Factory | None = None,
         other_lr: float | Tensor | None = None,
         params: Iterable | None = None,
         gradients: str = "matrix",
@@ -157,7 +157,7 @@ class LayerOptimizer(Watching):
         if gradients not in ("matrix", "factored"):
             raise ValueError(f"gradients must be 'matrix' or 'factored', got {gradients!r}")
         self.other_lr, self.gradients = other_lr, gradients
-        self._inner = others.made(other, other_lr)
+        self._inner = made(other, other_lr)
         self.reduction = check_reduction(reduction)
         self._join(model, process_group)
         if params is None:
@@ -231,7 +231,7 @@ class LayerOptimizer(Watching):
         return super()._known_keys() | (set() if self._inner is None else self._inner.defaults.keys())
 
     def _link(self) -> None:
-        others.link(self._inner, self)
+        link(self._inner, self)
 
     def _split(self, group: dict, lr: float | Tensor | None) -> None:
         """Move what is no layer's to a group of its own, or refuse; ``lr`` if that is all there is."""
@@ -424,7 +424,7 @@ class LayerOptimizer(Watching):
             count = max((one.count for one in ready), default=1 / ranks.size)
         scale = 1 / (count * self._loss_scale)
         if self._inner is not None:
-            others.step(self._inner, scale)
+            step(self._inner, scale)
             return
         for group in self.param_groups:
             for parameter in () if group["preconditioned"] else group["params"]:

@@ -30,7 +30,7 @@ GROUP_KEYS = {
     *("params", "param_names", "name"),
     *("initial_lr", "min_lr", "max_lr", "swa_lr", "base_momentum", "max_momentum"),
 }
-"""What a parameter group may hold beside options: torch's own keys, and those of its schedulers."""
+"""Torch's own keys of parameter groups, and those of its schedulers."""
 
 
 class Watching(torch.optim.Optimizer):
@@ -44,7 +44,7 @@ class Watching(torch.optim.Optimizer):
     """Attributes that copies and pickles carry."""
 
     process_group: Any = None
-    """Who else has a part of the minibatch; see :class:`LayerOptimizer`."""
+    """Who else has a part of the minibatch; see :class:`~sogrid.shell.LayerOptimizer`."""
 
     several_ranks = True
     """Whether the step is defined for a minibatch that several processes share."""

@@ -45,7 +45,7 @@ LINES = {
     "refresh_every=100)",
     "adam": "torch.optim.Adam(model.parameters())",
 }
-"""What is compared, by the look of its curves: our defaults, ACP as Algorithm 4 prints it, and Adam.
+"""Our defaults, ACP as Algorithm 4 prints it, and Adam, by the look of their curves.
 
 ``other_lr`` counts where a model has norms or embeddings, here in the transformer alone.
 """
