@@ -202,7 +202,9 @@ class KFAC(Layerwise):
             parts: its output is where the Fisher's targets are drawn.
         lr: Learning rate λ.
         damping: ε > 0: √ε is added to both factors, or shared between them by ``pi_correction``.
-        loss: What the training loss is, as an object of :mod:`sogrid.losses`; its reduction counts.
+        loss: What the training loss is, as an object of :mod:`sogrid.losses`; its reduction counts. With
+            class weights, ignored targets or a penalty the Fisher would still be of this one; that is refused
+            where examples' gradients are used and tell it (:meth:`~sogrid.losses.Loss.require_target`).
         curvature: What the output factor B stands for: ``"fisher_sampled"`` (``samples`` more backward
             passes at a refresh), ``"fisher_exact"`` (one more for each output, at most 128),
             ``"gauss_newton_probabilities"`` or ``"empirical_fisher"`` (none); see the module.

@@ -68,7 +68,8 @@ class Newton(Watching):
     Args:
         model: The module that is trained; one input tensor ``[n, ...]``, one output ``[n, k]``.
         loss: What the training loss is, as an object of :mod:`sogrid.losses`; *Gauss-Newton* is cut
-            where this loss is cut.
+            where this loss is cut. Another is refused as far as the gradient at the output tells
+            (:meth:`~sogrid.losses.Loss.require_target`).
         lr: λ; 1 is the full Newton step.
         damping: ε ≥ 0.
         curvature: ``"hessian"``, ``"gauss_newton"`` or ``"fisher"``.

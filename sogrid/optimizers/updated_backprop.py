@@ -268,7 +268,8 @@ class UpdatedBackprop(LayerOptimizer):
         model: ``nn.Sequential`` (or :class:`~sogrid.networks.MLP`) of linear layers, each followed by
             activations that treat every example alone.
         lr: λ, times the mean over the minibatch.
-        loss: What the training loss is, as an object of :mod:`sogrid.losses`.
+        loss: What the training loss is, as an object of :mod:`sogrid.losses`; another is refused as far as
+            the gradient at the output tells (:meth:`~sogrid.losses.Loss.require_target`).
         curvature: ``"gauss_newton"`` (the thesis's), ``"hessian"``, or ``"none"``.
         params: Parameter groups, as in torch; all layers must be trained.
         gradients: ``"matrix"``: ``backward`` forms every ``.grad``, which the step only compares with its
