@@ -358,7 +358,8 @@ class Capture:
         self._root = GradientEdge(output.grad_fn, output.output_nr)
         x, cut = next(iter(inputs), None), self.wanted.cut
         x = x.detach().clone() if isinstance(x, Tensor) and not cut else x
-        root, me = RootRecord(x, output.detach().clone()), weakref.ref(self)
+        versions = [parameter._version for parameter in self._model.parameters()]
+        root, me = RootRecord(x, output.detach().clone(), versions), weakref.ref(self)
         below, forward = latest if cut else [], self._pass
 
         def arrived(grad: Tensor) -> None:

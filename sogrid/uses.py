@@ -225,10 +225,15 @@ class LayerRecord:
 
 @dataclass(eq=False)
 class RootRecord:
-    """The model's own first input, output and output gradient, of one forward pass."""
+    """The model's own first input, output and output gradient, of one forward pass.
+
+    Attributes:
+        versions: Those of the parameters then.
+    """
 
     input: Any
     output: Tensor
+    versions: list[int]
     grad: Tensor | None = None
 
 
