@@ -120,7 +120,7 @@ class Layerwise(Joint):
     @property
     def _step_supports_amp_scaling(self) -> bool:
         """Tell a ``GradScaler`` to leave the division to the step, which needs to know by what."""
-        return self.gradients == "factored" or any(map(self.method.needs_gradients, self.param_groups))
+        return self.gradients == "factored" or self._needs_gradients
 
     # -- refresh ---------------------------------------------------------------------------------------
 
@@ -144,8 +144,12 @@ class Layerwise(Joint):
 
     def _wanted(self):
         wanted, stale = super()._wanted(), self._stale()
-        probe, roots = (self._probe(), self.method.loss is not None) if stale else (None, False)
-        return replace(wanted, rows=wanted.rows | stale, probe=probe, roots=roots)
+        roots = bool(stale) and self.method.loss is not None and self._needs_gradients
+        return replace(wanted, rows=wanted.rows | stale, probe=self._probe() if stale else None, roots=roots)
+
+    @property
+    def _needs_gradients(self) -> bool:
+        return any(map(self.method.needs_gradients, self.param_groups))
 
     def _probe(self):
         return self.method.probe(self.param_groups[0]["updates"], self._ranks().rank)
@@ -295,8 +299,8 @@ class Layerwise(Joint):
 
     def _require_loss_as_declared(self) -> None:
         """Refuse another loss than the method's where it can be told, and its scale is known."""
-        loss, needed = self.method.loss, any(map(self.method.needs_gradients, self.param_groups))
-        if loss is None or not needed or getattr(self, "grad_scale", 1.0) is None:
+        loss = self.method.loss
+        if loss is None or not self._needs_gradients or getattr(self, "grad_scale", 1.0) is None:
             return
         for root in self._capture.roots:
             scale = (len(root.output) if self.reduction == "mean" else 1) / self._loss_scale
