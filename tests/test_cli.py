@@ -70,6 +70,8 @@ def test_reproduce_leaves_a_record_and_says_where(tiny, tmp_path, capsys):
         (["fig6_2", "--methods", "bn", "adam"], "--methods: there are acp_fixedalpha, acp,"),
         (["fig4_1", "--methods", "bn"], "--methods: there are grid, random, biased, got 'bn'"),
         (["fig6_2", "--seed", "three"], "got three"),
+        (["fig4_1", "--seed=-1"], "argument --seed: must be a whole number from 0 to 2147483647, got -1"),
+        (["fig4_1", "--seed", "2147483648"], "argument --seed: must be a whole number"),
         (["fig6_2", "--device", "banana"], "--device 'banana' cannot be used here"),
         (["fig6_2", "--device", "meta"], "--device 'meta' cannot be used here"),
         (["fig6_2", "--prof", "smoke"], "unrecognized arguments: --prof"),

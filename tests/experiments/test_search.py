@@ -271,6 +271,36 @@ def test_an_outlier_takes_its_own_place_only_if_asked():
     assert winsorise([1, 2, 3, 1e12, math.inf], math.inf).tolist() == [1, 2, 3, 1e12, 1e12]
 
 
+@pytest.mark.parametrize("outlier", [10.0, math.inf])
+@pytest.mark.parametrize(
+    "costs",
+    [
+        [-1.7e308, 0.0, 1.7e308],
+        [-1.7e308, -1.6e308, 1.5e308, 1.7e308],
+        [1.5e308, 1.6e308, 1.7e308, 1.7e308],
+        [5e-324, 1.0, 1.7e308],
+    ],
+)
+def test_costs_whose_differences_and_sums_overflow(costs, outlier):
+    """A probability even so, the larger the lower the cost."""
+    kept = winsorise(costs, outlier)
+    assert np.isfinite(kept).all()
+    assert (kept[1:] >= kept[:-1]).all()
+    points = np.linspace(0, 1, len(costs))[:, None]
+    acceptance = Acceptance(points, kept)
+    found = [acceptance(z) for z in [*points, np.array([0.49])]]
+    assert all(0 <= p <= 1 for p in found)
+    assert found[0] == 1
+    assert sorted(found[:-1], reverse=True) == found[:-1]
+
+
+def test_repeated_runs_of_huge_cost_have_a_mean():
+    acceptance = Acceptance(
+        np.array([[0.0], [0.5], [0.5], [0.5]]), np.array([-1.7e308, 1.7e308, 1.6e308, 1.7e308])
+    )
+    assert acceptance(np.array([0.5])) == pytest.approx(0.0098, abs=1e-3)
+
+
 def test_a_diverged_run_would_hide_all_differences():
     """As printed, one run of 1e12 makes p the same everywhere; an infinite one would make it NaN."""
     runs = [({"x": x}, c) for x, c in [(0.1, 1.0), (0.3, 2.0), (0.5, 3.0), (0.9, 1e12)]]

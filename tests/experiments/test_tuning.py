@@ -172,6 +172,17 @@ def test_a_search_proposes_what_its_sampler_does_alone(landscape, task, memory, 
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("seed", [42_949, 2**31 - 1])
+def test_large_seeds(sampler, seed):
+    """Each trial's sampler has one a hundred thousand times as large, which NumPy would refuse."""
+    plan = replace(PLAN, sampler=sampler, seed=seed)
+    study = optuna.create_study(sampler=SAMPLERS[sampler](plan, 100_003 * seed + 7))
+    study.enqueue_trial({"x": 0.5})
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1) if sampler != "grid" else 0.0, n_trials=2)
+    assert len(study.trials) == 2
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_search_repeats_itself(landscape, task, storage, sampler):
     """Whatever the storage."""
 
