@@ -131,8 +131,8 @@ class _Watch:
             self._begun(module, args, kwargs)
 
     def _begun(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        if listeners := self._heard_by(module):
-            self._functions[0](listeners, module, (*args, *kwargs.values()))
+        if heard := self._heard_by(module):
+            self._functions[0](heard, module, (*args, *kwargs.values()))
 
     def _after(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
         if torch.compiler.is_dynamo_compiling():
@@ -142,8 +142,8 @@ class _Watch:
     def _over(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
         if isinstance(output, Tensor) and not output.requires_grad:
             return None
-        listeners, inputs = self._heard_by(module), (*args, *kwargs.values())
-        return self._functions[1](listeners, module, inputs, output) if listeners else None
+        heard, inputs = self._heard_by(module), (*args, *kwargs.values())
+        return self._functions[1](heard, module, inputs, output) if heard else None
 
 
 @breaking_graphs

@@ -198,7 +198,7 @@ class LayerOptimizer(Watching):
             self._require_whole(group["params"])
             self.check_hyperparameters(group)
             if group["preconditioned"]:
-                self._split(group, param_group.get("lr", self.other_lr))
+                self._split(group, param_group)
             if self._capture is not None:
                 self._bind()
         except Exception:
@@ -233,8 +233,8 @@ class LayerOptimizer(Watching):
     def _link(self) -> None:
         link(self._inner, self)
 
-    def _split(self, group: dict, lr: float | Tensor | None) -> None:
-        """Move what is no layer's to a group of its own, or refuse; ``lr`` if that is all there is."""
+    def _split(self, group: dict, given: dict) -> None:
+        """Move what is no layer's to a group of its own, or refuse; if that is all, as it was given."""
         found = owners(self.model)
         names = dict(zip(group["params"], group.get("param_names", ()), strict=False))
         left = split_off_others(group, found, type(self).__name__)
@@ -251,16 +251,14 @@ class LayerOptimizer(Watching):
                 "trained with the other parameters",
                 stacklevel=2,
             )
-        inner = {} if self._inner is None else self._inner.defaults
+        inner = {"lr": self.other_lr} if self._inner is None else self._inner.defaults
         if not group["params"]:  # the whole group is plain
-            group.update(
-                inner | {"params": left, "preconditioned": False} | ({} if lr is None else {"lr": lr})
-            )
+            group.update(inner | given | {"params": left, "preconditioned": False})
             return
         if names:
             group["param_names"] = [names[parameter] for parameter in group["params"]]
         if left:
-            plain = {**group, "lr": self.other_lr, **inner, "params": left, "preconditioned": False}
+            plain = {**group, **inner, "params": left, "preconditioned": False}
             super().add_param_group(plain | ({"param_names": [names[p] for p in left]} if names else {}))
 
     def _bind(self) -> None:
@@ -355,18 +353,18 @@ class LayerOptimizer(Watching):
             intact = record.version in (UNKNOWN, grad_b._version)
             if intact and grad_b.is_cpu and self.param_groups[0]["updates"] % LOOKS == 0:
                 intact = near(grad_b, g.sum(0), g.abs().sum(0), len(g))
-            self._require_intact(layer, intact)
+            self._require_intact(f"layer {layer.name!r}: the .grad of the bias", intact)
         scale = 1 / ((1 if self.reduction == "mean" else record.count) * self._loss_scale)
         mean_h = h.mean(0) if self.uses_mean else None
         return Gradient(Factored(g, h, scale), grad_b if is_one(scale) else scale * grad_b, mean_h)
 
     @staticmethod
-    def _require_intact(layer: Layer, intact: bool) -> None:
+    def _require_intact(whose: str, intact: bool) -> None:
         if not intact:
             raise CaptureError(
-                f"layer {layer.name!r}: the .grad of the bias is not what the backward pass left there (was "
-                "it clipped, unscaled, penalised?), and gradients='factored' has none of the weight: bound "
-                "the step with max_change, or use gradients='matrix'"
+                f"{whose} is not what the backward pass left there (was it clipped, unscaled, penalised?), "
+                "and gradients='factored' has no other: bound the step with max_change, or use "
+                "gradients='matrix'"
             )
 
     def _matrices(self, ready: Ready) -> Gradient:

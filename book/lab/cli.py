@@ -37,7 +37,7 @@ on an otherwise idle machine.
 """
 
 OUT_OF_THE_BOX = """\
-Train six networks with the line of the README, nothing tuned, and with Adam and its defaults, from three
+Train six networks with the line of the README, one for all, and with Adam and its defaults, from three
 seeds: some minutes for each on one thread. The record is OUT/out_of_the_box.json; what it holds is not run
 again.
 """

@@ -1,4 +1,4 @@
-"""Out of the box: the README's line on six tasks, with nothing tuned, beside Adam with its defaults.
+"""Out of the box: the README's line on six tasks, the same on all, beside Adam with its defaults.
 
 ``python -m lab out-of-the-box`` runs every line of :data:`LINES` on every task of :data:`TASKS` from three
 seeds, in an ordinary training loop, and leaves a record. A line is text: what the page shows is what runs.

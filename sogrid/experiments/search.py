@@ -209,7 +209,7 @@ class BiasedRandomSampler(optuna.samplers.BaseSampler):
     @cached_property
     def _rng(self) -> np.random.Generator:
         """Made at the first proposal, so that workers forked from one process without a seed differ."""
-        return np.random.default_rng(None if self.seed is None else abs(self.seed))
+        return np.random.default_rng(None if self.seed is None else self.seed % 2**64)
 
     def reseed_rng(self) -> None:
         """Forget the seed; Optuna calls this for each thread of ``n_jobs``."""

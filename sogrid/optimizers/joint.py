@@ -149,7 +149,8 @@ class Joint(LayerOptimizer):
         for k, dw, db, found, size in zip(factored, *[means] * 4, strict=True):
             layer, rows = ready[k].layer, sum(ready[k].counts)
             grad = layer.bias.grad
-            self._require_intact(layer, not grad.is_cpu or near(grad, found, size, rows))
+            intact = not grad.is_cpu or near(grad, found, size, rows)
+            self._require_intact(f"layer {layer.name!r}: the .grad of the bias", intact)
             changes[k] = dw, db
         return changes
 

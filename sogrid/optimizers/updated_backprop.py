@@ -342,12 +342,9 @@ class UpdatedBackprop(LayerOptimizer):
                 )
         if last.grad is None or not record:
             return False
-        if last.grad._version != self._capture.version or (last.grad.is_cpu and last.grad.nan_to_num().any()):
-            raise CaptureError(
-                "the .grad of the model's last parameter is not what the backward pass left there (was it "
-                "clipped, unscaled, penalised?), and gradients='factored' has no other: bound the step with "
-                "max_change, or use gradients='matrix'"
-            )
+        intact = last.grad._version == self._capture.version
+        intact = intact and not (last.grad.is_cpu and last.grad.nan_to_num().any())
+        self._require_intact("the .grad of the model's last parameter", intact)
         return True
 
     def _factors(self, layer, record, ranks):

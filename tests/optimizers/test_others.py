@@ -93,6 +93,16 @@ def test_schedules_groups_and_defaults_of_its_own():
     assert_same([p.detach() for p in model.rest], before)
 
 
+def test_a_group_without_a_layer_keeps_what_it_was_given():
+    model = Language()
+    groups = [{"params": model.rest, "weight_decay": 0.0, "lr": 0.3}, {"params": model.hidden.parameters()}]
+    plain, _ = ACP(model, 0.1, other="adamw", params=groups).param_groups
+    assert (plain["weight_decay"], plain["lr"], plain["betas"]) == (0.0, 0.3, (0.9, 0.999))
+    groups[0].pop("lr")
+    plain, _ = ACP(model, 0.1, other_lr=0.2, params=groups).param_groups
+    assert (plain["weight_decay"], plain["lr"]) == (0.0, 0.2)
+
+
 @each([named("acp"), named("kfac, exact fisher"), named("centred")])
 @pytest.mark.parametrize("other", ["adamw", "sgd"])
 def test_states_copies_and_pickles_know_one_optimizer(method, other):

@@ -813,3 +813,28 @@ def test_a_model_that_was_compiled_and_run_before_the_optimizer_was_made(kind, h
         optimizer.step()
     assert_close(parameters(model), parameters(alone), 1e-12)
     torch._dynamo.reset()
+
+
+def test_a_watched_perceptron_of_three_layers_is_compiled_to_three_graphs():
+    """One break a layer, and no warning, as the README says; unwatched it is one."""
+    model = nn.Sequential(*(part for i in (4, 5, 6) for part in (nn.Linear(i, i + 1), nn.Tanh())))
+    graphs = []
+
+    def count(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    for made, expected in ((lambda: None, 1), (lambda: ACP(model, 0.1), 3)):
+        optimizer = made()
+        torch._dynamo.reset()
+        graphs.clear()
+        model.zero_grad()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.resetwarnings()
+            torch.compile(model, backend=count)(torch.randn(8, 4)).sum().backward()
+        assert not told
+        assert len(graphs) == expected
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.close()
+    torch._dynamo.reset()
