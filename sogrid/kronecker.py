@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sogrid.structured import Factored, ThinInverse
+from sogrid.structured import Factored, ThinInverse, product
 
 __all__ = [
     "bordered",
@@ -46,10 +46,13 @@ def kronecker_product(a: Tensor, b: Tensor, vector: Tensor) -> Tensor:
 
 
 def kronecker_solve(
-    a_inverse: Tensor | ThinInverse, b_inverse: Tensor | ThinInverse, gradient: Tensor | Factored
+    a_inverse: Tensor | ThinInverse,
+    b_inverse: Tensor | ThinInverse,
+    gradient: Tensor | Factored,
+    scale: float | Tensor = 1.0,
 ) -> Tensor | Factored:
-    """(A ⊗ B)⁻¹ vec(G) as a matrix: B⁻¹ G A⁻¹, for ``gradient: [..., o, i]`` (Thesis §6.2.1)."""
-    return b_inverse @ gradient @ a_inverse
+    """(A ⊗ B)⁻¹ vec(G) as a matrix, scaled: s B⁻¹ G A⁻¹, for ``gradient: [..., o, i]`` (Thesis §6.2.1)."""
+    return product(scale, b_inverse @ gradient, a_inverse)
 
 
 def homogeneous(h: Tensor) -> Tensor:

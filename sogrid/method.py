@@ -19,7 +19,7 @@ from sogrid.structured import Factored, ThinInverse
 __all__ = ["Change", "Gradient", "LayerMethod"]
 
 Change = tuple[Tensor | Factored, Tensor | None]
-"""(ΔW, Δb) of one layer."""
+"""(ΔW, Δb) of one layer, new tensors that may be written to."""
 
 
 class Gradient(NamedTuple):
@@ -88,6 +88,17 @@ class LayerMethod:
 
     def moments(self, rows: Rows, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         """A mean over examples in the basis that :meth:`invert` found, kept in the state as ``moments``."""
+        raise NotImplementedError
+
+    def quadratic_form(self, h: Tensor, biased: bool, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+        """Mean h̃ᵀ P h̃ over rows of a layer's inputs, P the inverse on their side, ``[...]``.
+
+        Args:
+            h: ``[..., n, i]``.
+            biased: Whether the layer has a bias that is trained.
+            state: As for :meth:`update`.
+            group: Likewise.
+        """
         raise NotImplementedError
 
     def update(self, gradient: Gradient, state: dict[str, Any], group: dict[str, Any]) -> Change:

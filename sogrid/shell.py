@@ -31,6 +31,8 @@ from sogrid.watching import GROUP_KEYS, MOMENTUM, Watching
 
 __all__ = ["LayerOptimizer", "LayerOptions", "Ready", "near"]
 
+View = Callable[[Tensor], Tensor]
+
 
 class LayerOptions(TypedDict, total=False):
     """Options that every optimizer of layers takes; see :class:`LayerOptimizer`."""
@@ -405,12 +407,15 @@ class LayerOptimizer(Watching):
     def _step(self) -> None:
         ranks = self._ranks()
         ready = self._prepare(ranks)
+        moves: dict[int, list[tuple[Tensor, Tensor | Factored, View]]] = {}
         for layer, (dw, db) in self._changes(ready, ranks):
             self._routes[layer.name] = "factored" if isinstance(dw, Factored) else "formed"
-            group = self.param_groups[layer.home]
-            self._move(layer.weight, dw, group, layer.as_matrix)
+            some = moves.setdefault(layer.home, [])
+            some.append((layer.weight, dw, layer.as_matrix))
             if db is not None:
-                self._move(layer.bias, db, group, layer.as_vector)
+                some.append((layer.bias, db, layer.as_vector))
+        for home, some in moves.items():
+            self._move(some, self.param_groups[home])
         self._step_others(ready, ranks)
         for group in self.param_groups:
             group["updates"] += bool(ready or not self._layers)
@@ -425,35 +430,46 @@ class LayerOptimizer(Watching):
             step(self._inner, scale)
             return
         for group in self.param_groups:
-            for parameter in () if group["preconditioned"] else group["params"]:
-                if parameter.grad is not None:
-                    self._move(parameter, -group["lr"] * scale * parameter.grad, group)
+            held = [p for p in group["params"] if p.grad is not None and not group["preconditioned"]]
+            self._move([(p, -group["lr"] * scale * p.grad, torch.detach) for p in held], group)
 
-    def _move(
-        self,
-        parameter: Tensor,
-        change: Tensor | Factored,
-        group: dict,
-        view: Callable[[Tensor], Tensor] = torch.detach,
-    ) -> None:
-        """θ ← (1 − λw) θ + v with v ← m v + Δ, in place; Δ has the shape of a view of θ."""
-        momentum, decay = group["momentum"], group["weight_decay"]
-        if group["maximize"]:
-            change = -1 * change
-        if _on(decay) and (parameter.dim() > 1 or group["decay_bias"]):
-            parameter.mul_(1 - group["lr"] * decay)
-        if not _on(momentum):
-            add_to(view(parameter), change)
+    def _move(self, moves: list[tuple[Tensor, Tensor | Factored, View]], group: dict) -> None:
+        """θ ← (1 − λw) θ + v with v ← m v + Δ, in place, for all (θ, Δ, view); Δ is shaped like view(θ)."""
+        if not moves:
             return
-        state = self.state[parameter]
-        if MOMENTUM not in state:
-            state[MOMENTUM] = torch.zeros_like(parameter)
-        add_to(view(state[MOMENTUM].mul_(momentum)), change)
+        momentum, decay = group["momentum"], group["weight_decay"]
+        parameters, changes, views = zip(*moves, strict=True)
+        if group["maximize"]:
+            changes = [-1 * change for change in changes]
+        shrinking = [p for p in parameters if _on(decay) and (p.dim() > 1 or group["decay_bias"])]
+        if shrinking:
+            torch._foreach_mul_(shrinking, 1 - group["lr"] * decay)
+        if not _on(momentum):
+            _add(parameters, changes, views)
+            return
+        for parameter in parameters:
+            if MOMENTUM not in self.state[parameter]:
+                self.state[parameter][MOMENTUM] = torch.zeros_like(parameter)
+        velocities = [self.state[parameter][MOMENTUM] for parameter in parameters]
+        torch._foreach_mul_(velocities, momentum)
+        _add(velocities, changes, views)
         if group["nesterov"]:
-            add_to(view(parameter), change)
-            parameter.add_(state[MOMENTUM] * momentum)
+            _add(parameters, changes, views)
+            velocities = torch._foreach_mul(velocities, momentum)
+        torch._foreach_add_(parameters, velocities)
+
+
+def _add(tensors: Sequence[Tensor], changes: Sequence[Tensor | Factored], views: Sequence[View]) -> None:
+    """Add to each tensor, by a view, what is shaped like that; factors are multiplied straight into it."""
+    formed: tuple[list, list] = [], []
+    for tensor, change, view in zip(tensors, changes, views, strict=True):
+        if isinstance(change, Factored):
+            add_to(view(tensor), change)
         else:
-            parameter.add_(state[MOMENTUM])
+            formed[0].append(view(tensor))
+            formed[1].append(change)
+    if formed[0]:
+        torch._foreach_add_(*formed)
 
 
 def near(bias: Tensor, found: Tensor, size: Tensor, rows: int) -> bool:

@@ -22,10 +22,13 @@ __all__ = [
     "Gram",
     "ThinInverse",
     "add_outer",
+    "add_product",
     "add_to",
     "is_one",
     "matrixwise",
     "mean_eigenvalue",
+    "product",
+    "quadratic_form",
     "scalar",
     "shift_diagonal",
     "vectorwise",
@@ -90,14 +93,15 @@ class ThinInverse(NamedTuple):
 
     def __rmatmul__(self, x: Tensor) -> Tensor:
         """X P of ``x: [..., k, m]``, in two thin products."""
-        return self.shrink_(x / matrixwise(self.shift))
+        return self.times(x)
 
-    def shrink_(self, x: Tensor) -> Tensor:
-        """X (I − δ QᵀQ) of ``x: [..., k, m]``, what remains of P when δ is divided out; a matrix in place."""
-        image = (x @ self.factor.mT).mul_(matrixwise(self.shift))
-        if image.dim() > 2:
-            return x - image @ self.factor  # which may broadcast
-        return x.addmm_(image, self.factor, alpha=-1)  # spares a pass over x
+    def times(self, x: Tensor, scale: float | Tensor = 1.0) -> Tensor:
+        """``scale · X P`` of ``x: [..., k, m]``."""
+        return add_product(x, x @ self.factor.mT, self.factor, scale / self.shift, -scale)
+
+    def shrink(self, x: Tensor) -> Tensor:
+        """X (I − δ QᵀQ) of ``x: [..., k, m]``, what remains of P when δ is divided out."""
+        return add_product(x, x @ self.factor.mT, self.factor, alpha=-self.shift)
 
     def __matmul__(self, x: Tensor) -> Tensor:
         """P X of ``x: [..., m, k]``."""
@@ -144,8 +148,8 @@ class Factored:
         if isinstance(x, ThinInverse):  # its 1/δ costs nothing in the scale
             scale = self.scale / matrixwise(x.shift)
             if not first:
-                return x.shrink_(Factored(self.left, self.right, scale, self.mean).dense())
-            product = Factored(self.left, x.shrink_(self._deviations(fresh=True)), scale)
+                return x.shrink(Factored(self.left, self.right, scale, self.mean).dense())
+            product = Factored(self.left, x.shrink(self._deviations()), scale)
         else:
             if not first:
                 return self.dense() @ x
@@ -193,11 +197,9 @@ class Factored:
             matrix.addr_(left.sum(-2), self.mean, alpha=-scale)
         return matrix
 
-    def _deviations(self, fresh: bool = False) -> Tensor:
-        """R − 1μᵀ; R itself if that is all and it need not be a tensor of one's own."""
-        if self.mean is not None:
-            return self.right - self.mean.unsqueeze(-2)
-        return self.right.clone() if fresh else self.right
+    def _deviations(self) -> Tensor:
+        """R − 1μᵀ; R itself if that is all."""
+        return self.right if self.mean is None else self.right - self.mean.unsqueeze(-2)
 
 
 def _factor_first(n: int, o: int, x: Tensor | ThinInverse) -> bool:
@@ -212,6 +214,41 @@ def _factor_first(n: int, o: int, x: Tensor | ThinInverse) -> bool:
         i, k = x.shape[-2:]
         row = i * k
     return n * (row + o * k) <= o * (n * i + row)
+
+
+def add_product(
+    c: Tensor, x: Tensor, y: Tensor, beta: float | Tensor = 1.0, alpha: float | Tensor = 1.0
+) -> Tensor:
+    """β C + α X Y, for ``x: [..., k, j]``, ``y: [..., j, m]``, and what broadcasts with their product.
+
+    By one kernel for matrices and for stacks of them, if the factors are numbers; those that are tensors take
+    one more each.
+    """
+    if isinstance(beta, Tensor):
+        c, beta = matrixwise(beta) * c, 1.0
+    if isinstance(alpha, Tensor):
+        x, alpha = matrixwise(alpha) * x, 1.0
+    dims = {c.dim(), x.dim(), y.dim()}
+    if dims == {2}:
+        return torch.addmm(c, x, y, beta=beta, alpha=alpha)
+    if dims == {3} and len(x) == len(y):
+        return torch.baddbmm(c, x, y, beta=beta, alpha=alpha)
+    product = (x if alpha == 1 else alpha * x) @ y
+    return product if beta == 0 else product + (c if beta == 1 else beta * c)
+
+
+def product(scale: float | Tensor, x: Tensor | Factored, y: Tensor | ThinInverse) -> Tensor | Factored:
+    """``scale · X Y`` for a square ``y``, in as few passes as there are."""
+    if isinstance(x, Factored) or isinstance(scale, Tensor):
+        return matrixwise(scale) * x @ y
+    if isinstance(y, ThinInverse):
+        return y.times(x, scale)
+    return add_product(x, x, y, 0, scale)
+
+
+def quadratic_form(x: Tensor, y: Tensor | ThinInverse) -> Tensor:
+    """Mean of x_iᵀ Y x_i over the rows of ``x: [..., n, m]``, ``[...]``."""
+    return ((x @ y) * x).sum(-1).mean(-1)
 
 
 def add_to(matrix: Tensor, change: Tensor | Factored) -> None:

@@ -133,6 +133,11 @@ class LayerRecord:
         )
 
     @property
+    def shapes(self) -> list[torch.Size]:
+        """Those of the inputs that are kept."""
+        return [use.input.tensor.shape for use in self._uses if use.input is not None]
+
+    @property
     def inputs(self) -> list[Tensor]:
         """The layer's input in each use that is kept, such as ``[n, n_in]``."""
         return [use.input.tensor for use in self._uses if use.input is not None]

@@ -115,8 +115,7 @@ class Watching(torch.optim.Optimizer):
             gradients: By the place that an error names.
         """
         found = [tensor for tensors in gradients.values() for tensor in tensors if tensor.is_cpu]
-        sums = [tensor if tensor.dim() == 1 else tensor.sum().view(1) for tensor in found]
-        if not sums or math.isfinite(torch.cat(sums).sum().item()):
+        if not found or math.isfinite(torch.stack(torch._foreach_norm(found)).sum().item()):
             return
         for where, tensors in gradients.items():
             if not all(tensor.isfinite().all() for tensor in tensors if tensor.is_cpu):

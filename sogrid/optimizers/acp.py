@@ -30,7 +30,7 @@ from sogrid.optimizers.centered import bias_update, centered_gradient
 from sogrid.optimizers.layerwise import Layerwise, StatisticsOptions
 from sogrid.parameters import check_hyperparameter
 from sogrid.statistics import Statistics, input_rows, second_moment, squared_gradient_bound
-from sogrid.structured import Factored, Gram, ThinInverse, add_outer, matrixwise, vectorwise
+from sogrid.structured import Factored, Gram, ThinInverse, add_outer, product, quadratic_form, vectorwise
 
 __all__ = ["ACP", "ACPMethod", "acp_inverse", "acp_update"]
 
@@ -86,7 +86,7 @@ def acp_update(
     """
     if isinstance(corner, Tensor) or corner:
         mean_h = mean_h / vectorwise(1 + corner)
-    dw = -matrixwise(lr / output_curvature) * centered_gradient(grad_w, grad_b, mean_h) @ inverse
+    dw = product(-lr / output_curvature, centered_gradient(grad_w, grad_b, mean_h), inverse)
     rate = lr / (output_curvature * (1 + corner))
     return dw, bias_update(grad_b, dw, mean_h, rate, bias_correction)
 
@@ -139,6 +139,12 @@ class ACPMethod(LayerMethod):
         if alpha is not None:
             state["output_curvature"] = alpha
         return state
+
+    def quadratic_form(self, h, biased, state, group):  # noqa: D102
+        if biased:
+            mean = state["mean"] if "mean" in state else h.mean(-2)
+            h = h - mean.unsqueeze(-2)
+        return quadratic_form(h, state["inverse"])
 
     def update(self, gradient, state, group):  # noqa: D102
         exact = group["tikhonov"] == "exact"

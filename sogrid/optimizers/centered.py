@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sogrid.method import LayerMethod
 from sogrid.optimizers.layerwise import Layerwise
 from sogrid.shell import LayerOptions
-from sogrid.structured import Factored, matrixwise, vectorwise
+from sogrid.structured import Factored, add_product, matrixwise, vectorwise
 
 __all__ = ["CenteredGradientDescent", "CenteredMethod", "bias_update", "centered_gradient", "centered_update"]
 
@@ -72,8 +72,11 @@ def bias_update(
     """Δb = −rate · ∇b, and − ΔW h̄ if ``correction`` (eq. 6.2.5)."""
     if grad_b is None:
         return None
-    db = -vectorwise(rate) * grad_b
-    return db - (dw @ mean_h.unsqueeze(-1)).squeeze(-1) if correction else db
+    if not correction:
+        return -vectorwise(rate) * grad_b
+    if isinstance(dw, Factored):
+        return -vectorwise(rate) * grad_b - (dw @ mean_h.unsqueeze(-1)).squeeze(-1)
+    return add_product(grad_b.unsqueeze(-2), mean_h.unsqueeze(-2), dw.mT, -rate, -1).squeeze(-2)
 
 
 class CenteredMethod(LayerMethod):

@@ -100,6 +100,11 @@ class EKFACMethod(KFACMethod):
         bases = state["a_basis"], state["b_basis"]
         return sum(ekfac_moments(h, g, *bases) for g in passes) / rows.examples
 
+    def quadratic_form(self, h, biased, state, group):  # noqa: D102
+        along = (homogeneous(h) if biased else h) @ state["a_basis"]
+        moments = state["moments"].mean(-2, keepdim=True)
+        return (along.square() / (moments + matrixwise(group["damping"]))).sum(-1).mean(-1)
+
     def update(self, gradient, state, group):  # noqa: D102
         bases = state["a_basis"], state["b_basis"], state["moments"]
         return ekfac_update(gradient.w, gradient.b, *bases, lr=group["lr"], damping=group["damping"])

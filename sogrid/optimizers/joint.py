@@ -9,8 +9,7 @@ a bound takes one for its sizes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import repeat
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from sogrid.bound import BOUND_EXAMPLES, moved, shrunk
 from sogrid.capture import CaptureError
 from sogrid.method import Change, Gradient
+from sogrid.optimizers.batches import Batch, Batches
 from sogrid.parameters import Layer
 from sogrid.private import without_autocast
 from sogrid.ranks import Ranks
@@ -53,9 +53,16 @@ Looked = tuple[Iterable[Ready], Iterable[Measured]]
 class Joint(LayerOptimizer):
     """An optimizer that treats each layer alone, of a minibatch that several processes may share."""
 
-    def _change(self, ready: Ready) -> Change:
-        """The step of a layer, without its bound: linear in its gradient."""
+    def _change(self, batch: Batch) -> Change:
+        """The step of a batch of layers, without its bound: linear in their gradients."""
         raise NotImplementedError
+
+    def _check_state(self, layer: Layer) -> None:
+        """Refuse a state that a layer's update cannot use."""
+
+    def _bind(self) -> None:
+        super()._bind()
+        self._batches = Batches(self._check_state)
 
     def _shares(self, counts: Sequence[float]) -> Sequence[float]:
         """What ranks with so many examples count for in the mean of their gradients, up to a factor."""
@@ -113,24 +120,39 @@ class Joint(LayerOptimizer):
             gradient = Gradient(share * gradient.w, share * gradient.b, mean)
         return whole._replace(factored=gradient)
 
-    def _joint_changes(self, ready: list[Ready], ranks: Ranks) -> Iterator[tuple[Layer, Change]]:
+    def _changes(self, ready, ranks):
         """(ΔW, Δb) of each layer, within its bound; all that ranks tell each other comes before the first."""
-        factored = any(one.factored is not None for one in ready)
-        changes = self._averaged(ready, ranks) if factored else list(map(self._change, ready))
-        bounds = [self.param_groups[one.layer.home]["max_change"] for one in ready]
-        sizes = [None] * len(ready)
-        if any(bound is not None for bound in bounds):
-            sizes = ranks.sum(list(map(_moved, ready, changes, bounds, repeat(ranks))))
-        for one, change, bound, size in zip(ready, changes, bounds, sizes, strict=True):
-            if bound is not None:
-                change = shrunk(*change, size[0].sqrt(), size[1], bound)
-            yield one.layer, change
+        batches = self._batches.of(ready, self.state)
+        if ranks.size > 1 and any(one.factored is not None for one in ready):
+            changes = self._averaged(batches, ranks)
+        else:
+            changes = list(map(self._change, batches))
+        for batch, change in zip(batches, self._within_bounds(batches, changes, ranks), strict=True):
+            yield from batch.split(change)
 
-    def _averaged(self, ready: list[Ready], ranks: Ranks) -> list[Change]:
+    def _within_bounds(self, batches: list[Batch], changes: list[Change], ranks: Ranks) -> list[Change]:
+        """The changes, shrunk where their parameter group has a bound."""
+        bounds = [self.param_groups[batch.home]["max_change"] for batch in batches]
+        within = [k for k, bound in enumerate(bounds) if bound is not None]
+        if not within:
+            return changes
+        sizes = [_moved(batches[k], changes[k], ranks) for k in within]
+        if ranks.size > 1:
+            sums = ranks.sum(
+                [torch.stack([size.square(), size.new_full(size.shape, count)]) for size, count in sizes]
+            )
+            sizes = [(squares.sqrt(), count) for squares, count in sums]
+        shrinking = shrunk([changes[k] for k in within], sizes, [bounds[k] for k in within])
+        for k, change in zip(within, shrinking, strict=True):
+            changes[k] = change
+        return changes
+
+    def _averaged(self, batches: list[Batch], ranks: Ranks) -> list[Change]:
         """Changes, of which those by factored gradients are the means of what ranks find by their factors.
 
         With them go the sums of these over examples, which tell whether ``.grad`` is what they give.
         """
+        ready = [batch.ready[0] for batch in batches]
         factored = [k for k, one in enumerate(ready) if one.factored is not None]
 
         def told(changes: list[Change] | None) -> tuple[list[float], list[Tensor]]:
@@ -144,7 +166,7 @@ class Joint(LayerOptimizer):
                     tensors += dw.dense() if isinstance(dw, Factored) else dw, db, g.sum(0), g.abs().sum(0)
             return [], tensors
 
-        changes, _, sums = ranks.together(lambda: list(map(self._change, ready)), told)
+        changes, _, sums = ranks.together(lambda: list(map(self._change, batches)), told)
         means = iter([total / ranks.size for total in sums])
         for k, dw, db, found, size in zip(factored, *[means] * 4, strict=True):
             layer, rows = ready[k].layer, sum(ready[k].counts)
@@ -181,12 +203,11 @@ def _require_averaged(layer: Layer, witness: Sequence[float]) -> None:
         )
 
 
-def _moved(ready: Ready, change: Change, bound: float | Tensor | None, ranks: Ranks) -> Tensor:
-    """The square of :func:`~sogrid.bound.moved`, and its count, over those of the first examples here."""
-    layer, counts = ready.layer, ready.counts
-    size = layer.weight.new_zeros(2, *layer.as_matrix(layer.weight).shape[:-2])
-    examples = int(min(counts[ranks.rank], BOUND_EXAMPLES - sum(counts[: ranks.rank])))
-    if examples > 0 and bound is not None:
-        norm, size[1] = moved(*change, ready.record.some_inputs(examples)[0])
-        size[0] = norm.square()
-    return size
+def _moved(batch: Batch, change: Change, ranks: Ranks) -> tuple[Tensor, int]:
+    """:func:`~sogrid.bound.moved` over those of the minibatch's first examples that are here."""
+    counts, examples = batch.ready[0].counts, BOUND_EXAMPLES
+    if counts:
+        examples = int(min(counts[ranks.rank], BOUND_EXAMPLES - sum(counts[: ranks.rank])))
+    if examples <= 0:
+        return change[0].new_zeros(change[0].shape[:-2]), 0
+    return moved(*change, batch.stack([one.record.some_inputs(examples)[0] for one in batch.ready]))

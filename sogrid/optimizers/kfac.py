@@ -36,7 +36,7 @@ from sogrid.method import LayerMethod
 from sogrid.optimizers.layerwise import Layerwise, StatisticsOptions
 from sogrid.parameters import check_count, check_hyperparameter
 from sogrid.statistics import Statistics, input_rows, output_rows, second_moment
-from sogrid.structured import Factored, Gram, ThinInverse, matrixwise, mean_eigenvalue
+from sogrid.structured import Factored, Gram, ThinInverse, mean_eigenvalue, quadratic_form
 
 __all__ = ["KFAC", "KFACMethod", "kfac_inverses", "kfac_update", "output_vectors"]
 
@@ -121,10 +121,9 @@ def kfac_update(
         b_inverse: ``[..., o, o]``.
         lr: λ, a number or ``[...]``.
     """
-    if grad_b is None:
-        return -matrixwise(lr) * kronecker_solve(a_inverse, b_inverse, grad_w), None
-    step = -matrixwise(lr) * kronecker_solve(a_inverse, b_inverse, homogeneous_gradient(grad_w, grad_b))
-    return step[..., :-1], step[..., -1]
+    gradient = grad_w if grad_b is None else homogeneous_gradient(grad_w, grad_b)
+    step = kronecker_solve(a_inverse, b_inverse, gradient, -lr)
+    return (step, None) if grad_b is None else (step[..., :-1], step[..., -1])
 
 
 class KFACMethod(LayerMethod):
@@ -189,6 +188,9 @@ class KFACMethod(LayerMethod):
         _, a, b = statistics
         inverses = kfac_inverses(a, b, group["damping"], group["pi_correction"], name, group["rank"])
         return dict(zip(("a_inverse", "b_inverse"), inverses, strict=True))
+
+    def quadratic_form(self, h, biased, state, group):  # noqa: D102
+        return quadratic_form(homogeneous(h) if biased else h, state["a_inverse"])
 
     def update(self, gradient, state, group):  # noqa: D102
         return kfac_update(gradient.w, gradient.b, state["a_inverse"], state["b_inverse"], lr=group["lr"])

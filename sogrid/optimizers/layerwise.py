@@ -14,27 +14,39 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sogrid.bound import BOUND_EXAMPLES, bounded
+from sogrid.bound import BOUND_EXAMPLES
 from sogrid.capture import CaptureError, LayerRecord
+from sogrid.finite import read
 from sogrid.method import LayerMethod
+from sogrid.optimizers.adaptive import (
+    ADAPTIVE,
+    DUE,
+    FRESH,
+    LONGEST,
+    WARM,
+    drifted,
+    inverting,
+    priced,
+    taken,
+    work,
+)
+from sogrid.optimizers.batches import KEPT, SHIFT, flat, packed
 from sogrid.optimizers.joint import Joint, Looked, Measured
 from sogrid.parameters import Layer, check_count, check_hyperparameter
 from sogrid.private import without_autocast
 from sogrid.ranks import Ranks, joined
 from sogrid.rows import Rows, share
-from sogrid.shell import LayerOptimizer, LayerOptions
+from sogrid.shell import LayerOptimizer, LayerOptions, Ready
 from sogrid.statistics import Statistics, refresh_due
-from sogrid.structured import Gram, ThinInverse, scalar
 from sogrid.watching import MOMENTUM
 
 __all__ = ["Layerwise", "StatisticsOptions"]
-
-SHIFT, KEPT = "_shift", "statistics_"
 
 State = dict[str, Any]
 
@@ -42,7 +54,8 @@ State = dict[str, Any]
 class StatisticsOptions(LayerOptions, total=False):
     """Options of every method that keeps statistics; see :class:`Layerwise`."""
 
-    refresh_every: int | None
+    refresh_every: int | str | None
+    refresh_share: float
     averaging: float
     rank: int | None
 
@@ -56,7 +69,9 @@ class Layerwise(Joint):
         lr: Learning rate λ.
         hyperparameters: The method's own, kept in the parameter groups.
         refresh_every: N: statistics are refreshed before every N-th update, from that update's own
-            minibatch unless :meth:`refresh` was called for it. ``None``: only by :meth:`refresh`.
+            minibatch unless :meth:`refresh` was called for it. ``"adaptive"``: a layer's when they have
+            drifted, see :mod:`sogrid.optimizers.adaptive`. ``None``: only by :meth:`refresh`.
+        refresh_share: Of the time, about what adaptive refreshes may take.
         averaging: ρ in [0, 1): weight of the old statistics when they are refreshed.
         rank: k, for methods that invert matrices: of each only the k leading eigendirections count, the
             others get the damping alone, which then has to be positive. A step is cheaper; what would not
@@ -70,7 +85,7 @@ class Layerwise(Joint):
         ValueError: See there.
     """
 
-    saved = (*LayerOptimizer.saved, "method", "refresh_every", "averaging")
+    saved = (*LayerOptimizer.saved, "method", "refresh_every", "refresh_share", "averaging")
 
     def __init__(
         self,
@@ -79,18 +94,22 @@ class Layerwise(Joint):
         lr: float | Tensor,
         hyperparameters: dict[str, Any],
         *,
-        refresh_every: int | None = 20,
+        refresh_every: int | str | None = 20,
+        refresh_share: float = 0.1,
         averaging: float = 0.0,
         rank: int | None = None,
         **options,
     ) -> None:
         """See the class."""
         self._require_model(model)
-        if refresh_every is not None:
+        if refresh_every is not None and refresh_every != ADAPTIVE:
             check_count("refresh_every (N)", refresh_every)
+        check_hyperparameter("refresh_share", refresh_share, positive=True, below=1.0)
         check_hyperparameter("averaging (ρ)", averaging, below=1.0)
-        self.method, self.refresh_every, self.averaging = method, refresh_every, averaging
-        super().__init__(model, lr, {**hyperparameters, "rank": rank, "refreshed": -1}, **options)
+        self.method, self.averaging = method, averaging
+        self.refresh_every, self.refresh_share = refresh_every, refresh_share
+        own = {"rank": rank, "refreshed": -1, "schedule": None}
+        super().__init__(model, lr, {**hyperparameters, **own}, **options)
 
     def _lines(self) -> str:
         """How each layer's inverses are held."""
@@ -127,16 +146,26 @@ class Layerwise(Joint):
     @property
     def refresh_due(self) -> bool:
         """Whether the next step would refresh the statistics from its own minibatch."""
+        return bool(self._due())
+
+    def _due(self) -> set[str]:
+        """Layers whose statistics the next step would renew."""
         group = self.param_groups[0]
-        fresh = not self.uses_statistics or group["refreshed"] == group["updates"]
-        return not fresh and refresh_due(group["updates"], self.refresh_every)
+        if not self.uses_statistics or group["refreshed"] == group["updates"]:
+            return set()
+        if self.refresh_every == ADAPTIVE and group["updates"]:
+            return set(taken(self._states(), self._schedule["budget"]))
+        every = 1 if self.refresh_every == ADAPTIVE else self.refresh_every
+        return {layer.name for layer in self._layers if refresh_due(group["updates"], every)}
 
     def _stale(self) -> set[str]:
-        """Layers that the next step would refresh: all if that is due, else those it could not update."""
+        """Layers that the next step would refresh: those that are due, and those it could not update."""
         if not self.uses_statistics or self.refresh_every is None:
             return set()
-        due = self.refresh_due
-        return {layer.name for layer in self._layers if due or not self._fits(layer)}
+        return self._due() | {layer.name for layer in self._layers if not self._fits(layer)}
+
+    def _states(self) -> dict[str, State]:
+        return {layer.name: self.state.get(layer.weight, {}) for layer in self._layers}
 
     def _fits(self, layer: Layer) -> bool:
         """Whether a layer has statistics, taken while its bias was trained or not, as it is now."""
@@ -145,6 +174,8 @@ class Layerwise(Joint):
     def _wanted(self):
         wanted, stale = super()._wanted(), self._stale()
         roots = bool(stale) and self.method.loss is not None and self._needs_gradients
+        if self.refresh_every == ADAPTIVE:
+            stale = {layer.name for layer in self._layers}
         return replace(wanted, rows=wanted.rows | stale, probe=self._probe() if stale else None, roots=roots)
 
     @property
@@ -156,6 +187,8 @@ class Layerwise(Joint):
 
     def refresh(self, closure: Callable[[], Tensor]) -> None:
         """Refresh the statistics from a minibatch of their own (Algorithm 4, line 4), if there are any.
+
+        Those of the layers that are due, or of all if none is.
 
         Args:
             closure: Runs the model forward, in training mode, and returns the loss, reduced as
@@ -176,7 +209,8 @@ class Layerwise(Joint):
                 records = self._capture.collect(closure, self._probe())
             if not records:
                 raise CaptureError("the closure given to refresh ran no watched layer in training mode")
-            return [], self._measured(records)
+            stale = self._stale() or records.keys()
+            return [], self._measured({name: records[name] for name in records.keys() & stale})
 
         ranks = self._ranks()
         with torch.no_grad():
@@ -214,10 +248,11 @@ class Layerwise(Joint):
         """New states from statistics, whose inverses the ranks share out; changes nothing."""
         if ranks.size == 1:
             states = {}
-            for layer, own, _, record in measured:
+            for layer, own, counts, record in measured:
                 found, state = self._blended(layer, own)
                 state |= self._inverted(layer, found)
-                states[layer.weight] = state | self._moments(layer, record, state)
+                state |= self._moments(layer, record, state)
+                states[layer.weight] = state | self._work(layer, found, state, record, counts)
             return states
         if not measured:
             return {}
@@ -226,18 +261,30 @@ class Layerwise(Joint):
         found, states = zip(*map(self._blended, layers, whole), strict=True)
         jobs = [partial(self._inverted, *job) for job in zip(layers, found, strict=True)]
         weights = [layer.weight for layer in layers]
-        inverses = ranks.divided(jobs, list(map(_cost, found)), weights)
+        inverses = ranks.divided(jobs, list(map(inverting, found)), weights)
         states = [state | inverse for state, inverse in zip(states, inverses, strict=True)]
         moments = map(self._moments, layers, records, states)
         states = [state | own for state, own in zip(states, self._mean(ranks, counts, moments), strict=True)]
-        return dict(zip(weights, states, strict=True))
+        costs = map(self._work, layers, found, states, records, counts)
+        return {weight: state | cost for weight, state, cost in zip(weights, states, costs, strict=True)}
+
+    def _work(
+        self, layer: Layer, found: Statistics, state: State, record: LayerRecord, counts: Sequence[float]
+    ) -> State:
+        """What an adaptive schedule has to know of a refresh: its cost, the same on all ranks."""
+        if self.refresh_every != ADAPTIVE:
+            return {}
+        positions = sum(g.numel() for g in record.grads) // (len(layer.weight) * record.count)
+        probes = max(map(len, record.probes), default=0)
+        shape = len(layer.weight), layer.weight[0].numel()
+        return work(found, state, max(1, positions) * round(sum(counts) / len(counts)), shape, probes)
 
     def _moments(self, layer: Layer, record: LayerRecord, state: State) -> State:
         """What the method wants of a minibatch in the basis that was found."""
         if not self.method.uses_moments:
             return {}
         group = self.param_groups[layer.home]
-        return {"moments": self.method.moments(self._rows(layer, record), _packed(state), group)}
+        return {"moments": self.method.moments(self._rows(layer, record), packed(state), group)}
 
     def _mean(self, ranks: Ranks, counts: Sequence[Sequence[float]], own: Iterable[State]) -> list[State]:
         """States of means over examples, of the minibatch of all ranks."""
@@ -261,7 +308,7 @@ class Layerwise(Joint):
 
     def _inverted(self, layer: Layer, found: Statistics) -> dict[str, Tensor]:
         group = self.param_groups[layer.home]
-        return _flat(self.method.invert(found, group, f"layer {layer.name!r}"))
+        return flat(self.method.invert(found, group, f"layer {layer.name!r}"))
 
     def _kept(self, layer: Layer) -> Statistics | None:
         """The statistics that are to be averaged with, if they fit."""
@@ -275,6 +322,11 @@ class Layerwise(Joint):
         for weight, state in states.items():
             old = self.state[weight]
             self.state[weight] = state | {key: old[key] for key in old.keys() & {MOMENTUM}}
+        if self.refresh_every == ADAPTIVE:
+            prices = priced(self._states())
+            self._schedule["budget"] -= sum(
+                prices[layer.name] for layer in self._layers if layer.weight in states
+            )
         for group in self.param_groups:
             group["refreshed"] = self.param_groups[0]["updates"]
 
@@ -287,7 +339,7 @@ class Layerwise(Joint):
             ready = self._looked(ranks)
             for one in ready:
                 if one.layer.name not in stale:
-                    self._check_state(one.layer)
+                    self._require_state(one.layer)
             if stale:
                 self._require_loss_as_declared()
             return ready, self._measured({name: self._capture.records[name] for name in stale})
@@ -295,7 +347,49 @@ class Layerwise(Joint):
         ready, measured = self._together(looked, ranks)
         if stale:
             self._adopt(self._refreshed(measured, ranks))
+        if self.refresh_every == ADAPTIVE:
+            self._look([one for one in ready if one.layer.name not in stale], ranks)
         return ready
+
+    @property
+    def _schedule(self) -> dict[str, float]:
+        """Adaptive: the budget, in updates, when to look next, and how long after that."""
+        group = self.param_groups[0]
+        if group["schedule"] is None:
+            group["schedule"] = {"budget": self.refresh_share * WARM, "look": 1, "gap": 1}
+        return group["schedule"]
+
+    def _look(self, ready: list[Ready], ranks: Ranks) -> None:
+        """See, now and then, how far layers have drifted that were not refreshed for this update."""
+        schedule, updates = self._schedule, self.param_groups[0]["updates"]
+        schedule["budget"] += self.refresh_share
+        looking = updates >= schedule["look"]
+        seen = [one for one in ready if looking or FRESH not in self.state[one.layer.weight]]
+        forms = list(map(self._quadratic, seen))
+        if ranks.size > 1:
+            forms = [form / ranks.size for form in ranks.sum(forms)]
+        older = []
+        for one, form in zip(seen, forms, strict=True):
+            state = self.state[one.layer.weight]
+            if FRESH in state:
+                older.append((state, form))
+            else:
+                state[FRESH] = form
+        if not looking:
+            return
+        if older:
+            sizes = read(torch.stack([form for state, now in older for form in (state[FRESH], now)]))
+            for (state, _), far in zip(older, drifted(sizes[::2], sizes[1::2]), strict=True):
+                state[DUE] = far
+        due = any(state[DUE] for state, _ in older)
+        schedule["gap"] = max(1, schedule["gap"] // 2) if due else min(2 * schedule["gap"], LONGEST)
+        schedule["look"] = updates + schedule["gap"]
+
+    def _quadratic(self, one: Ready) -> Tensor:
+        """Q of a layer's inputs."""
+        layer, (h, _) = one.layer, one.record.some_inputs(BOUND_EXAMPLES)
+        state, group = packed(self.state[layer.weight]), self.param_groups[layer.home]
+        return self.method.quadratic_form(h, layer.trained_bias is not None, state, group).mean()
 
     def _require_loss_as_declared(self) -> None:
         """Refuse another loss than the method's where it can be told, and its scale is known."""
@@ -306,29 +400,20 @@ class Layerwise(Joint):
             scale = (len(root.output) if self.reduction == "mean" else 1) / self._loss_scale
             loss.require_target(root.output, loss.target(root.output, root.grad * scale))
 
-    def _changes(self, ready, ranks):
-        if ranks.size > 1:
-            yield from self._joint_changes(ready, ranks)
-            return
-        for one in ready:
-            change, bound = self._change(one), self.param_groups[one.layer.home]["max_change"]
-            if bound is not None:
-                h, positions = one.record.some_inputs(BOUND_EXAMPLES)
-                change = bounded(*change, h, bound, positions)
-            yield one.layer, change
+    def _change(self, batch):
+        first, *_ = batch.ready
+        gradient = batch.gradient(self._matrices if first.factored is None else attrgetter("factored"))
+        return self.method.update(gradient, batch.state, self.param_groups[batch.home])
 
-    def _change(self, ready):
-        state = _packed(self.state.get(ready.layer.weight, {}))
-        group = self.param_groups[ready.layer.home]
-        return self.method.update(ready.factored or self._matrices(ready), state, group)
-
-    def _check_state(self, layer: Layer) -> None:
+    def _require_state(self, layer: Layer) -> None:
         if self.uses_statistics and not self._fits(layer):
             raise CaptureError(
                 f"layer {layer.name!r} has no statistics, or its bias was frozen or unfrozen since: call "
                 "refresh(closure) before this step"
                 + ("" if self.refresh_every is None else ", or zero_grad() before its forward pass")
             )
+
+    def _check_state(self, layer):
         dtype, device = layer.weight.dtype, layer.weight.device
         for key, value in self.state.get(layer.weight, {}).items():
             if isinstance(value, Tensor) and (value.dtype, value.device) != (dtype, device):
@@ -337,27 +422,3 @@ class Layerwise(Joint):
                     f"{value.device}: the model was moved after the optimizer had refreshed; call "
                     "refresh(closure), or optimizer.load_state_dict(optimizer.state_dict())"
                 )
-
-
-def _cost(found: Statistics) -> float:
-    """What inverting a layer's matrices costs, about: n²m of rows ``[n, m]``, m³ of whole ones."""
-    matrices = (part.rows if isinstance(part, Gram) else part for part in found[1:] if part is not None)
-    return sum(part.shape[-2] ** 2 * part.shape[-1] for part in matrices if part.dim() > 1)
-
-
-def _flat(state: dict[str, Tensor | ThinInverse]) -> dict[str, Tensor]:
-    """A thin inverse as two tensors, Q and δ: torch loads and moves nothing else."""
-    flat = {}
-    for key, value in state.items():
-        thin = isinstance(value, ThinInverse)
-        flat |= {key: value.factor, key + SHIFT: value.shift} if thin else {key: value}
-    return flat
-
-
-def _packed(state: dict[str, Tensor]) -> dict[str, float | Tensor | ThinInverse]:
-    """The tensors of :func:`_flat` put together again."""
-    packed = {key: scalar(value) for key, value in state.items()}
-    for key in [key for key in packed if key.endswith(SHIFT)]:
-        whole = key.removesuffix(SHIFT)
-        packed[whole] = ThinInverse(packed[whole], packed[key])
-    return packed
