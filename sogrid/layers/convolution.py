@@ -33,6 +33,9 @@ class Convolution:
         x = x.permute(1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
         return _of_groups(x.flatten(2 + dims).flatten(2, 1 + dims))
 
+    def mean(self, layer, x):  # noqa: D102
+        return self.inputs(layer, x.mean(0, keepdim=True)).mean((-3, -2))  # patches are linear in x
+
     def outputs(self, layer, g):  # noqa: D102
         return _of_groups(g.unflatten(1, (layer.groups, -1)).flatten(3).permute(1, 0, 3, 2))
 

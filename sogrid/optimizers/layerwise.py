@@ -45,6 +45,7 @@ class StatisticsOptions(LayerOptions, total=False):
     refresh_every: int | None
     averaging: float
     rank: int | None
+    output: str | int | Callable | None
 
 
 class Layerwise(Joint):
@@ -63,6 +64,9 @@ class Layerwise(Joint):
             become so (fewer than k examples, or a formed matrix of width 2k or less) stays whole. A
             refresh costs an eigendecomposition for each matrix, for which an accelerator's host waits.
             ``None``: all directions, exact.
+        output: Where a model returns a tuple, a dictionary or an object: which part is its output, with an
+            entry for each example of the loss, as an index, a key, a name, or a function of what it returns
+            (``lambda f: f.flatten(0, 1)``: every token is an example). ``None``: all of it.
         **options: Those of :class:`~sogrid.shell.LayerOptimizer`.
 
     Raises:
@@ -70,7 +74,7 @@ class Layerwise(Joint):
         ValueError: See there.
     """
 
-    saved = (*LayerOptimizer.saved, "method", "refresh_every", "averaging")
+    saved = (*LayerOptimizer.saved, "method", "refresh_every", "averaging", "output")
 
     def __init__(
         self,
@@ -82,6 +86,7 @@ class Layerwise(Joint):
         refresh_every: int | None = 20,
         averaging: float = 0.0,
         rank: int | None = None,
+        output: str | int | Callable[[Any], Tensor] | None = None,
         **options,
     ) -> None:
         """See the class."""
@@ -90,6 +95,7 @@ class Layerwise(Joint):
             check_count("refresh_every (N)", refresh_every)
         check_hyperparameter("averaging (ρ)", averaging, below=1.0)
         self.method, self.refresh_every, self.averaging = method, refresh_every, averaging
+        self.output = output
         super().__init__(model, lr, {**hyperparameters, "rank": rank, "refreshed": -1}, **options)
 
     def _lines(self) -> str:
@@ -145,7 +151,8 @@ class Layerwise(Joint):
     def _wanted(self):
         wanted, stale = super()._wanted(), self._stale()
         roots = bool(stale) and self.method.loss is not None and self._needs_gradients
-        return replace(wanted, rows=wanted.rows | stale, probe=self._probe() if stale else None, roots=roots)
+        probe = self._probe() if stale else None
+        return replace(wanted, rows=wanted.rows | stale, probe=probe, roots=roots, output=self.output)
 
     @property
     def _needs_gradients(self) -> bool:
