@@ -12,8 +12,10 @@ from sogrid.layers import rule
 class Convolution:
     """i = channels · kernel, s = places of the output; with groups these come first, ``[groups, n, s, i]``.
 
-    The patches take kernel-size times the memory of the input; they are made where they are needed, for
-    one layer at a time.
+    The patches take kernel-size times the memory of the input. They are made where they are needed, for one
+    layer at a time, and not kept: at a refresh up to four times those of the largest layer are there at once
+    (its patches, with their ones, scaled, and its matrices), at a bounded step twice those of 16 examples,
+    and for the mean input those of one.
     """
 
     factors = False  # with so many positions the gradient's factors are larger than the gradient

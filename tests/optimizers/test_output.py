@@ -1,4 +1,4 @@
-"""``output``: which part of what a model returns its output is: targets are drawn and examples counted there."""
+"""``output``: which part of what a model returns its output is, for draws and for the number of examples."""
 
 import copy
 import pickle
