@@ -389,7 +389,7 @@ def unreliable(monkeypatch):
 @pytest.mark.parametrize("leading", [(), (2,)])
 @pytest.mark.parametrize("failures", [0, 1, 2])
 def test_eigenvectors_that_were_not_found_at_once(draw, unreliable, leading, failures):
-    """Of low rank and with many zeros, where LAPACK does not always converge; a shift within rounding helps."""
+    """Of low rank, with many zeros, where LAPACK does not always converge; a shift within rounding helps."""
     rows = draw(*leading, 4, 9) * (torch.arange(9) % 2)
     matrix = rows.mT @ rows
     unreliable(failures)
