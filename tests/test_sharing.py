@@ -13,7 +13,7 @@ from sogrid.capture import Capture, Wanted
 from sogrid.kronecker import homogeneous, vec
 from sogrid.layers import rule_of
 from sogrid.losses import Quadratic
-from sogrid.optimizers import EKFAC, KFAC
+from sogrid.optimizers import ACP, EKFAC, KFAC
 from sogrid.optimizers.ekfac import EKFACMethod, ekfac_moments
 from sogrid.optimizers.kfac import KFACMethod
 from sogrid.rows import SHARED, Rows
@@ -45,7 +45,7 @@ def tokens(activation=nn.Identity, pooled=False):
 
 def rows_of(model, x, method):
     """Name → rows, with what the method draws at the output."""
-    names = {name for name, module in model.named_modules() if rule_of(module) is not None}
+    names = [name for name, module in model.named_modules() if rule_of(module) is not None]
     with Capture(model, wanted=Wanted(rows=names, probe=method.probe(0))) as capture:
         model(x).square().sum().backward()
         biased = {name: model.get_submodule(name).bias is not None for name in names}
@@ -200,6 +200,32 @@ def test_ekfac_is_nearer_to_the_exact_block_than_kfac(name, shared, curvature):
         assert ours <= theirs + ROUNDING * exact.norm()  # either may be exact, as at the top
         nearer.append(ours < 0.99 * theirs)
     assert any(nearer)
+
+
+@pytest.mark.parametrize("name", ["tokens", "images"])
+def test_acp_is_the_least_squares_of_all_positions(name):
+    """Eqs. (6.2.4) and (6.2.5) without damping: every use moves by −sλ/α g, as nearly as one W and b can."""
+    model = {
+        "tokens": lambda: network(nn.Linear(I, O), nn.Tanh),
+        "images": lambda: network(nn.Conv2d(2, 3, 2), nn.Tanh),
+    }[name]()
+    x, layer = draw(12, *{"tokens": (S, I), "images": (2, 4, 4)}[name]), model[0]
+    before = torch.cat([layer.weight.flatten(1), layer.bias.unsqueeze(-1)], -1).detach()
+    with Capture(model) as capture:
+        model(x).square().sum().backward()
+        rows = capture.records["0"].rows()
+    moves = -0.1 / 0.7 * rows.h.shape[-2] * rows.outputs
+    expected = torch.linalg.lstsq(homogeneous(rows.inputs), moves).solution.mT
+    model.zero_grad()
+    optimizer = ACP(model, 0.1, 0.0, output_curvature=0.7, max_change=None)
+    (model(x).square().sum() / 12).backward()
+    optimizer.step()
+    after = torch.cat([layer.weight.flatten(1), layer.bias.unsqueeze(-1)], -1).detach()
+    assert relative_error(after - before, expected) < 1e-9
+    a = sum(torch.outer(h, h) for h in homogeneous(rows.inputs)) / len(rows.inputs)
+    block = torch.kron(0.7 * a, torch.eye(3).double())  # A ⊗ αI of eq. (6.2.3), its inverse times ∇
+    gradient = torch.cat([rows.product, rows.outputs.sum(0).unsqueeze(-1) / 12], -1)
+    assert relative_error(vec(after - before), -0.1 * torch.linalg.solve(block, vec(gradient))) < 1e-9
 
 
 @pytest.mark.parametrize("kind", [KFAC, EKFAC])
