@@ -87,10 +87,10 @@ def depends(values: Iterable[Tensor], nodes: Container[Node]) -> bool:
     return any(node in nodes for node in _walk([x.grad_fn for x in values], set()))
 
 
-def edges_to(output: Tensor, inputs: Iterable[Tensor]) -> Counter[Tensor]:
-    """How often each parameter is used between a model's inputs and its output."""
+def edges_to(outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> Counter[Tensor]:
+    """How often each parameter is used between a model's inputs and its outputs."""
     found: Counter[Tensor] = Counter()
-    for node in _walk([output.grad_fn], {x.grad_fn for x in inputs}):
+    for node in _walk([x.grad_fn for x in outputs], {x.grad_fn for x in inputs}):
         for below, _ in node.next_functions:
             if (parameter := getattr(below, "variable", None)) is not None:
                 found[parameter] += 1

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,6 +41,7 @@ from sogrid.autograd import (
     without_graph,
     without_weight,
 )
+from sogrid.bound import BOUND_EXAMPLES
 from sogrid.hooks import listen, listeners
 from sogrid.layers import Rule, rule_of
 from sogrid.private import graph_task
@@ -63,6 +64,7 @@ class Wanted:
 
     Attributes:
         rows: Names of the layers whose inputs and gradients are kept.
+        some: Names of those of whose inputs the first examples are kept, for a bound.
         means: Whether the mean input of a layer is kept, one vector, where ``.grad`` is formed.
         factored: Weights whose gradient is left as factors, with their biases: the ``.grad`` of the bias,
             which has to be trained, tells how old the factors are; the weight has none.
@@ -71,14 +73,18 @@ class Wanted:
         roots: Whether the model's own input, output and gradient are kept.
         probe: A function from the model's output ``[n, k]`` to vectors ``[n, k]`` that are pulled back to
             every layer in ``rows`` right after the forward pass (the graph stays), or ``None``.
+        output: Which part of what the model returns that is, and has an entry for each example of the loss:
+            a key, an index, an attribute's name, or a function of it; ``None``: all of it.
     """
 
     rows: Container[str] = frozenset()
+    some: Container[str] = frozenset()
     means: bool = True
     factored: Container[Tensor] = frozenset()
     cut: bool = False
     roots: bool = False
     probe: Probe | None = None
+    output: str | int | Callable[[Any], Tensor] | None = None
 
 
 class Capture:
@@ -297,18 +303,19 @@ class Capture:
 
     def _use(self, name: str, layer: nn.Module, rule: Rule, x: Tensor, output: Tensor) -> Use:
         """What a use leaves behind."""
-        wanted, kept = self.wanted, name in self.wanted.rows
-        formed, examples = not (wanted.cut or self.factors(layer)), len(x)
-        if x.dtype != layer.weight.dtype or (kept and formed):
+        wanted, kept, examples = self.wanted, name in self.wanted.rows, len(x)
+        formed, dtype = not (wanted.cut or self.factors(layer)), layer.weight.dtype
+        if x.dtype != dtype or (kept and formed):
             # a copy, as the user's buffer may be filled again; without one, versions tell
-            x = x.to(layer.weight.dtype, copy=kept and formed)
+            x = x.to(dtype, copy=kept and formed)
+        bounded = formed and not kept and name in wanted.some
+        some = x[:BOUND_EXAMPLES].clone() if bounded else None
         mean, rows = None, 0
         if formed and wanted.means:
-            h = rule.inputs(layer, x)
-            mean, rows = h.mean((-3, -2)), h.shape[-3] * h.shape[-2]
+            mean, rows = rule.mean(layer, x), output.numel() // len(layer.weight)
         seen = Seen(x) if kept or not formed else None
         after = Seen(output.detach()) if wanted.cut else None
-        return Use(name, layer, rule, self._pass, examples, kept, seen, mean, rows, after)
+        return Use(name, layer, rule, self._pass, examples, kept, seen, some, mean, rows, after)
 
     def _hear(self, use: Use, output: Tensor, heard: list[Hearer] | None) -> None:
         """Have the gradient at a use's output recorded when it comes."""
@@ -342,14 +349,21 @@ class Capture:
     def see_root(self, inputs: tuple, output: Any) -> None:
         """The model's own forward pass is over."""
         latest = [use for uses in self._latest.values() for use in uses]
-        sizes = [len(x) for x in (*tensors(output), *tensors(inputs)) if x.dim()]
-        self._pass.examples = sizes[0] if sizes else None
-        if not isinstance(output, Tensor):
-            return
         if self._passes % LOOKS == 1:
             self._look_for_others(inputs, output)
+        output = _part(output, self.wanted.output)
+        sizes = [len(x) for x in (*tensors(output), *tensors(inputs)) if x.dim()]
+        self._pass.examples = sizes[0] if sizes else None
         kept = {use: self._uses[use] for use in latest if use.kept}
-        if self.wanted.probe is not None and kept:
+        probed = self.wanted.probe is not None and kept
+        self._require(
+            not probed or isinstance(output, Tensor),
+            f"the model returned {_outline(output)}, and this optimizer draws targets at its output: say "
+            "which part that is, as by output='logits', output=0 or a function",
+        )
+        if not isinstance(output, Tensor) or not output.requires_grad:
+            return
+        if probed:
             for vector in self.wanted.probe(output.detach()):
                 for use, pulled in pull(output, vector, kept).items():
                     use.probes.append(pulled.to(use.dtype))
@@ -372,9 +386,9 @@ class Capture:
 
         output.register_hook(arrived)
 
-    def _look_for_others(self, inputs: tuple, output: Tensor) -> None:
+    def _look_for_others(self, inputs: tuple, output: Any) -> None:
         """Refuse a weight or bias that is used outside its layer."""
-        edges = edges_to(output, tensors(inputs))
+        edges = edges_to(tensors(output), tensors(inputs))
         for layer, (name, _) in self._rules.items():
             uses = len(self._latest.get(name, ()))
             for kind, parameter in zip(("weight", "bias"), self._parameters[layer], strict=True):
@@ -400,6 +414,35 @@ class Capture:
         else:
             root.grad = grad
             self.roots.append(root)
+
+
+def _part(output: Any, which: Any) -> Any:
+    """What ``output=`` says of what a model has returned."""
+    if which is None:
+        return output
+    try:
+        if callable(which):
+            found = which(output)
+        elif isinstance(which, str) and not isinstance(output, Mapping):
+            found = getattr(output, which)
+        else:
+            found = output[which]
+    except (LookupError, AttributeError, TypeError) as error:
+        raise CaptureError(f"the model returned {_outline(output)}, which has no {which!r}") from error
+    if not isinstance(found, Tensor):
+        raise CaptureError(
+            f"the model returned {_outline(output)}, of which output={which!r} is {_outline(found)}"
+        )
+    return found
+
+
+def _outline(value: Any) -> str:
+    """What a value is made of, for errors."""
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with {', '.join(map(repr, value))}"
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"
 
 
 def _cleared(grad: Tensor, version: int) -> bool:

@@ -114,7 +114,8 @@ def truncated(matrix: Tensor | Gram, rank: int, name: str = "matrix") -> Tensor 
         name: Named in the error.
 
     Raises:
-        FactorizationError: On the CPU, if the matrix is not finite (NaN elsewhere; see the module docstring).
+        FactorizationError: On the CPU, if the matrix is not finite (NaN elsewhere; see the module docstring);
+            anywhere, if LAPACK finds no eigenvectors.
     """
     known = isinstance(matrix, Gram)
     square = matrix.rows @ matrix.rows.mT if known else matrix
@@ -123,7 +124,7 @@ def truncated(matrix: Tensor | Gram, rank: int, name: str = "matrix") -> Tensor 
     if square.device.type == "cpu" and not _failures_are_nan.get():
         _require_finite(square, name)
     sound = torch.isfinite(square).flatten(-2).all(-1)[..., None, None]
-    values, vectors = torch.linalg.eigh(torch.where(sound, square, 0))
+    values, vectors = _eigh(torch.where(sound, square, 0), name)
     values, top = values[..., -rank:], vectors[..., -rank:].mT
     rows = top @ matrix.rows if known else top * values.clamp(min=0).sqrt().unsqueeze(-1)
     return Gram(torch.where(sound, rows, torch.nan))
@@ -148,12 +149,29 @@ def eigenvectors(matrix: Tensor | Gram, name: str = "matrix") -> Tensor:
     """Those of a symmetric matrix ``[..., m, m]``, as columns; for them an accelerator's host waits.
 
     Raises:
-        FactorizationError: On the CPU, if the matrix is not finite.
+        FactorizationError: On the CPU, if the matrix is not finite; anywhere, if LAPACK finds none.
     """
     matrix = matrix.dense() if isinstance(matrix, Gram) else matrix
     if matrix.device.type == "cpu":
         _require_finite(matrix, name)
-    return torch.linalg.eigh(matrix)[1]
+    return _eigh(matrix, name)[1]
+
+
+def _eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of a symmetric matrix.
+
+    LAPACK may not converge where many eigenvalues are zero, as of fewer examples than inputs with many
+    that are never on. A shift that is within rounding moves them all alike and turns no eigenvector.
+    """
+    shift = torch.zeros_like(matrix[..., 0, 0])
+    for _ in range(3):
+        try:
+            values, vectors = torch.linalg.eigh(shift_diagonal(matrix, shift))
+            return values - shift.unsqueeze(-1), vectors
+        except torch.linalg.LinAlgError as error:
+            failure = error
+            shift = 4 * shift + torch.finfo(matrix.dtype).eps * matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+    raise FactorizationError(f"{name}: no eigenvectors were found: {failure}") from failure
 
 
 def _thin_inverse(matrix: Gram, damping: float | Tensor, name: str) -> Tensor | ThinInverse:

@@ -2,6 +2,15 @@
 
 Index letters: n example, s position at which the layer's weight is used (token, patch, time step, or one of
 several uses in a forward pass; one for a plain layer), i input, o output.
+
+A layer that shares its weight over positions has two Kronecker factorisations (Eschenhagen et al. 2023); with
+one position they are the same:
+
+* *expand* takes every position for an example: inputs and gradients of all n·s rows. Exact where A ⊗ B is for
+  one position, and each has an output and a loss of its own: linear layers on each token, the quadratic loss;
+* *reduce* takes an example's positions together: the mean of its inputs, the sum of its gradients
+  (:attr:`Rows.reduced`). Exact where A ⊗ B is for these: the same layers, their outputs averaged before the
+  loss; and where all positions of an example have one input.
 """
 
 from __future__ import annotations
@@ -13,7 +22,10 @@ from torch import Tensor
 
 from sogrid.statistics import Statistics
 
-__all__ = ["Rows", "share"]
+__all__ = ["SHARED", "Rows", "share"]
+
+SHARED = ("expand", "reduce")
+"""How positions become statistics; see the module."""
 
 
 class Rows(NamedTuple):
@@ -25,6 +37,8 @@ class Rows(NamedTuple):
         probes: Vectors at the model's output pulled back to the layer's, ``[n, s, o]`` each.
         examples: n of the loss. Means over examples are over this number, whatever the number of rows.
         biased: Whether the layer has a bias that is trained.
+        parts: (n, s) of parts with other numbers of positions, whose rows are one after the other, as if all
+            were one example's; empty if it is one block.
     """
 
     h: Tensor
@@ -32,6 +46,7 @@ class Rows(NamedTuple):
     probes: tuple[Tensor, ...] = ()
     examples: int = 0
     biased: bool = True
+    parts: tuple[tuple[int, int], ...] = ()
 
     @property
     def inputs(self) -> Tensor:
@@ -52,6 +67,32 @@ class Rows(NamedTuple):
     def product(self) -> Tensor:
         """Σ g hᵀ / n, ``[o, i]``: the gradient of the mean loss. The contract of every layer rule."""
         return torch.einsum("...nso,...nsi->...oi", self.g, self.h) / self.examples
+
+    @property
+    def blocks(self) -> list[Rows]:
+        """The same by example, ``[n, s, ·]`` each: one block, or several of other numbers of positions."""
+        if not self.parts:
+            return [self]
+        h, g, *probes = (_blocks(rows, self.parts) for rows in (self.h, self.g, *self.probes))
+        probes = zip(*probes, strict=True) if probes else [()] * len(h)
+        whole = self._replace(parts=())
+        return [whole._replace(h=a, g=b, probes=c) for a, b, c in zip(h, g, probes, strict=True)]
+
+    @property
+    def reduced(self) -> Rows:
+        """One position an example: the mean of its inputs, the sum of its gradients and of its probes."""
+        blocks = self.blocks
+        h = torch.cat([block.h.mean(-2, keepdim=True) for block in blocks], -3)
+        g = torch.cat([block.g.sum(-2, keepdim=True) for block in blocks], -3)
+        probes = zip(*(block.probes for block in blocks), strict=True)
+        probes = tuple(torch.cat([p.sum(-2, keepdim=True) for p in some], -3) for some in probes)
+        return self._replace(h=h, g=g, probes=probes, parts=())
+
+
+def _blocks(rows: Tensor, parts: tuple[tuple[int, int], ...]) -> list[Tensor]:
+    """``[1, Σ n·s, ·]`` as ``[n, s, ·]`` of each part."""
+    split = rows.squeeze(-3).split([n * s for n, s in parts], -2)
+    return [some.unflatten(-2, part) for some, part in zip(split, parts, strict=True)]
 
 
 def share(found: Statistics, older: Statistics | None, decay: float) -> Statistics:

@@ -281,7 +281,7 @@ class LayerOptimizer(Watching):
     def _wanted(self) -> Wanted:
         bounds = [group["max_change"] for group in self.param_groups]
         return Wanted(
-            rows={layer.name for layer in self._layers if bounds[layer.home] is not None},
+            some={layer.name for layer in self._layers if bounds[layer.home] is not None},
             means=self.uses_mean,
             factored=self._factored if self.gradients == "factored" else frozenset(),
         )

@@ -33,8 +33,8 @@ def input_rows(h: Tensor, centered: bool = True) -> tuple[Tensor, Tensor]:
     Without centring (a layer that has no bias) the mean is zero and RᵀR the second moment.
     """
     mean = h.mean(-2) if centered else torch.zeros_like(h[..., 0, :])
-    deviation = h - mean.unsqueeze(-2) if centered else h
-    return mean, deviation * h.shape[-2] ** -0.5
+    scale = h.shape[-2] ** -0.5
+    return mean, (h - mean.unsqueeze(-2)).mul_(scale) if centered else h * scale
 
 
 def output_rows(passes: Sequence[Tensor], examples: int | None = None) -> Tensor:

@@ -54,6 +54,7 @@ class Use:
         examples: How many the layer was given.
         kept: Whether it is kept for statistics.
         input: What went in, if rows are wanted.
+        some: The first examples of it, if only these are.
         mean: Over the rows of the input, ``[..., i]``, if ``.grad`` is formed.
         rows: How many these are.
         output: What came out, if the graph is cut above.
@@ -67,6 +68,7 @@ class Use:
     examples: int
     kept: bool
     input: Seen | None
+    some: Tensor | None
     mean: Tensor | None
     rows: int
     output: Seen | None
@@ -76,6 +78,11 @@ class Use:
     def dtype(self) -> torch.dtype:
         """Of the layer's weight, and of all that is recorded."""
         return self.layer.weight.dtype
+
+    @property
+    def first(self) -> Tensor | None:
+        """The first examples of what went in at least, if any are kept."""
+        return self.some if self.input is None else self.input.tensor
 
     def require_input(self) -> None:
         """Refuse an input that was changed in place."""
@@ -134,8 +141,8 @@ class LayerRecord:
 
     @property
     def shapes(self) -> list[torch.Size]:
-        """Those of the inputs that are kept."""
-        return [use.input.tensor.shape for use in self._uses if use.input is not None]
+        """Those of what is kept of the inputs."""
+        return [first.shape for use in self._uses if (first := use.first) is not None]
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -165,11 +172,11 @@ class LayerRecord:
         """Whether every use was kept."""
         return all(use.kept for use in self._uses)
 
-    def _kept(self) -> dict[Pass, list[Use]]:
-        """The uses whose input is there, by forward pass."""
+    def _kept(self, what: str = "input") -> dict[Pass, list[Use]]:
+        """The uses whose input is there, or the first of it, by forward pass."""
         passes: dict[Pass, list[Use]] = {}
         for use in self._uses:
-            if use.input is not None:
+            if getattr(use, what) is not None:
                 passes.setdefault(use.forward, []).append(use)
         return passes
 
@@ -182,15 +189,15 @@ class LayerRecord:
         uses = list(self._kept().values())
         for use in (use for some in uses for use in some):
             use.require_input()
-        h = _stack([[use.rule.inputs(use.layer, use.input.tensor) for use in some] for some in uses])
+        h, parts = _stack([[use.rule.inputs(use.layer, use.input.tensor) for use in some] for some in uses])
         if any(g is None for g in self._uses.values()):
-            return Rows(h, None, (), self.count)
-        g = _stack([[use.positions(self._uses[use]) for use in some] for some in uses])
-        count = max(len(use.probes) for use in self._uses)
+            return Rows(h, None, (), self.count, parts=parts)
+        g, _ = _stack([[use.positions(self._uses[use]) for use in some] for some in uses])
         probes = (
-            _stack([[use.pulled(k, self._uses[use]) for use in some] for some in uses]) for k in range(count)
+            _stack([[use.pulled(k, self._uses[use]) for use in some] for some in uses])[0]
+            for k in range(max(len(use.probes) for use in self._uses))
         )
-        return Rows(h, g, tuple(probes), self.count)
+        return Rows(h, g, tuple(probes), self.count, parts=parts)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """(h, g) of all rows, ``[n·s, ·]`` each, of a layer whose inputs and outputs are rows as they are.
@@ -205,14 +212,15 @@ class LayerRecord:
 
     def some_inputs(self, examples: int) -> tuple[Tensor, int]:
         """Rows ``[·, i]`` of the first examples at least, in all uses, and how many rows an example has."""
-        seen, parts = 0, []
-        for uses in self._kept().values():
+        seen, passes = 0, []
+        for uses in self._kept("first").values():
             if seen < examples:
-                some = [use.rule.inputs(use.layer, use.input.tensor[: examples - seen]) for use in uses]
-                parts.append(some)
+                some = [use.rule.inputs(use.layer, use.first[: examples - seen]) for use in uses]
+                passes.append(some)
                 seen += some[0].shape[-3]
-        h = _stack(parts)
-        return h.flatten(-3, -2), h.shape[-2]
+        h, _ = _stack(passes)
+        h = h.flatten(-3, -2)
+        return h, -(-h.shape[-2] // seen)
 
     def preactivations(self) -> Tensor:
         """The outputs of all uses; computed again where they were not kept or are changed."""
@@ -247,21 +255,17 @@ def join(passes: list[Tensor], dim: int = 0) -> Tensor:
     return passes[0] if len(passes) == 1 else torch.cat(passes, dim)
 
 
-def _stack(passes: list[list[Tensor]]) -> Tensor:
+def _stack(passes: list[list[Tensor]]) -> tuple[Tensor, tuple[tuple[int, int], ...]]:
     """``[n, s, ·]`` of the uses in each forward pass: positions side by side, passes one after the other.
 
-    Where numbers differ all is one block of positions.
+    Uses of other numbers of examples are apart. Where numbers of positions differ all is one block of
+    positions, and the parts of it are told; see :class:`~sogrid.rows.Rows`.
     """
-    whole = []
+    parts: list[Tensor] = []
     for uses in passes:
-        if len({use.shape[-3] for use in uses}) > 1:
-            uses = [_block(use) for use in uses]
-        whole.append(join(uses, -2))
-    if len({part.shape[-2] for part in whole}) > 1:
-        return torch.cat([_block(part) for part in whole], -2)
-    return join(whole, -3)
-
-
-def _block(rows: Tensor) -> Tensor:
-    """All as positions of one example."""
-    return rows.flatten(-3, -2).unsqueeze(-3)
+        apart = len({use.shape[-3] for use in uses}) > 1
+        parts += uses if apart else [join(uses, -2)]
+    if len({part.shape[-2] for part in parts}) == 1:
+        return join(parts, -3), ()
+    block = torch.cat([part.flatten(-3, -2).unsqueeze(-3) for part in parts], -2)
+    return block, tuple((part.shape[-3], part.shape[-2]) for part in parts)

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sogrid.factorize import (
     FactorizationError,
+    eigenvectors,
     failures_are_nan,
     inverse_square_root,
     tikhonov_inverse,
@@ -362,3 +363,46 @@ def test_inverse_square_root_of_a_diagonal():
     matrix = torch.diag(torch.tensor([3.0, 8.0], dtype=torch.float64))
     expected = torch.diag(torch.tensor([1 / 2, 1 / 3], dtype=torch.float64))
     assert relative_error(inverse_square_root(matrix, 1.0), expected) < RTOL
+
+
+# --- eigenvectors ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unreliable(monkeypatch):
+    """``unreliable(k)``: the first k eigendecompositions do not converge."""
+
+    def make(times):
+        found, calls = torch.linalg.eigh, []
+
+        def eigh(matrix):
+            calls.append(matrix)
+            if len(calls) <= times:
+                raise torch.linalg.LinAlgError("failed to converge")
+            return found(matrix)
+
+        monkeypatch.setattr("torch.linalg.eigh", eigh)
+
+    return make
+
+
+@pytest.mark.parametrize("leading", [(), (2,)])
+@pytest.mark.parametrize("failures", [0, 1, 2])
+def test_eigenvectors_that_were_not_found_at_once(draw, unreliable, leading, failures):
+    """Of low rank, with many zeros, where LAPACK does not always converge; a shift within rounding helps."""
+    rows = draw(*leading, 4, 9) * (torch.arange(9) % 2)
+    matrix = rows.mT @ rows
+    unreliable(failures)
+    basis = eigenvectors(Gram(rows))
+    along = basis.mT @ matrix @ basis
+    assert relative_error(along, torch.diag_embed(along.diagonal(dim1=-2, dim2=-1))) < RTOL
+    assert relative_error(basis @ along @ basis.mT, matrix) < RTOL
+    assert relative_error(basis.mT @ basis, torch.eye(9).double().expand_as(matrix)) < RTOL
+    thin = truncated(matrix, 4).rows
+    assert relative_error(thin.mT @ thin, matrix) < RTOL
+
+
+def test_eigenvectors_that_are_not_found(draw, unreliable):
+    unreliable(99)
+    with pytest.raises(FactorizationError, match=r"layer 'a': no eigenvectors were found.*converge"):
+        eigenvectors(draw(3, 3), "layer 'a'")

@@ -95,6 +95,9 @@ METHODS = {
     "acp": partial(ACP, damping=0.3),
     "acp, exact": partial(ACP, damping=0.3, tikhonov="exact", output_curvature="heuristic", averaging=0.5),
     "kfac": partial(KFAC, damping=0.3, curvature="empirical_fisher", loss=Quadratic()),
+    "kfac, reduced": partial(
+        KFAC, damping=0.3, curvature="empirical_fisher", loss=Quadratic(), shared="reduce"
+    ),
     "ekfac": partial(EKFAC, damping=0.3, curvature="empirical_fisher", loss=Quadratic()),
     "nnn": partial(NaturalNN, damping=0.3, rank=2),
     "centred": CenteredGradientDescent,

@@ -32,6 +32,9 @@ class Rule(Protocol):
     def inputs(self, layer: nn.Module, x: Tensor) -> Tensor:
         """The input ``[n, …]`` as ``[n, s, i]``; several maps side by side are a dimension before n."""
 
+    def mean(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """The mean of :meth:`inputs` over examples and positions, ``[i]``, likewise."""
+
     def outputs(self, layer: nn.Module, g: Tensor) -> Tensor:
         """What is shaped like the output ``[n, …]`` as ``[n, s, o]``, likewise."""
 

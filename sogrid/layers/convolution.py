@@ -12,8 +12,10 @@ from sogrid.layers import rule
 class Convolution:
     """i = channels · kernel, s = places of the output; with groups these come first, ``[groups, n, s, i]``.
 
-    The patches take kernel-size times the memory of the input; they are made where they are needed, for
-    one layer at a time.
+    The patches take kernel-size times the memory of the input. They are made where they are needed, for one
+    layer at a time, and not kept: at a refresh up to four times those of the largest layer are there at once
+    (its patches, with their ones, scaled, and its matrices), at a bounded step twice those of 16 examples,
+    and for the mean input those of one.
     """
 
     factors = False  # with so many positions the gradient's factors are larger than the gradient
@@ -32,6 +34,9 @@ class Convolution:
         x = x.unflatten(1, (layer.groups, -1))  # [n, groups, channels, *places, *kernel]
         x = x.permute(1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
         return _of_groups(x.flatten(2 + dims).flatten(2, 1 + dims))
+
+    def mean(self, layer, x):  # noqa: D102
+        return self.inputs(layer, x.mean(0, keepdim=True)).mean((-3, -2))  # patches are linear in x
 
     def outputs(self, layer, g):  # noqa: D102
         return _of_groups(g.unflatten(1, (layer.groups, -1)).flatten(3).permute(1, 0, 3, 2))

@@ -6,6 +6,11 @@ biases and makes the covariance C of the inputs appear (eqs. 6.2.4, 6.2.5):
 
     ΔW = −(λ/α) (1/n) Σ g_i (h_i − h̄)ᵀ P,    P = (C + (ε/α) I)⁻¹,    Δb = −(λ/α) ḡ  [− ΔW h̄]
 
+The two are the least-squares fit of ΔW h + Δb to −(λ/α) g, whatever rows it is over. Where a weight is
+used at s positions of an example (tokens, patches) the rows are its n·s uses: h̄, C and the exact bias term
+are over examples and positions, ∇W and ∇b sum over positions as ever, and each use moves by −(sλ/α) g, as
+nearly as one W and b can. The block of such a layer is s times A ⊗ αI; this s is left to λ/α.
+
 C and, for the heuristic, α = max (g_i)_j² come from a statistics minibatch every N updates; the mean
 h̄ is the current minibatch's. Where the thesis is open, this is what we chose:
 

@@ -29,7 +29,7 @@ __all__ = ["ADAPTIVE", "DUE", "FRESH", "LONGEST", "WARM", "drifted", "inverting"
 ADAPTIVE = "adaptive"
 """In the place of N."""
 
-DRIFT = 1.5
+DRIFT = 1.25
 """A layer whose q is so many times what it was fresh, or as many times below, is due."""
 
 WARM, LONGEST, AT_ONCE = 100, 32, 0.5

@@ -95,10 +95,12 @@ class EKFACMethod(KFACMethod):
         }
 
     def moments(self, rows, state, group):  # noqa: D102
-        passes = rows.probes if self.curvature.startswith("fisher") else (rows.g,)
-        h = homogeneous(rows.h) if rows.biased else rows.h
-        bases = state["a_basis"], state["b_basis"]
-        return sum(ekfac_moments(h, g, *bases) for g in passes) / rows.examples
+        bases, total = (state["a_basis"], state["b_basis"]), 0
+        for block in rows.blocks:
+            passes = block.probes if self.curvature.startswith("fisher") else (block.g,)
+            h = homogeneous(block.h) if rows.biased else block.h
+            total = total + sum(ekfac_moments(h, g, *bases) for g in passes)
+        return total / rows.examples
 
     def quadratic_form(self, h, biased, state, group):  # noqa: D102
         along = (homogeneous(h) if biased else h) @ state["a_basis"]
@@ -123,6 +125,7 @@ class EKFAC(Layerwise):
         curvature: As in :class:`~sogrid.optimizers.kfac.KFAC`.
         samples: As there.
         seed: As there.
+        shared: As there; it is of the basis alone, the moments are exact for either.
         **options: ``refresh_every`` and ``averaging``, see
             :class:`~sogrid.optimizers.layerwise.Layerwise`; all others but ``reduction``, see
             :class:`~sogrid.shell.LayerOptimizer`.
@@ -142,9 +145,10 @@ class EKFAC(Layerwise):
         curvature: str = "fisher_sampled",
         samples: int = 1,
         seed: int = 0,
+        shared: str = "expand",
         **options: Unpack[StatisticsOptions],
     ) -> None:
         """See the class."""
         self._require_loss(loss)
-        method = EKFACMethod(loss, curvature, samples, seed)
+        method = EKFACMethod(loss, curvature, samples, seed, shared)
         super().__init__(method, model, lr, {"damping": damping}, reduction=loss.reduction, **options)

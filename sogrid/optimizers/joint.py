@@ -18,7 +18,7 @@ from torch import Tensor
 from sogrid.bound import BOUND_EXAMPLES, moved, shrunk
 from sogrid.capture import CaptureError
 from sogrid.method import Change, Gradient
-from sogrid.optimizers.batches import Batch, Batches
+from sogrid.optimizers.batches import SMALL, Batch, Batches
 from sogrid.parameters import Layer
 from sogrid.private import without_autocast
 from sogrid.ranks import Ranks
@@ -210,4 +210,18 @@ def _moved(batch: Batch, change: Change, ranks: Ranks) -> tuple[Tensor, int]:
         examples = int(min(counts[ranks.rank], BOUND_EXAMPLES - sum(counts[: ranks.rank])))
     if examples <= 0:
         return change[0].new_zeros(change[0].shape[:-2]), 0
-    return moved(*change, batch.stack([one.record.some_inputs(examples)[0] for one in batch.ready]))
+    first, *others = batch.ready
+    rows = first.record.some_inputs(examples)[0]
+    if not others:
+        return moved(*change, rows)
+    if rows.numel() <= SMALL:
+        return moved(*change, torch.stack([rows, *(one.record.some_inputs(examples)[0] for one in others)]))
+    del rows  # patches, which are made for one layer at a time
+    sizes, counts = zip(
+        *(
+            moved(*own, one.record.some_inputs(examples)[0])
+            for one, (_, own) in zip(batch.ready, batch.split(change), strict=True)
+        ),
+        strict=True,
+    )
+    return torch.stack(sizes), counts[0]

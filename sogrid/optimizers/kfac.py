@@ -35,6 +35,7 @@ from sogrid.losses import CrossEntropyAtLogits, CrossEntropyAtProbabilities, Los
 from sogrid.method import LayerMethod
 from sogrid.optimizers.layerwise import Layerwise, StatisticsOptions
 from sogrid.parameters import check_count, check_hyperparameter
+from sogrid.rows import SHARED
 from sogrid.statistics import Statistics, input_rows, output_rows, second_moment
 from sogrid.structured import Factored, Gram, ThinInverse, mean_eigenvalue, quadratic_form
 
@@ -134,14 +135,15 @@ class KFACMethod(LayerMethod):
         curvature: What the output factor stands for; see the module.
         samples: Draws per example for ``"fisher_sampled"``.
         seed: Of the draws.
+        shared: How positions become statistics; see :mod:`sogrid.rows`.
 
     Raises:
-        ValueError: For a curvature that does not go with the loss.
+        ValueError: For a curvature that does not go with the loss, and for another ``shared``.
     """
 
     uses_mean = False
 
-    def __init__(self, loss: Loss, curvature: str, samples: int, seed: int) -> None:
+    def __init__(self, loss: Loss, curvature: str, samples: int, seed: int, shared: str = "expand") -> None:
         """See the class."""
         if curvature not in CURVATURES:
             raise ValueError(f"curvature must be one of {CURVATURES}, got {curvature!r}")
@@ -151,8 +153,11 @@ class KFACMethod(LayerMethod):
                 f"E[g gᵀ] is the Gauss-Newton matrix only for one-hot cross-entropy, not for {loss!r}: use "
                 "'fisher_sampled' (for the quadratic loss the two matrices are the same)"
             )
+        if shared not in SHARED:
+            raise ValueError(f"shared must be one of {SHARED}, got {shared!r}")
         check_count("samples", samples)
         self.loss, self.curvature, self.samples, self.seed = loss, curvature, samples, seed
+        self.shared = shared
 
     def check(self, group):  # noqa: D102
         check_hyperparameter("damping (ε)", group["damping"], positive=True)
@@ -171,6 +176,7 @@ class KFACMethod(LayerMethod):
         )
 
     def measure(self, rows, group):  # noqa: D102
+        rows = rows.reduced if self.shared == "reduce" else rows
         if not self.curvature.startswith("fisher"):
             passes = [rows.outputs]
         elif rows.probes:
@@ -178,7 +184,7 @@ class KFACMethod(LayerMethod):
         else:
             raise CaptureError(
                 "KFAC saw the layers but not the model's output, where the Fisher's targets are drawn: call "
-                "the model itself, not its parts, and let its forward return the output tensor"
+                "the model itself, not its parts"
             )
         h = homogeneous(rows.inputs) if rows.biased else rows.inputs
         mean, inputs = input_rows(h, centered=False)
@@ -201,7 +207,8 @@ class KFAC(Layerwise):
 
     Args:
         model: See :class:`~sogrid.shell.LayerOptimizer`. Call the model itself, not its
-            parts: its output is where the Fisher's targets are drawn.
+            parts: its output is where the Fisher's targets are drawn. If it returns more than that, say which
+            by ``output``.
         lr: Learning rate λ.
         damping: ε > 0: √ε is added to both factors, or shared between them by ``pi_correction``.
         loss: What the training loss is, as an object of :mod:`sogrid.losses`; its reduction counts. With
@@ -214,6 +221,9 @@ class KFAC(Layerwise):
         pi_correction: Balance the damping between the two factors. Where gradients vanish, as below many
             sigmoid layers, the inputs then get nearly all of it.
         seed: Of the draws; each refresh and rank has its own stream, so that a resumed run repeats them.
+        shared: How a layer's positions (tokens, pixels, several uses) become statistics: ``"expand"`` takes
+            each for an example, ``"reduce"`` an example's together; :mod:`sogrid.rows` says when each is
+            exact. Where a network pools over positions before its loss, try ``"reduce"``; its rows are fewer.
         **options: ``refresh_every``, ``averaging`` and ``rank``, see
             :class:`~sogrid.optimizers.layerwise.Layerwise`; ``other_lr``, ``params``, ``gradients`` and
             ``max_change``, see :class:`~sogrid.shell.LayerOptimizer`.
@@ -235,12 +245,13 @@ class KFAC(Layerwise):
         samples: int = 1,
         pi_correction: bool = False,
         seed: int = 0,
+        shared: str = "expand",
         **options: Unpack[StatisticsOptions],
     ) -> None:
         """See the class."""
         self._require_loss(loss)
         method, own = (
-            KFACMethod(loss, curvature, samples, seed),
+            KFACMethod(loss, curvature, samples, seed, shared),
             {"damping": damping, "pi_correction": pi_correction},
         )
         super().__init__(method, model, lr, own, reduction=loss.reduction, **options)

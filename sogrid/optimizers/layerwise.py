@@ -58,6 +58,7 @@ class StatisticsOptions(LayerOptions, total=False):
     refresh_share: float
     averaging: float
     rank: int | None
+    output: str | int | Callable | None
 
 
 class Layerwise(Joint):
@@ -78,6 +79,9 @@ class Layerwise(Joint):
             become so (fewer than k examples, or a formed matrix of width 2k or less) stays whole. A
             refresh costs an eigendecomposition for each matrix, for which an accelerator's host waits.
             ``None``: all directions, exact.
+        output: Where a model returns a tuple, a dictionary or an object: which part is its output, with an
+            entry for each example of the loss, as an index, a key, a name, or a function of what it returns
+            (``lambda f: f.flatten(0, 1)``: every token is an example). ``None``: all of it.
         **options: Those of :class:`~sogrid.shell.LayerOptimizer`.
 
     Raises:
@@ -85,7 +89,7 @@ class Layerwise(Joint):
         ValueError: See there.
     """
 
-    saved = (*LayerOptimizer.saved, "method", "refresh_every", "refresh_share", "averaging")
+    saved = (*LayerOptimizer.saved, "method", "refresh_every", "refresh_share", "averaging", "output")
 
     def __init__(
         self,
@@ -98,6 +102,7 @@ class Layerwise(Joint):
         refresh_share: float = 0.1,
         averaging: float = 0.0,
         rank: int | None = None,
+        output: str | int | Callable[[Any], Tensor] | None = None,
         **options,
     ) -> None:
         """See the class."""
@@ -106,7 +111,7 @@ class Layerwise(Joint):
             check_count("refresh_every (N)", refresh_every)
         check_hyperparameter("refresh_share", refresh_share, positive=True, below=1.0)
         check_hyperparameter("averaging (ρ)", averaging, below=1.0)
-        self.method, self.averaging = method, averaging
+        self.method, self.averaging, self.output = method, averaging, output
         self.refresh_every, self.refresh_share = refresh_every, refresh_share
         own = {"rank": rank, "refreshed": -1, "schedule": None}
         super().__init__(model, lr, {**hyperparameters, **own}, **options)
@@ -174,9 +179,11 @@ class Layerwise(Joint):
     def _wanted(self):
         wanted, stale = super()._wanted(), self._stale()
         roots = bool(stale) and self.method.loss is not None and self._needs_gradients
-        if self.refresh_every == ADAPTIVE:
-            stale = {layer.name for layer in self._layers}
-        return replace(wanted, rows=wanted.rows | stale, probe=self._probe() if stale else None, roots=roots)
+        probe = self._probe() if stale else None
+        some = wanted.some if self.refresh_every != ADAPTIVE else {layer.name for layer in self._layers}
+        return replace(
+            wanted, rows=wanted.rows | stale, some=some, probe=probe, roots=roots, output=self.output
+        )
 
     @property
     def _needs_gradients(self) -> bool:
