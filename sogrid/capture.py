@@ -229,6 +229,8 @@ class Capture:
 
     def factors(self, layer: nn.Module) -> bool:
         """Whether a layer's weight goes without a gradient."""
+        if not self.wanted.factored:
+            return False
         weight, bias = self._parameters[layer]
         return weight in self.wanted.factored and bias is not None and bias.requires_grad
 
@@ -303,8 +305,9 @@ class Capture:
 
     def _use(self, name: str, layer: nn.Module, rule: Rule, x: Tensor, output: Tensor) -> Use:
         """What a use leaves behind."""
-        wanted, kept, examples = self.wanted, name in self.wanted.rows, len(x)
-        formed, dtype = not (wanted.cut or self.factors(layer)), layer.weight.dtype
+        wanted, kept, examples = self.wanted, name in self.wanted.rows, x.shape[0]
+        weight, _ = self._parameters[layer]
+        formed, dtype = not (wanted.cut or self.factors(layer)), weight.dtype
         if x.dtype != dtype or (kept and formed):
             # a copy, as the user's buffer may be filled again; without one, versions tell
             x = x.to(dtype, copy=kept and formed)
@@ -312,19 +315,20 @@ class Capture:
         some = x[:BOUND_EXAMPLES].clone() if bounded else None
         mean, rows = None, 0
         if formed and wanted.means:
-            mean, rows = rule.mean(layer, x), output.numel() // len(layer.weight)
+            mean, rows = rule.mean(layer, x), output.numel() // weight.shape[0]
         seen = Seen(x) if kept or not formed else None
         after = Seen(output.detach()) if wanted.cut else None
         return Use(name, layer, rule, self._pass, examples, kept, seen, some, mean, rows, after)
 
     def _hear(self, use: Use, output: Tensor, heard: list[Hearer] | None) -> None:
         """Have the gradient at a use's output recorded when it comes."""
-        me, weight, dtype = weakref.ref(self), use.layer.weight, use.dtype
+        me, weight = weakref.ref(self), self._parameters[use.layer][0]
 
         def arrived(grad: Tensor) -> None:
             if (capture := me()) is not None:
                 use.forward.over = True
-                capture._record(use.name, use.layer).add(use, grad.detach().to(dtype))
+                grad = None if use.input is None else grad.detach().to(weight.dtype)
+                capture._record(use.name, use.layer).add(use, grad)
 
         if heard is None:
             output.register_hook(lambda grad: arrived(grad) if accumulates(weight) else None)
@@ -337,7 +341,8 @@ class Capture:
         if task == record._task:
             record.version = UNKNOWN  # autograd has added to the gradient before it was there
         elif not self.wanted.cut:
-            grad = (layer.bias if self.factors(layer) else layer.weight).grad
+            weight, bias = self._parameters[layer]
+            grad = (bias if self.factors(layer) else weight).grad
             if grad is None or (record and _cleared(grad, record.version)):
                 record = self.records[name] = LayerRecord()
             elif not (record or record.unseen) and grad.is_cpu and grad.any():
@@ -482,7 +487,7 @@ def _ends(captures: list[Capture], module: nn.Module, inputs: tuple, output: Any
     """Tell every capture; return another output if one of them wants no gradients below it."""
     handed_on, heard = output, None
     watching = [capture for capture in captures if capture.watches(module)]
-    if watching and not any(x.numel() for x in inputs[:1]):  # an expert that is not asked?
+    if watching and not (inputs and inputs[0].numel()):  # an expert that is not asked?
         watching = [capture for capture in watching if not capture.asked]
     if watching and not module.training:
         for capture in watching:
@@ -490,14 +495,15 @@ def _ends(captures: list[Capture], module: nn.Module, inputs: tuple, output: Any
         watching = []
     for capture in watching:
         capture.require_map(module, inputs[0])
-    if any(capture.factors(module) for capture in watching):
+    if watching and any(capture.factors(module) for capture in watching):
         handed_on, heard = without_weight(module, inputs[0], output)
     rooted = [capture for capture in captures if module is capture._model]
-    for capture in rooted:
-        capture.asked = False
-    rooted = [capture for capture in rooted if capture.ends()]
-    if isinstance(output, Tensor) and any(capture.wanted.cut for capture in rooted):
-        handed_on = without_graph(module, inputs, handed_on)
+    if rooted:
+        for capture in rooted:
+            capture.asked = False
+        rooted = [capture for capture in rooted if capture.ends()]
+        if isinstance(output, Tensor) and any(capture.wanted.cut for capture in rooted):
+            handed_on = without_graph(module, inputs, handed_on)
     for capture in watching:
         capture.see_layer(module, inputs[0], handed_on, heard)
     for capture in rooted:

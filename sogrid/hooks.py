@@ -122,7 +122,7 @@ class _Watch:
         """Who listens; nobody to a replica of the module, which shares its hooks."""
         if module is not self._module() or not recording():
             return []
-        return listeners(module)
+        return [one for ref in self.listeners if (one := ref()) is not None]
 
     def _before(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         if torch.compiler.is_dynamo_compiling():
@@ -142,7 +142,8 @@ class _Watch:
     def _over(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> Tensor | None:
         if isinstance(output, Tensor) and not output.requires_grad:
             return None
-        heard, inputs = self._heard_by(module), (*args, *kwargs.values())
+        heard = self._heard_by(module)
+        inputs = (*args, *kwargs.values()) if kwargs else args
         return self._functions[1](heard, module, inputs, output) if heard else None
 
 

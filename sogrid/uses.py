@@ -28,7 +28,7 @@ class Seen:
         return self.tensor._version == self._version
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Pass:
     """One forward pass of the model.
 
@@ -42,7 +42,7 @@ class Pass:
     over: bool = False
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Use:
     """One use of a layer. The graph holds it, so it must not hold the graph.
 
@@ -212,6 +212,10 @@ class LayerRecord:
 
     def some_inputs(self, examples: int) -> tuple[Tensor, int]:
         """Rows ``[·, i]`` of the first examples at least, in all uses, and how many rows an example has."""
+        if len(self._uses) == 1:
+            (use,) = self._uses
+            h = use.rule.inputs(use.layer, use.first[:examples])
+            return h.flatten(-3, -2), h.shape[-2]
         seen, passes = 0, []
         for uses in self._kept("first").values():
             if seen < examples:
