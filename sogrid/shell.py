@@ -48,6 +48,7 @@ class LayerOptions(TypedDict, total=False):
     weight_decay: float | Tensor
     decay_bias: bool
     maximize: bool
+    capturable: bool
     process_group: Any
 
 
@@ -112,6 +113,10 @@ class LayerOptimizer(Watching):
             which with the λ of a bounded step is much: at λ = 10, w = 0.0001 is a thousandth an update.
         decay_bias: Whether biases, and other parameters of one dimension, shrink too.
         maximize: Climb.
+        capturable: Whether a CUDA graph may hold an update, after one was made without. Nothing of it is then
+            read back to the host, so gradients that are not finite go unseen, and a refresh writes where the
+            graph reads. A replay counts no updates and refreshes nothing: give ``refresh_every=None`` and
+            call ``refresh`` between replays; a learning rate that is to change is a tensor on the device.
         process_group: The processes that share each minibatch and hold the mean of their gradients, as
             ``DistributedDataParallel`` leaves it; see :mod:`sogrid.ranks`. ``None``: that of the model, if it
             is so wrapped, else torch's default group, when there is one at a step. ``False``: this process
@@ -124,7 +129,7 @@ class LayerOptimizer(Watching):
             preconditioned; the message names the module.
     """
 
-    saved = ("model", "reduction", "other_lr", "gradients", "_inner")
+    saved = ("model", "reduction", "other_lr", "gradients", "capturable", "_inner")
 
     _inner: torch.optim.Optimizer | None = None
 
@@ -150,6 +155,7 @@ class LayerOptimizer(Watching):
         weight_decay: float | Tensor = 0.0,
         decay_bias: bool = False,
         maximize: bool = False,
+        capturable: bool = False,
         process_group: Any = None,
     ) -> None:
         """See the class."""
@@ -158,7 +164,7 @@ class LayerOptimizer(Watching):
             check_hyperparameter("other_lr", other_lr)
         if gradients not in ("matrix", "factored"):
             raise ValueError(f"gradients must be 'matrix' or 'factored', got {gradients!r}")
-        self.other_lr, self.gradients = other_lr, gradients
+        self.other_lr, self.gradients, self.capturable = other_lr, gradients, capturable
         self._inner = made(other, other_lr)
         self.reduction = check_reduction(reduction)
         self._join(model, process_group)
@@ -391,7 +397,8 @@ class LayerOptimizer(Watching):
         ready = list(self._ready(ranks))
         gradients = {f"layer {one.layer.name!r}": self._looked_over(one) for one in ready}
         self._require_finite(gradients)
-        self._noted.note(self.param_groups[0]["updates"], gradients)
+        if not self.capturable:
+            self._noted.note(self.param_groups[0]["updates"], gradients)
         if self.refresh_due or self._noted.due:
             self._noted.require_finite()
         return ready

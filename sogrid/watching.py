@@ -18,7 +18,7 @@ from sogrid.private import without_autocast
 from sogrid.ranks import Ranks, require_whole, unwrapped
 from sogrid.structured import scalar
 
-__all__ = ["GROUP_KEYS", "MOMENTUM", "TRAINED", "Watching"]
+__all__ = ["GROUP_KEYS", "MOMENTUM", "TRAINED", "Watching", "capturing"]
 
 MOMENTUM = "momentum"
 """Where a parameter's state holds its velocity."""
@@ -31,6 +31,11 @@ GROUP_KEYS = {
     *("initial_lr", "min_lr", "max_lr", "swa_lr", "base_momentum", "max_momentum"),
 }
 """Torch's own keys of parameter groups, and those of its schedulers."""
+
+
+def capturing() -> bool:
+    """Whether what is begun now goes into a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 class Watching(torch.optim.Optimizer):
@@ -48,6 +53,9 @@ class Watching(torch.optim.Optimizer):
 
     several_ranks = True
     """Whether the step is defined for a minibatch that several processes share."""
+
+    capturable = False
+    """Whether a CUDA graph may hold the step."""
 
     model: nn.Module
     _capture: Capture | None = None
@@ -137,6 +145,7 @@ class Watching(torch.optim.Optimizer):
             FloatingPointError: On the CPU, if a gradient is not finite. On an accelerator only at the next
                 refresh, and then the step has been made; no other error changes a parameter.
         """
+        self._require_capturable(self.capturable, "give it capturable=True")
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -146,6 +155,11 @@ class Watching(torch.optim.Optimizer):
                 self._step()
         self._forget()
         return loss
+
+    def _require_capturable(self, condition: bool, otherwise: str) -> None:
+        """Refuse to be captured in a CUDA graph."""
+        if not condition and capturing():
+            raise RuntimeError(f"{type(self).__name__} is captured in a CUDA graph: {otherwise}")
 
     @property
     def _loss_scale(self) -> float | Tensor:

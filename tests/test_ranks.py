@@ -36,7 +36,15 @@ SIZES = {2: [(1, 1), (3, 3)], 3: [(1, 1, 1)]}
 """Examples by rank. Of two every matrix is thin, of six those that were thin on each rank are not."""
 METHODS = [
     *("centred", "centred, bias corrected", "acp", "acp, heuristic", "acp, exact Tikhonov"),
-    *("acp, averaging", "acp, rank 2", "kfac, exact fisher", "kfac, empirical fisher", "ekfac", "nnn"),
+    *(
+        "acp, averaging",
+        "acp, rank 2",
+        "acp, adaptive",
+        "kfac, exact fisher",
+        "kfac, empirical fisher",
+        "ekfac",
+        "nnn",
+    ),
 ]
 OPTIONS = [
     {"gradients": "matrix", "max_change": None, "loss": "mean"},
@@ -50,7 +58,7 @@ SEEDS = range(1, 4)
 
 def make(name: str, model: nn.Module, **options) -> torch.optim.Optimizer:
     method: Method = named(name)
-    refreshing = {"refresh_every": 2} if method.refreshes else {}
+    refreshing = {"refresh_every": 2} if method.refreshes and "adaptive" not in name else {}
     return method(model, **refreshing | options)
 
 

@@ -86,10 +86,10 @@ def taken(states: Mapping[str, State], budget: float) -> list[str]:
     due = sorted((name for name in states if states[name].get(DUE)), key=lambda name: -states[name][DUE])
     prices, names, spent = priced(states), [], 0.0
     for name in due:
-        if spent + prices[name] > (min(budget, AT_ONCE) if names else budget):
+        spent += prices.get(name, 0.0)
+        if spent > (min(budget, AT_ONCE) if names else budget):
             break
         names.append(name)
-        spent += prices[name]
     return names
 
 

@@ -77,11 +77,16 @@ class Batches:
 
     Args:
         check: Called with a layer whose state is new.
+        numbers: Whether a tensor of one number may be read, where nobody waits for it. What is read is read
+            once: no other may be written there.
+
+    Attributes:
+        new: Whether the last batches were not those before.
     """
 
-    def __init__(self, check: Callable[[Layer], None]) -> None:
+    def __init__(self, check: Callable[[Layer], None], numbers: bool = True) -> None:
         """See the class."""
-        self._check = check
+        self._check, self._numbers, self.new = check, numbers, True
         self._seen: list[tuple] = []
         self._states: list[State | None] = []
         self._found: list[tuple[list[int], State]] = []
@@ -95,13 +100,14 @@ class Batches:
         """
         seen = [_like(one) for one in ready]
         own = [states.get(one.layer.weight) for one in ready]
-        if seen != self._seen or any(a is not b for a, b in zip(own, self._states, strict=True)):
+        self.new = seen != self._seen or any(a is not b for a, b in zip(own, self._states, strict=True))
+        if self.new:
             for one in ready:
                 self._check(one.layer)
             kinds: dict[Any, list[int]] = {}
             for k, one in enumerate(ready):
                 kinds.setdefault(_kind(one, own[k] or {}), []).append(k)
-            self._found = [(ks, _stacked([own[k] or {} for k in ks])) for ks in kinds.values()]
+            self._found = [(ks, _stacked([own[k] or {} for k in ks], self._numbers)) for ks in kinds.values()]
             self._seen, self._states = seen, own
         return [Batch([ready[k] for k in ks], state) for ks, state in self._found]
 
@@ -130,17 +136,17 @@ def _used(state: State) -> dict[str, Tensor]:
     }
 
 
-def _stacked(states: list[State]) -> State:
+def _stacked(states: list[State], numbers: bool) -> State:
     """The states of the layers of a batch as one."""
     first, *others = map(_used, states)
     if not others:
-        return packed({key: scalar(value) for key, value in first.items()})
+        return packed({key: scalar(value) if numbers else value for key, value in first.items()})
     stacked = {}
     for key, value in first.items():
         whole = stacked[key] = torch.stack([state[key] for state in states])
         for state, part in zip(states, whole.unbind(), strict=True):
             state[key] = part
-        if value.dim() == 0 and value.is_cpu and len({*whole.tolist()}) == 1:
+        if numbers and value.dim() == 0 and value.is_cpu and len({*whole.tolist()}) == 1:
             stacked[key] = value.item()
     return packed(stacked)
 

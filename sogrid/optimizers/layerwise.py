@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sogrid import finite
 from sogrid.bound import BOUND_EXAMPLES
 from sogrid.capture import CaptureError, LayerRecord
-from sogrid.finite import read
 from sogrid.method import LayerMethod
 from sogrid.optimizers.adaptive import (
     ADAPTIVE,
@@ -225,6 +225,9 @@ class Layerwise(Joint):
             with without_autocast():
                 states = self._refreshed(measured, ranks)
         self._adopt(states)
+        if self.capturable:  # so that no two refreshes draw the same
+            for group in self.param_groups:
+                group["updates"] += 1
         self._capture.wanted = self._wanted()
 
     def _measured(self, records: dict[str, LayerRecord]) -> Iterator[Measured]:
@@ -326,9 +329,14 @@ class Layerwise(Joint):
         return Statistics(**{key: old[KEPT + key].to(layer.weight) for key in keys})
 
     def _adopt(self, states: dict[Tensor, State]) -> None:
+        held = {}
         for weight, state in states.items():
             old = self.state[weight]
-            self.state[weight] = state | {key: old[key] for key in old.keys() & {MOMENTUM}}
+            held[weight] = state | {key: old[key] for key in old.keys() & {MOMENTUM}}
+        if self.capturable and all("biased" in self.state[weight] for weight in states):
+            self._write(held)
+        else:
+            self.state.update(held)
         if self.refresh_every == ADAPTIVE:
             prices = priced(self._states())
             self._schedule["budget"] -= sum(
@@ -337,10 +345,26 @@ class Layerwise(Joint):
         for group in self.param_groups:
             group["refreshed"] = self.param_groups[0]["updates"]
 
+    def _write(self, states: dict[Tensor, State]) -> None:
+        """Put states into the place of those that are there, where a CUDA graph reads."""
+        pairs = [(self.state[weight], state) for weight, state in states.items()]
+        if any(_shapes(old) != _shapes(state) for old, state in pairs):
+            raise CaptureError(
+                "a layer's statistics have another shape than those a CUDA graph may read: refresh "
+                "from as many examples each time"
+            )
+        for old, state in pairs:
+            for key, value in state.items():
+                old[key] = old[key].copy_(value) if isinstance(value, Tensor) else value
+
     # -- step ------------------------------------------------------------------------------------------
 
     def _prepare(self, ranks):
         stale = self._stale()
+        self._require_capturable(
+            self.refresh_every is None and not stale,
+            "replays refresh nothing, so give it refresh_every=None and call refresh(closure) between them",
+        )
 
         def looked() -> Looked:
             ready = self._looked(ranks)
@@ -385,7 +409,7 @@ class Layerwise(Joint):
         if not looking:
             return
         if older:
-            sizes = read(torch.stack([form for state, now in older for form in (state[FRESH], now)]))
+            sizes = finite.read(torch.stack([form for state, now in older for form in (state[FRESH], now)]))
             for (state, _), far in zip(older, drifted(sizes[::2], sizes[1::2]), strict=True):
                 state[DUE] = far
         due = any(state[DUE] for state, _ in older)
@@ -429,3 +453,7 @@ class Layerwise(Joint):
                     f"{value.device}: the model was moved after the optimizer had refreshed; call "
                     "refresh(closure), or optimizer.load_state_dict(optimizer.state_dict())"
                 )
+
+
+def _shapes(state: State) -> dict[str, torch.Size]:
+    return {key: value.shape for key, value in state.items() if isinstance(value, Tensor)}
