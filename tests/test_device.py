@@ -361,6 +361,27 @@ def _():
         steps_read(make, 100, planted=0)
 
 
+@case("nothing is read of steps that a graph may hold")
+def _():
+    for make in (CenteredGradientDescent, ACP, functools.partial(KFAC, loss=Quadratic()), NaturalNN):
+        options = {} if make is CenteredGradientDescent else {"refresh_every": None}
+
+        def prepared(model, make=make, options=options):
+            optimizer = make(model, lr=0.1, capturable=True, **options)
+            x = torch.randn(8, 4, device=model.linear1.weight.device)
+            optimizer.refresh(lambda: model(x).square().mean())
+            return optimizer
+
+        assert steps_read(prepared, 103) == []
+
+
+@case("how far layers have drifted is read at looks, all at once")
+def _():
+    """At a refresh of both layers their four gradients, then two pairs of forms at each look."""
+    make = functools.partial(ACP, lr=0.1, refresh_every="adaptive")
+    assert steps_read(make, 12) == [4, 4, 4]  # of which updates 3 and 7 are looks
+
+
 @case("a refresh by closure reads the steps before it, and a state that is loaded forgets them")
 def _():
     def watch(optimizer, model):

@@ -1,4 +1,4 @@
-"""The command line of the book's laboratory, ``python -m lab``: ``clock``, ``bench`` and ``out-of-the-box``.
+"""The command line of the book's laboratory, ``python -m lab``: ``clock``, ``bench``, ``out-of-the-box`` and ``refreshing``.
 
 Torch is imported only by what needs it, so that ``--help`` is quick.
 """
@@ -42,6 +42,12 @@ seeds: some minutes for each on one thread. The record is OUT/out_of_the_box.jso
 again.
 """
 
+REFRESHING = """\
+Train the thesis's autoencoder under fixed schedules of refreshes and under an adaptive one, from three seeds:
+an hour on one thread. With --clock, on an otherwise idle machine, measure what updates and refreshes cost.
+The record is OUT/adaptive_refresh.json; what it holds is not run again.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks, and return the exit status.
@@ -76,6 +82,16 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--updates", type=int, default=300, help="of each run (default: 300)")
     add_options(command, "out", "quiet")
     command.set_defaults(action=_out_of_the_box, parser=command)
+
+    text = "when to refresh: fixed schedules beside an adaptive one"
+    command = commands.add_parser("refreshing", help=text, description=REFRESHING, **LAYOUT)
+    command.add_argument(
+        "--methods", nargs="+", metavar="METHOD", help="only these: acp_bounded, kfac_bounded"
+    )
+    command.add_argument("--updates", type=int, default=1000, help="of each run (default: 1000)")
+    command.add_argument("--clock", action="store_true", help="measure prices in the place of losses")
+    add_options(command, "out", "quiet")
+    command.set_defaults(action=_refreshing, parser=command)
     return parser
 
 
@@ -121,4 +137,25 @@ def _out_of_the_box(options: argparse.Namespace) -> int:
     wanted = {key: getattr(options, key) for key in ("updates", "out")}
     content = out_of_the_box(tasks=tasks, **wanted, progress=not options.quiet)
     print(f"{table(report(content))}\n\nrecord: {Path(options.out) / 'out_of_the_box.json'}")
+    return OK
+
+
+def _refreshing(options: argparse.Namespace) -> int:
+    from lab.refreshing import METHODS, refreshing, report
+
+    fail, methods = options.parser.error, options.methods or tuple(METHODS)
+    for method in methods:
+        if method not in METHODS:
+            fail(f"--methods: there are {', '.join(METHODS)}, got {method!r}")
+    if options.updates < 1:
+        fail(f"--updates must be 1 or more, got {options.updates}")
+    wanted = {key: getattr(options, key) for key in ("updates", "out")}
+    content = refreshing(methods=methods, **wanted, clocked=options.clock, progress=not options.quiet)
+    for method in methods:
+        if all(
+            any(run["method"] == method and key in run for run in content["runs"])
+            for key in ("every", "part")
+        ):
+            print(table(report(content, method)))
+    print(f"record: {Path(options.out) / 'adaptive_refresh.json'}")
     return OK
