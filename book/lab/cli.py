@@ -1,4 +1,4 @@
-"""The command line of the book's laboratory, ``python -m lab``: ``clock``, ``bench``, ``out-of-the-box`` and ``refreshing``.
+"""The command line of the book's laboratory, ``python -m lab``: what measures time, memory and defaults.
 
 Torch is imported only by what needs it, so that ``--help`` is quick.
 """

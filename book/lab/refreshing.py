@@ -90,7 +90,7 @@ def fit(task: Task, method: str, every: int | str, seed: int, updates: int = UPD
 
 
 def clock(task: Task, method: str, rounds: int = 15) -> dict[str, Any]:
-    """Milliseconds of an update, of its looks under an adaptive schedule, and of refreshes; medians, interleaved."""
+    """Milliseconds of an update, fixed and adaptive, and of refreshes beside it; medians, interleaved."""
     batches = Minibatches(len(task.train[0]), BATCH, torch.Generator().manual_seed(0))
     fixed, adaptive = (_made(task, method, every, 0) for every in (10**9, ADAPTIVE))
     names = [name for name, _ in _layers(fixed[0])]
@@ -134,7 +134,7 @@ def refreshing(
     progress: bool = True,
     load: Callable = data.load,
 ) -> dict[str, Any]:
-    """Do the runs that are missing, or time updates, and return the content of ``<out>/adaptive_refresh.json``.
+    """Do the runs that are missing, or time updates; the content of ``<out>/adaptive_refresh.json``.
 
     Raises:
         RecordError: If the record is damaged, of other settings, or cannot be written.
@@ -170,11 +170,10 @@ def refreshing(
 def elapsed(run: dict[str, Any], prices: dict[str, Any]) -> list[float]:
     """Seconds of training at each point of a run, by the prices of its method."""
     if run["every"] == ADAPTIVE:
-        first, *_ = [prices["refresh_ms"]]
-        per = prices["layer_refresh_ms"]
+        own = prices["layer_refresh_ms"]  # but for the first, of all at once
         refreshes = [
-            0.0 if not any(counts) else first + sum(p * (n - 1) for p, n in zip(per, counts, strict=True))
-            for counts in run["refreshes"]
+            prices["refresh_ms"] * any(n) + sum(p * max(k - 1, 0) for p, k in zip(own, n, strict=True))
+            for n in run["refreshes"]
         ]
         update = prices["adaptive_update_ms"]
     else:
@@ -205,7 +204,7 @@ def prices_of(content: dict[str, Any], method: str) -> dict[str, Any]:
 
 
 def report(content: dict[str, Any], method: str) -> list[tuple[str, ...]]:
-    """Rows of a table, the first one the head: means over seeds of the seconds to losses, and what was refreshed."""
+    """Rows of a table, the first one the head: of what was refreshed, and seconds to losses, means over seeds."""
     prices = prices_of(content, method)
     rows = [
         (
