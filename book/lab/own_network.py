@@ -111,7 +111,7 @@ class Refused(NamedTuple):
     """Lines that end in an error.
 
     Attributes:
-        what: In words.
+        what: In words, to begin a line.
         code: The lines; they know torch, nn, the optimizers, ``loss``, ``x``, ``y``, and a small ``model``.
         why: What would go wrong.
     """
@@ -154,54 +154,54 @@ class Tied(nn.Module):
 BACKWARD = "loss(model(x), y).backward()\n"
 REFUSED = (
     Refused(
-        "a parameter that is no layer's, and nobody to train it",
+        "A parameter that is no layer's, and nobody to train it",
         "ACP(Block(4, 1), lr=10.0)",
         "A norm or an embedding is no linear map of features, and any learning rate would be a guess.",
     ),
     Refused(
-        "an output that is not told",
+        "An output that is not told",
         "model = Dictionary(nn.Linear(4, 3))\noptimizer = KFAC(model, lr=10.0, loss=loss)\nmodel(x)",
         "KFAC draws targets where the loss begins.",
     ),
     Refused(
-        "a pass that was not seen",
+        "A pass that was not seen",
         "optimizer = ACP(model, lr=10.0)\nmodel.eval()\n" + BACKWARD + "optimizer.step()",
         "Without its inputs a gradient cannot be centred.",
     ),
     Refused(
-        "a weight that is used outside its layer",
+        "A weight that is used outside its layer",
         "model = Tied()\noptimizer = ACP(model, lr=10.0)\nmodel(x)",
         "There it has other inputs, of another covariance.",
     ),
     Refused(
-        "a layer that computes something else",
+        "A layer that computes something else",
         "model = nn.Sequential(Standardised(4, 3))\noptimizer = ACP(model, lr=10.0)\nmodel(x)",
         "Its gradient is not g hᵀ.",
     ),
     Refused(
-        "clipping a gradient that is left as factors",
+        "Clipping a gradient that is left as factors",
         "optimizer = ACP(model, lr=10.0, gradients='factored')\n"
         + BACKWARD
         + "nn.utils.clip_grad_norm_(model.parameters(), 1e-3)\noptimizer.step()",
         "The clipped `.grad` is that of the biases alone. `max_change` bounds the step.",
     ),
     Refused(
-        "weight and bias in different groups",
+        "Weight and bias in different groups",
         "ACP(model, lr=10.0, params=[{'params': [p]} for p in model.parameters()])",
         "One step moves both, by one learning rate.",
     ),
     Refused(
-        "weights in half precision",
+        "Weights in half precision",
         "ACP(model.bfloat16(), lr=10.0)",
         "A covariance with eight significant bits cannot be inverted. `torch.autocast` is welcome.",
     ),
     Refused(
-        "a gradient that is not finite",
+        "A gradient that is not finite",
         "optimizer = ACP(model, lr=10.0)\nloss(model(x / 0), y).backward()\noptimizer.step()",
         "One step of it would end the run; on a GPU it is named at the next refresh.",
     ),
     Refused(
-        "updated backpropagation beside a chain",
+        "Updated backpropagation beside a chain",
         "UpdatedBackprop(nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU()), lr=0.1, loss=loss)",
         "It passes the updated gradient down by formulas of linear layers and activations.",
     ),
