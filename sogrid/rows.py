@@ -70,7 +70,7 @@ class Rows(NamedTuple):
 
     @property
     def blocks(self) -> list[Rows]:
-        """The same by example, ``[n, s, ·]`` each: one block, or several of other numbers of positions."""
+        """The same by example, ``[n, s, ·]`` each, in one block or several of other numbers of positions."""
         if not self.parts:
             return [self]
         h, g, *probes = (_blocks(rows, self.parts) for rows in (self.h, self.g, *self.probes))
@@ -80,7 +80,7 @@ class Rows(NamedTuple):
 
     @property
     def reduced(self) -> Rows:
-        """One position an example: the mean of its inputs, the sum of its gradients and of its probes."""
+        """One position an example, with the mean of its inputs, the sums of its gradients and its probes."""
         blocks = self.blocks
         h = torch.cat([block.h.mean(-2, keepdim=True) for block in blocks], -3)
         g = torch.cat([block.g.sum(-2, keepdim=True) for block in blocks], -3)

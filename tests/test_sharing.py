@@ -202,6 +202,17 @@ def test_ekfac_is_nearer_to_the_exact_block_than_kfac(name, shared, curvature):
     assert any(nearer)
 
 
+def test_the_exact_fisher_of_a_sequence_pulls_back_all_positions_at_once():
+    """So an example's gradient has products of positions, which the block of a loss for each has not."""
+    model, x = tokens(nn.Tanh), draw(8, S, I)
+    method = EKFACMethod(Quadratic(), "fisher_exact", 1, 0)
+    rows = rows_of(model, x, method)["0"]
+    state, exact = method.invert(method.measure(rows, {}), {}, "0"), exact_block(model, "0", x)
+    basis = torch.kron(state["a_basis"], state["b_basis"])
+    moments = vec(method.moments(rows, state, {}))
+    assert relative_error(moments, (basis.mT @ exact @ basis).diagonal()) > 0.1
+
+
 @pytest.mark.parametrize("name", ["tokens", "images"])
 def test_acp_is_the_least_squares_of_all_positions(name):
     """Eqs. (6.2.4) and (6.2.5) without damping: every use moves by −sλ/α g, as nearly as one W and b can."""

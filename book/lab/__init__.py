@@ -5,6 +5,7 @@
 :mod:`lab.verdicts`                            the thesis's conclusions, judged from records
 :mod:`lab.explorers`                           figures that a reader steers
 :mod:`lab.out_of_the_box`                      the defaults, on six tasks, beside Adam's
+:mod:`lab.own_network`                         networks that are not the thesis's, and what is refused
 :mod:`lab.timing`, :mod:`lab.bench`            what an update costs, beside
 :mod:`lab.peers`                               other libraries' optimizers
 :mod:`lab.kernels`                             notebooks of a process that has imported torch

@@ -7,6 +7,8 @@ on a GPU, which has a record of its own. Its parts:
 * *costs* of the two benchmarks' networks: milliseconds per update with the share of the refresh, the ratio to
   SGD, memory, and the share of the machine's GEMM rate that a step reaches on its own FLOPs; and a third such
   table, *low rank*, of the methods with and without the option ``rank``;
+* *costs* of two small networks of other layers, *convolutions* and *transformer* (characters, tokens are
+  examples): our rows with ``other="sgd"`` and the bound that they come with, no share of a GEMM rate;
 * *growth* of ACP's and KFAC's ratio to SGD with width, depth, batch and statistics batch, or on an
   accelerator with the width alone, which there has to be larger;
 * *compile*: whether ``torch.compile`` of the update pays;
@@ -41,6 +43,8 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from math import exp, log
 from pathlib import Path
@@ -52,6 +56,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from lab.out_of_the_box import CONTEXT, Transformer, convolutions
 from lab.peers import PEERS
 from lab.timing import ROUNDS, SETTINGS, Contestant, contestant, minibatch, race
 from sogrid.experiments.benchmarks import BATCH, BENCHMARKS, LOW_RANK, REFRESH_EVERY, Task
@@ -65,8 +70,9 @@ from sogrid.experiments.reproduce import (
     record_path,
     tuned_methods,
 )
-from sogrid.losses import Quadratic
+from sogrid.losses import CrossEntropyAtLogits, Quadratic
 from sogrid.networks import MLP
+from sogrid.optimizers import ACP, EKFAC, KFAC
 
 __all__ = [
     "PARTS",
@@ -100,6 +106,47 @@ CONTESTANTS = {
 784 outputs would be as many backward passes: it is on the classifier alone. So is the part ``low_rank``;
 on the autoencoder the bounded methods have rows with a rank, which also have curves (time to loss)."""
 
+Entry = Callable[[], Contestant]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of other layers than the benchmarks'.
+
+    Attributes:
+        build: Makes it.
+        minibatch: Makes (x, y).
+    """
+
+    build: Callable[[], nn.Module]
+    minibatch: Callable[[torch.Generator], tuple[Tensor, Tensor]]
+
+
+def _pixels(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    return torch.rand(BATCH, 784, generator=generator), torch.randint(10, (BATCH,), generator=generator)
+
+
+def _characters(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    return tuple(torch.randint(96, size, generator=generator) for size in ((16, CONTEXT), (16 * CONTEXT,)))
+
+
+NETWORKS = {
+    "convolutions": Network(convolutions, _pixels),
+    "transformer": Network(lambda: nn.Sequential(Transformer(), nn.Flatten(0, 1)), _characters),
+}
+
+BESIDE = {
+    SGD: lambda model, lr, **_: torch.optim.SGD(model.parameters(), lr),
+    "adam": lambda model, lr, **_: torch.optim.Adam(model.parameters(), lr),
+    "acp_bounded": lambda model, loss, **o: ACP(model, **o),
+    "kfac_bounded": lambda model, **o: KFAC(model, **o),
+    "kfac reduced": lambda model, **o: KFAC(model, **o, shared="reduce"),
+    "ekfac": lambda model, **o: EKFAC(model, **o),
+    "acp factored": lambda model, loss, **o: ACP(model, **o, gradients="factored"),
+    "kfac factored": lambda model, **o: KFAC(model, **o, gradients="factored"),
+}
+"""Optimizers of these, by row; ours bounded, as they come, and refreshed as in the benchmarks."""
+
 AIMS = {
     AE: {
         "centered_gradient_descent": 1.08,
@@ -128,7 +175,7 @@ SOUGHT = 2_000
 
 COMPILED = ("acp", "acp matrix", "kfac", "kfac matrix")
 
-PARTS = (AE, CIFAR, "low_rank", "growth", "compile", "time_to_loss")
+PARTS = (AE, CIFAR, "low_rank", *NETWORKS, "growth", "compile", "time_to_loss")
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # torch's profiler announces itself otherwise
 
@@ -165,7 +212,7 @@ def aim(part: str, method: str) -> float | None:
         >>> aim("low_rank", "acp rank 100")
         1.6
     """
-    return AIMS[_benchmark(part)].get(method.partition(" rank ")[0].removesuffix("_low_rank"))
+    return AIMS.get(_benchmark(part), {}).get(method.partition(" rank ")[0].removesuffix("_low_rank"))
 
 
 def _benchmark(part: str) -> str:
@@ -248,10 +295,11 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 
 
 def costs(part: str, *, rounds: int = ROUNDS, device: str = "cpu", progress: bool = False) -> dict[str, Any]:
-    """A cost table of a benchmark's network.
+    """A cost table of a network.
 
     Args:
-        part: ``"mnist_autoencoder"`` or ``"cifar10_classifier"``, with the peers, or ``"low_rank"``.
+        part: ``"mnist_autoencoder"``, ``"cifar10_classifier"``, ``"convolutions"`` or ``"transformer"``, with
+            the peers, or ``"low_rank"``.
         rounds: See :func:`~lab.timing.race`.
         device: Where.
         progress: Show a bar.
@@ -260,43 +308,77 @@ def costs(part: str, *, rounds: int = ROUNDS, device: str = "cpu", progress: boo
         ``"rows"`` of :func:`~lab.timing.race` with, added: ``ratio`` to SGD's ``update_ms``;
         ``flop``; ``gemm_share``; ``state_bytes`` (``None`` for a peer, which has it elsewhere),
         ``held_bytes`` and ``peak_bytes``, all three beyond the parameters. ``"gemm_gflops"``: the rate of
-        ``torch.mm`` at the shapes of the network's forward and backward products. ``"peers"``: their
-        versions. ``"skipped"``: why peers are missing, by name.
+        ``torch.mm`` at the shapes of the network's forward and backward products, and like ``gemm_share``
+        ``None`` for ``"convolutions"`` and ``"transformer"``. ``"peers"``: their versions. ``"skipped"``:
+        why peers are missing, by name.
     """
-    plan, peers = BENCHMARKS[_benchmark(part)], PEERS if part in BENCHMARKS else {}
-    task = Task(plan.name, None, None, None, plan.network, plan.loss)
-    first = contestant(task, SGD, device)
-    batch = minibatch(first, device=device)
-    hyper = {key: SETTINGS[key] for key in ("lr", "damping")}
+    make, peers, batch = _of_network(part, device) if part in NETWORKS else _of_benchmark(part, device)
     entries, facts, skipped, versions = {}, {}, {}, {}
 
-    def enter(name: str, make: Callable[[], Contestant]) -> None:
+    def enter(name: str, make: Entry) -> None:
         entry, held, peak = memory(make, batch)
         own = None if name in PEERS else _bytes(_tensors(entry.optimizer.state_dict()))
         facts[name] = {"flop": flops(lambda: entry.update(*batch)), "state_bytes": own}
         facts[name] |= {"held_bytes": held, "peak_bytes": peak}
         entries[name] = entry
 
-    products = Products(first.model, device=device)
+    first = make[SGD]()
     first.update(*batch)  # what libraries keep from their first call is nobody's memory
+    gemm = {} if part in NETWORKS else {"gemm": Products(first.model, device=device)}
     with warnings.catch_warnings(action="ignore"), _frozen():  # the peers use what torch deprecates
-        for name in CONTESTANTS[part]:
-            enter(name, lambda name=name: contestant(task, name, device))
-        for name, kind in peers.items():
+        for name, entry in make.items():
+            enter(name, entry)
+        for name, entry in peers.items():
             try:
-                enter(name, lambda kind=kind: kind(contestant(task, SGD, device).model, plan.loss, **hyper))
-                versions[name] = kind.version()
+                enter(name, entry)
+                versions[name] = PEERS[name].version()
             except Exception as error:  # whatever goes wrong in another's code is that row's affair
                 skipped[name] = f"{type(error).__name__}: {error}".splitlines()[0]
-        rows = race({"gemm": products, **entries}, batch, rounds=rounds, progress=progress)
-    gemm, *rows = rows
-    rate = products.flops / gemm["update_ms"]
+        rows = race({**gemm, **entries}, batch, rounds=rounds, progress=progress)
+    rate = gemm["gemm"].flops / rows.pop(0)["update_ms"] if gemm else None
     sgd = next(row["update_ms"] for row in rows if row["method"] == SGD)
     for row in rows:
         row |= {"ratio": row["update_ms"] / sgd, **facts[row["method"]]}
         step = row["update_ms"] - row["refresh_ms"] / REFRESH_EVERY
-        row["gemm_share"] = row["flop"] / step / rate
-    return {"rows": rows, "gemm_gflops": rate / 1e6, "peers": versions, "skipped": skipped}
+        row["gemm_share"] = row["flop"] / step / rate if gemm else None
+    rate = rate / 1e6 if gemm else None
+    return {"rows": rows, "gemm_gflops": rate, "peers": versions, "skipped": skipped}
+
+
+Race = tuple[dict[str, Entry], dict[str, Entry], tuple[Tensor, Tensor]]
+"""What makes our rows and torch's, what makes the peers', and the minibatch."""
+
+HYPER = {key: SETTINGS[key] for key in ("lr", "damping")}
+
+
+def _of_benchmark(part: str, device: str) -> Race:
+    plan, peers = BENCHMARKS[_benchmark(part)], PEERS if part in BENCHMARKS else {}
+    task = Task(plan.name, None, None, None, plan.network, plan.loss)
+    ours = {name: partial(contestant, task, name, device) for name in CONTESTANTS[part]}
+    theirs = {
+        name: lambda kind=kind: kind(contestant(task, SGD, device).model, plan.loss, **HYPER)
+        for name, kind in peers.items()
+    }
+    return ours, theirs, minibatch(ours[SGD](), device=device)
+
+
+def _of_network(part: str, device: str) -> Race:
+    network, loss = NETWORKS[part], CrossEntropyAtLogits()
+    options = {"other": "sgd", "other_lr": HYPER["lr"], "refresh_every": None}
+
+    def build() -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return network.build().to(device)
+
+    def enter(make: Callable[..., torch.optim.Optimizer]) -> Contestant:
+        model = build()
+        return Contestant(model, make(model, loss=loss, **HYPER, **options), loss)
+
+    ours = {name: partial(enter, make) for name, make in BESIDE.items()}
+    theirs = {name: lambda kind=kind: kind(build(), loss, **HYPER) for name, kind in PEERS.items()}
+    x, y = network.minibatch(torch.Generator().manual_seed(1))
+    return ours, theirs, (x.to(device), y.to(device))
 
 
 def growth(
@@ -540,13 +622,14 @@ def _cost_table(run: dict[str, Any]) -> tuple[str, list[tuple[str, ...]]]:
                 str(aim(run["part"], row["method"]) or ""),
                 f"{row['refresh_ms']:.1f}",
                 f"{row['flop'] / 1e9:.2f}",
-                f"{row['gemm_share']:.2f}",
+                "" if row["gemm_share"] is None else f"{row['gemm_share']:.2f}",
                 "" if own is None else f"{own / 1e6:.1f}",
                 f"{row['held_bytes'] / 1e6:.1f}",
                 f"{row['peak_bytes'] / 1e6:.1f}",
             )
         )
-    return f"{run['part']}: GEMM {run['gemm_gflops']:.0f} GFLOP/s", rows
+    rate = "" if run["gemm_gflops"] is None else f": GEMM {run['gemm_gflops']:.0f} GFLOP/s"
+    return f"{run['part']}{rate}", rows
 
 
 def _growth_table(run: dict[str, Any]) -> tuple[str, list[tuple[str, ...]]]:

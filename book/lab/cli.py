@@ -69,8 +69,9 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "what an update costs, ours beside torch's and other libraries'"
     command = commands.add_parser("bench", help=text, description=BENCH, **LAYOUT)
-    text = "only these: mnist_autoencoder, cifar10_classifier, low_rank, growth, compile, time_to_loss"
-    command.add_argument("--parts", nargs="+", metavar="PART", help=f"{text} (default: all)")
+    text = "only these: mnist_autoencoder, cifar10_classifier, low_rank, convolutions, transformer, growth"
+    text = f"{text}, compile, time_to_loss (default: all)"
+    command.add_argument("--parts", nargs="+", metavar="PART", help=text)
     command.add_argument("--rounds", type=int, default=30, help="updates timed of each method (default: 30)")
     add_options(command, "device", "out", "quiet")
     command.set_defaults(action=_bench, parser=command)

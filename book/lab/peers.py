@@ -19,13 +19,14 @@ from sogrid.losses import Loss, Quadratic
 __all__ = ["PEERS", "Peer"]
 
 NEVER = 2**62
+MAPS = nn.Linear, nn.Conv2d
 
 
 class Peer(Contestant):
     """An optimizer of another library; its import is the first thing that its constructor does.
 
     Args:
-        model: A network of linear layers.
+        model: A network of linear layers and convolutions; what else it has, SGD trains.
         loss: Its training loss, a mean over the minibatch.
         lr: Learning rate.
         damping: As the library understands it.
@@ -39,7 +40,16 @@ class Peer(Contestant):
         """See the class."""
         super().__init__(model, torch.optim.SGD(model.parameters(), lr), loss)
         self.damping, self.sampled = damping, isinstance(loss, Quadratic)
+        self.others = [
+            m for m in model.modules() if not isinstance(m, MAPS) and [*m.parameters(recurse=False)]
+        ]
         self.connect()
+
+    @property
+    def preconditioned(self) -> list[nn.Parameter]:
+        """The parameters of linear layers and convolutions; SGD alone trains the others."""
+        layers = [m for m in self.model.modules() if isinstance(m, MAPS)]
+        return [p for layer in layers for p in layer.parameters()]
 
     @abstractmethod
     def connect(self) -> None:
@@ -81,7 +91,9 @@ class ASDL(Peer):
     def connect(self) -> None:
         from asdl.precondition import KfacGradientMaker, PreconditioningConfig
 
-        config = PreconditioningConfig(damping=self.damping, preconditioner_upd_interval=NEVER)
+        config = PreconditioningConfig(
+            damping=self.damping, preconditioner_upd_interval=NEVER, ignore_modules=self.others
+        )
         fisher = "fisher_mc" if self.sampled else "fisher_emp"
         loss = "mse" if self.sampled else "cross_entropy"
         self.maker = KfacGradientMaker(self.model, config, fisher_type=fisher, loss_type=loss)
@@ -131,12 +143,19 @@ class SINGD(Peer):
             momentum=0.0,
             damping=self.damping,
             structures=(self.structure, self.structure),
+            warn_unsupported=False,
         )
+        rest = [p for module in self.others for p in module.parameters(recurse=False)]
+        self.rest = torch.optim.SGD(rest, group["lr"]) if rest else None
 
     def update(self, x: Tensor, y: Tensor, every: int = NEVER) -> None:
         for group in self.optimizer.param_groups:
             group["T"] = every
+        if self.rest is not None:
+            self.rest.zero_grad()
         super().update(x, y)
+        if self.rest is not None:
+            self.rest.step()
 
     def refresh(self, x: Tensor, y: Tensor) -> None:
         self.update(x, y, every=1)
@@ -162,7 +181,7 @@ class Curvlinops(Preconditioned):
         factors = self.library.KFACLinearOperator(
             self.model,
             nn.MSELoss() if self.sampled else nn.CrossEntropyLoss(),
-            [p for p in self.model.parameters() if p.requires_grad],
+            self.preconditioned,
             [(x, y)],
             fisher_type="mc" if self.sampled else "empirical",
             separate_weight_and_bias=False,
@@ -175,12 +194,12 @@ class Curvlinops(Preconditioned):
         self._product()
 
     def precondition(self) -> None:
-        for parameter, direction in zip(self.model.parameters(), self._product(), strict=True):
+        for parameter, direction in zip(self.preconditioned, self._product(), strict=True):
             parameter.grad = direction
 
     def _product(self) -> list[Tensor]:
         """With the gradients, or with the parameters before there are any: the first one inverts."""
-        return self.inverse @ [p.detach() if p.grad is None else p.grad for p in self.model.parameters()]
+        return self.inverse @ [p.detach() if p.grad is None else p.grad for p in self.preconditioned]
 
 
 class NNGeometry(Preconditioned):

@@ -182,7 +182,7 @@ class ACP(Layerwise):
         tikhonov: ``"printed"`` or ``"exact"``; see the module. The exact form includes the bias term.
         curvature_floor: Smallest α the heuristic may return.
         stored_mean: Centre by the mean of the statistics minibatch in place of the update's own.
-        **options: ``refresh_every``, ``averaging`` and ``rank``, see
+        **options: ``refresh_every``, ``averaging``, ``rank`` and ``output``, see
             :class:`~sogrid.optimizers.layerwise.Layerwise`; ``reduction``, ``other``, ``params``,
             ``gradients`` and ``max_change``, see :class:`~sogrid.shell.LayerOptimizer`.
 

@@ -122,11 +122,12 @@ class EKFAC(Layerwise):
         lr: Learning rate λ.
         damping: ε > 0, added to the second moments.
         loss: What the training loss is.
-        curvature: As in :class:`~sogrid.optimizers.kfac.KFAC`.
+        curvature: As in :class:`~sogrid.optimizers.kfac.KFAC`. With the exact Fisher of a sequence of outputs
+            the moments have products of its positions; the sampled one has none in expectation.
         samples: As there.
         seed: As there.
         shared: As there; it is of the basis alone, the moments are exact for either.
-        **options: ``refresh_every`` and ``averaging``, see
+        **options: ``refresh_every``, ``averaging`` and ``output``, see
             :class:`~sogrid.optimizers.layerwise.Layerwise`; all others but ``reduction``, see
             :class:`~sogrid.shell.LayerOptimizer`.
 

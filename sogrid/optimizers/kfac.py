@@ -215,7 +215,8 @@ class KFAC(Layerwise):
             class weights, ignored targets or a penalty the Fisher would still be of this one; that is refused
             where examples' gradients are used and tell it (:meth:`~sogrid.losses.Loss.require_target`).
         curvature: What the output factor B stands for: ``"fisher_sampled"`` (``samples`` more backward
-            passes at a refresh), ``"fisher_exact"`` (one more for each output, at most 128),
+            passes at a refresh), ``"fisher_exact"`` (one more for each output, at most 128; all positions of a
+            sequence of outputs at once, exact where these do not depend on each other's inputs),
             ``"gauss_newton_probabilities"`` or ``"empirical_fisher"`` (none); see the module.
         samples: Draws per example for ``"fisher_sampled"``.
         pi_correction: Balance the damping between the two factors. Where gradients vanish, as below many
@@ -224,7 +225,7 @@ class KFAC(Layerwise):
         shared: How a layer's positions (tokens, pixels, several uses) become statistics: ``"expand"`` takes
             each for an example, ``"reduce"`` an example's together; :mod:`sogrid.rows` says when each is
             exact. Where a network pools over positions before its loss, try ``"reduce"``; its rows are fewer.
-        **options: ``refresh_every``, ``averaging`` and ``rank``, see
+        **options: ``refresh_every``, ``averaging``, ``rank`` and ``output``, see
             :class:`~sogrid.optimizers.layerwise.Layerwise`; ``other_lr``, ``params``, ``gradients`` and
             ``max_change``, see :class:`~sogrid.shell.LayerOptimizer`.
 

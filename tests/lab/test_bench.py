@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from lab import bench as module
 from lab import cli, timing
@@ -23,6 +24,7 @@ from lab.bench import (
     report,
     time_to_loss,
 )
+from lab.out_of_the_box import Transformer
 from lab.peers import PEERS
 from lab.timing import Contestant, contestant, minibatch, race
 from sogrid import cli as records
@@ -44,6 +46,19 @@ def small(monkeypatch):
     for name, sizes, output in ((AE, [6, 5, 6], "sigmoid"), (CIFAR, [6, 5, 10], "identity")):
         network = lambda sizes=sizes, output=output, **o: MLP(sizes, output=output, **o)  # noqa: E731
         monkeypatch.setitem(timing.BENCHMARKS, name, replace(BENCHMARKS[name], network=network))
+    small = {
+        "convolutions": module.Network(
+            lambda: nn.Sequential(
+                nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 2, 9, 9), nn.Flatten(), nn.Linear(18, 10)
+            ),
+            module.NETWORKS["convolutions"].minibatch,
+        ),
+        "transformer": module.Network(
+            lambda: nn.Sequential(Transformer(width=4, heads=1, blocks=1), nn.Flatten(0, 1)),
+            module.NETWORKS["transformer"].minibatch,
+        ),
+    }
+    monkeypatch.setattr(module, "NETWORKS", small)
     monkeypatch.setattr(timing, "WARM_UP", 1)
 
 
@@ -185,6 +200,37 @@ def test_memory_of_ours_is_its_statistics_and_what_the_capture_keeps():
 
 
 # The cost table
+
+
+@pytest.mark.parametrize("part", ["convolutions", "transformer"])
+def test_networks_of_other_layers_have_rows_without_a_rate(small, part):
+    """With as many peers as can run them, which here is most; the report prints what there is."""
+    table = costs(part, rounds=2)
+    rows = {row["method"]: row for row in table["rows"]}
+    assert set(rows) == {*module.BESIDE, *PEERS} - set(table["skipped"])
+    assert table["gemm_gflops"] is None
+    for name, row in rows.items():
+        assert row["update_ms"] > 0
+        assert row["gemm_share"] is None
+        assert (row["state_bytes"] is None) == (name in PEERS)
+        assert row["flop"] >= rows[SGD]["flop"]
+    machine = {"processor": "one", "threads": 1, "device": "cpu"}
+    run = {"part": part, **table, "provenance": {"date": "today", "machine": machine}}
+    title, *_ = report({"runs": [run]})
+    assert title == f"{part} (today, one, 1 threads)"
+
+
+@pytest.mark.parametrize("part", ["convolutions", "transformer"])
+def test_rows_of_other_layers_train_all_parameters(small, part):
+    make, _, batch = module._of_network(part, "cpu")
+    for entry in (build() for build in make.values()):
+        for group in entry.optimizer.param_groups:
+            group["lr"] = 0.1
+        before = [p.detach().clone() for p in entry.model.parameters()]
+        if entry.keeps_statistics:
+            entry.refresh(*batch)
+        entry.update(*batch)
+        assert not any(torch.equal(p, q) for p, q in zip(entry.model.parameters(), before, strict=True))
 
 
 @pytest.mark.parametrize(("part", "peers"), [(AE, PEERS), (CIFAR, PEERS), ("low_rank", {})])
