@@ -204,7 +204,7 @@ def prices_of(content: dict[str, Any], method: str) -> dict[str, Any]:
 
 
 def report(content: dict[str, Any], method: str) -> list[tuple[str, ...]]:
-    """Rows of a table, the first one the head: of what was refreshed, and seconds to losses, means over seeds."""
+    """Rows of a table, the first one the head: what was refreshed, seconds to losses; means over seeds."""
     prices = prices_of(content, method)
     rows = [
         (
