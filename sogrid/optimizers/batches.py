@@ -76,7 +76,6 @@ class Batches:
     """How layers fall into batches: the same at every step, until a layer has another state.
 
     Args:
-        check: Called with a layer whose state is new.
         numbers: Whether a tensor of one number may be read, where nobody waits for it. What is read is read
             once: no other may be written there.
 
@@ -84,31 +83,34 @@ class Batches:
         new: Whether the last batches were not those before.
     """
 
-    def __init__(self, check: Callable[[Layer], None], numbers: bool = True) -> None:
+    def __init__(self, numbers: bool = True) -> None:
         """See the class."""
-        self._check, self._numbers, self.new = check, numbers, True
+        self._numbers, self.new = numbers, True
         self._seen: list[tuple] = []
-        self._states: list[State | None] = []
+        self._states: list[tuple[State | None, State]] = []
         self._found: list[tuple[list[int], State]] = []
 
-    def of(self, ready: Sequence[Ready], states: Mapping[Tensor, State]) -> list[Batch]:
+    def of(
+        self, ready: Sequence[Ready], states: Mapping[Tensor, State], check: Callable[[Layer], None]
+    ) -> list[Batch]:
         """The batches of these layers.
 
         Args:
             ready: The layers.
             states: By weight; those of several layers in one batch become views of its stack.
+            check: Called with each layer if a state is new.
         """
         seen = [_like(one) for one in ready]
         own = [states.get(one.layer.weight) for one in ready]
-        self.new = seen != self._seen or any(a is not b for a, b in zip(own, self._states, strict=True))
+        self.new = seen != self._seen or not all(map(_same, own, self._states))
         if self.new:
             for one in ready:
-                self._check(one.layer)
+                check(one.layer)
             kinds: dict[Any, list[int]] = {}
             for k, one in enumerate(ready):
                 kinds.setdefault(_kind(one, own[k] or {}), []).append(k)
             self._found = [(ks, _stacked([own[k] or {} for k in ks], self._numbers)) for ks in kinds.values()]
-            self._seen, self._states = seen, own
+            self._seen, self._states = seen, [(state, _used(state or {})) for state in own]
         return [Batch([ready[k] for k in ks], state) for ks, state in self._found]
 
 
@@ -125,6 +127,12 @@ def _kind(one: Ready, state: State) -> Any:
     if shape.numel() > SMALL or len(shape) > 2 or one.counts:
         return name
     return layer.home, shape, *like, *((key, value.shape) for key, value in _used(state).items())
+
+
+def _same(state: State | None, known: tuple[State | None, State]) -> bool:
+    """Whether a state is the one that is known, and holds the same tensors."""
+    before, used = known
+    return state is before and all(state[key] is value for key, value in used.items())
 
 
 def _used(state: State) -> dict[str, Tensor]:

@@ -62,7 +62,7 @@ class Joint(LayerOptimizer):
 
     def _bind(self) -> None:
         super()._bind()
-        self._batches = Batches(self._check_state, numbers=not self.capturable)
+        self._batches = Batches(numbers=not self.capturable)
 
     def _shares(self, counts: Sequence[float]) -> Sequence[float]:
         """What ranks with so many examples count for in the mean of their gradients, up to a factor."""
@@ -122,7 +122,7 @@ class Joint(LayerOptimizer):
 
     def _changes(self, ready, ranks):
         """(ΔW, Δb) of each layer, within its bound; all that ranks tell each other comes before the first."""
-        batches = self._batches.of(ready, self.state)
+        batches = self._batches.of(ready, self.state, self._check_state)
         self._require_capturable(not self._batches.new, "make a step before, from as many examples")
         if ranks.size > 1 and any(one.factored is not None for one in ready):
             changes = self._averaged(batches, ranks)

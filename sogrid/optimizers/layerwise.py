@@ -332,7 +332,7 @@ class Layerwise(Joint):
         held = {}
         for weight, state in states.items():
             old = self.state[weight]
-            held[weight] = state | {key: old[key] for key in old.keys() & {MOMENTUM}}
+            held[weight] = state | {key: old[key].to(weight) for key in old.keys() & {MOMENTUM}}
         if self.capturable and all("biased" in self.state[weight] for weight in states):
             self._write(held)
         else:
@@ -419,6 +419,7 @@ class Layerwise(Joint):
     def _quadratic(self, one: Ready) -> Tensor:
         """Q of a layer's inputs."""
         layer, (h, _) = one.layer, one.record.some_inputs(BOUND_EXAMPLES)
+        self._check_state(layer)
         state, group = packed(self.state[layer.weight]), self.param_groups[layer.home]
         return self.method.quadratic_form(h, layer.trained_bias is not None, state, group).mean()
 

@@ -159,13 +159,13 @@ def test_the_bound_is_a_group_s_and_may_change_while_training(x):
 
 @pytest.mark.parametrize("kappa", [0.05, 1e6])
 def test_the_share_is_the_same_as_a_number_and_as_a_tensor(kappa, generator):
-    """One network's is read by the host; that of a grid, or on an accelerator, is not."""
+    """One network's κ is a number; those of a grid, or on an accelerator, are tensors."""
     dw, db, h = (torch.randn(s, dtype=torch.float64, generator=generator) for s in ((5, 7), (5,), (20, 7)))
-    one = bounded(dw, db, h, kappa)
-    of_grid = bounded(dw[None], db[None], h[None], torch.tensor([kappa], dtype=torch.float64))
+    one = bounded(dw.clone(), db.clone(), h, kappa)
+    of_grid = bounded(dw[None].clone(), db[None].clone(), h[None], torch.tensor([kappa], dtype=torch.float64))
     for alone, batched in zip(one, of_grid, strict=True):
         torch.testing.assert_close(alone, batched[0], rtol=1e-14, atol=0)
-    assert (one[0] is dw) == (kappa == 1e6)
+    assert torch.equal(one[0], dw) == (kappa == 1e6)
 
 
 @pytest.mark.parametrize("batched", [False, True])
