@@ -130,15 +130,25 @@ def _characters(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return tuple(torch.randint(96, size, generator=generator) for size in ((16, CONTEXT), (16 * CONTEXT,)))
 
 
+def _narrow() -> nn.Module:
+    """Eight layers so small that an update is the beginning of operations."""
+    return nn.Sequential(*(m for _ in range(8) for m in (nn.Linear(64, 64), nn.Tanh())))
+
+
 NETWORKS = {
     "convolutions": Network(convolutions, _pixels),
+    "narrow": Network(
+        _narrow, lambda g: (torch.randn(32, 64, generator=g), torch.randint(64, (32,), generator=g))
+    ),
     "transformer": Network(lambda: nn.Sequential(Transformer(), nn.Flatten(0, 1)), _characters),
 }
 
 BESIDE = {
     SGD: lambda model, lr, **_: torch.optim.SGD(model.parameters(), lr),
     "adam": lambda model, lr, **_: torch.optim.Adam(model.parameters(), lr),
+    "acp unbounded": lambda model, loss, **o: ACP(model, **o, max_change=None),
     "acp_bounded": lambda model, loss, **o: ACP(model, **o),
+    "kfac unbounded": lambda model, **o: KFAC(model, **o, max_change=None),
     "kfac_bounded": lambda model, **o: KFAC(model, **o),
     "kfac reduced": lambda model, **o: KFAC(model, **o, shared="reduce"),
     "ekfac": lambda model, **o: EKFAC(model, **o),
@@ -153,6 +163,7 @@ AIMS = {
         **{"acp_fixedalpha": 1.25, "acp_bounded": 1.25, "acp": 1.30, "nnn2": 1.30, "nnn2_bounded": 1.30},
         **{"kfac": 1.55, "kfac_bounded": 1.55, "jaco_update": 3.6, "jaco_update_bounded": 3.6},
     },
+    "narrow": {"acp unbounded": 1.4, "kfac unbounded": 1.5},
     CIFAR: {
         **{"acp_fixedalpha": 1.60, "acp_bounded": 1.60, "acp": 1.60, "nnn2": 1.70, "nnn2_bounded": 1.70},
         **{"kfac": 1.90, "kfac_bounded": 1.90},

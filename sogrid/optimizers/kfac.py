@@ -215,8 +215,8 @@ class KFAC(Layerwise):
             class weights, ignored targets or a penalty the Fisher would still be of this one; that is refused
             where examples' gradients are used and tell it (:meth:`~sogrid.losses.Loss.require_target`).
         curvature: What the output factor B stands for: ``"fisher_sampled"`` (``samples`` more backward
-            passes at a refresh), ``"fisher_exact"`` (one more for each output, at most 128; all positions
-            of a sequence of outputs at once, exact where these do not depend on each other's inputs),
+            passes at a refresh), ``"fisher_exact"`` (one more for each output, at most 128; of a sequence of
+            outputs all at once, exact where these do not depend on each other's inputs),
             ``"gauss_newton_probabilities"`` or ``"empirical_fisher"`` (none); see the module.
         samples: Draws per example for ``"fisher_sampled"``.
         pi_correction: Balance the damping between the two factors. Where gradients vanish, as below many
