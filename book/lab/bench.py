@@ -309,8 +309,8 @@ def costs(part: str, *, rounds: int = ROUNDS, device: str = "cpu", progress: boo
     """A cost table of a network.
 
     Args:
-        part: ``"mnist_autoencoder"``, ``"cifar10_classifier"``, ``"convolutions"`` or ``"transformer"``, with
-            the peers, or ``"low_rank"``.
+        part: ``"mnist_autoencoder"``, ``"cifar10_classifier"`` or a key of :data:`NETWORKS`, with the peers,
+            or ``"low_rank"``.
         rounds: See :func:`~lab.timing.race`.
         device: Where.
         progress: Show a bar.
@@ -320,7 +320,7 @@ def costs(part: str, *, rounds: int = ROUNDS, device: str = "cpu", progress: boo
         ``flop``; ``gemm_share``; ``state_bytes`` (``None`` for a peer, which has it elsewhere),
         ``held_bytes`` and ``peak_bytes``, all three beyond the parameters. ``"gemm_gflops"``: the rate of
         ``torch.mm`` at the shapes of the network's forward and backward products, and like ``gemm_share``
-        ``None`` for ``"convolutions"`` and ``"transformer"``. ``"peers"``: their versions. ``"skipped"``:
+        ``None`` for other networks. ``"peers"``: their versions. ``"skipped"``:
         why peers are missing, by name.
     """
     make, peers, batch = _of_network(part, device) if part in NETWORKS else _of_benchmark(part, device)

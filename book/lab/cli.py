@@ -44,7 +44,7 @@ again.
 
 REFRESHING = """\
 Train the thesis's autoencoder under fixed schedules of refreshes and under an adaptive one, from three seeds:
-an hour on one thread. With --clock, on an otherwise idle machine, measure what updates and refreshes cost.
+half an hour on one thread. With --clock, on an otherwise idle machine, measure what updates and refreshes cost.
 The record is OUT/adaptive_refresh.json; what it holds is not run again.
 """
 
@@ -69,8 +69,8 @@ def _parser() -> argparse.ArgumentParser:
 
     text = "what an update costs, ours beside torch's and other libraries'"
     command = commands.add_parser("bench", help=text, description=BENCH, **LAYOUT)
-    text = "only these: mnist_autoencoder, cifar10_classifier, low_rank, convolutions, transformer, growth"
-    text = f"{text}, compile, time_to_loss (default: all)"
+    text = "only these: mnist_autoencoder, cifar10_classifier, low_rank, convolutions, narrow, transformer"
+    text = f"{text}, growth, compile, time_to_loss (default: all)"
     command.add_argument("--parts", nargs="+", metavar="PART", help=text)
     command.add_argument("--rounds", type=int, default=30, help="updates timed of each method (default: 30)")
     add_options(command, "device", "out", "quiet")
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--methods", nargs="+", metavar="METHOD", help="only these: acp_bounded, kfac_bounded"
     )
-    command.add_argument("--updates", type=int, default=1000, help="of each run (default: 1000)")
+    command.add_argument("--updates", type=int, default=500, help="of each run (default: 500)")
     command.add_argument("--clock", action="store_true", help="measure prices in the place of losses")
     add_options(command, "out", "quiet")
     command.set_defaults(action=_refreshing, parser=command)

@@ -48,7 +48,7 @@ METHODS = {
 LOSSES = (40.0, 18.9, 12.0, 10.0)
 """Training losses that runs are timed to; 18.9 is what tuned SGD has after about 2,000 updates."""
 
-SCALE, SEEDS, UPDATES, EVALUATE_ON = 30.0, (1, 2, 3), 1_000, 10_000
+SCALE, SEEDS, UPDATES, EVALUATE_ON = 30.0, (1, 2, 3), 500, 2_000
 
 
 def _made(task: Task, method: str, every: int | str, seed: int) -> tuple[torch.nn.Module, LayerOptimizer]:
@@ -75,7 +75,7 @@ def fit(task: Task, method: str, every: int | str, seed: int, updates: int = UPD
     """Train, and return losses at some updates and how often each layer was refreshed by then."""
     model, optimizer = _made(task, method, every, seed)
     batches = Minibatches(len(task.train[0]), BATCH, torch.Generator().manual_seed(seed))
-    points, few = evaluation_points(updates, per_decade=20), [part[:EVALUATE_ON] for part in task.train]
+    points, few = evaluation_points(updates, per_decade=16), [part[:EVALUATE_ON] for part in task.train]
     counts = {name: 0 for name, _ in _layers(model)}
     found: dict[str, list] = {"update": [], "train": [], "refreshes": []}
     for done in range(updates + 1):

@@ -47,6 +47,7 @@ def small(monkeypatch):
         network = lambda sizes=sizes, output=output, **o: MLP(sizes, output=output, **o)  # noqa: E731
         monkeypatch.setitem(timing.BENCHMARKS, name, replace(BENCHMARKS[name], network=network))
     small = {
+        "narrow": module.NETWORKS["narrow"],
         "convolutions": module.Network(
             lambda: nn.Sequential(
                 nn.Unflatten(1, (1, 28, 28)), nn.Conv2d(1, 2, 9, 9), nn.Flatten(), nn.Linear(18, 10)
@@ -202,7 +203,7 @@ def test_memory_of_ours_is_its_statistics_and_what_the_capture_keeps():
 # The cost table
 
 
-@pytest.mark.parametrize("part", ["convolutions", "transformer"])
+@pytest.mark.parametrize("part", ["convolutions", "narrow", "transformer"])
 def test_networks_of_other_layers_have_rows_without_a_rate(small, part):
     """With as many peers as can run them, which here is most; the report prints what there is."""
     table = costs(part, rounds=2)
@@ -220,7 +221,7 @@ def test_networks_of_other_layers_have_rows_without_a_rate(small, part):
     assert title == f"{part} (today, one, 1 threads)"
 
 
-@pytest.mark.parametrize("part", ["convolutions", "transformer"])
+@pytest.mark.parametrize("part", ["convolutions", "narrow", "transformer"])
 def test_rows_of_other_layers_train_all_parameters(small, part):
     make, _, batch = module._of_network(part, "cpu")
     for entry in (build() for build in make.values()):
