@@ -44,7 +44,7 @@ again.
 
 REFRESHING = """\
 Train the thesis's autoencoder under fixed schedules of refreshes and under an adaptive one, from three seeds:
-half an hour on one thread. With --clock, on an otherwise idle machine, measure what updates and refreshes cost.
+half an hour on one thread. With --clock, on an idle machine, measure what updates and refreshes cost.
 The record is OUT/adaptive_refresh.json; what it holds is not run again.
 """
 
