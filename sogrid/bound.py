@@ -12,8 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sogrid.method import Change
-from sogrid.structured import Factored, add_product, matrixwise, scalar, vectorwise
+from sogrid.structured import Change, Factored, add_product, matrixwise, scalar, vectorwise
 
 __all__ = ["BOUND_EXAMPLES", "bounded", "moved", "shrunk"]
 

@@ -14,12 +14,9 @@ from torch import Tensor
 from sogrid.losses import Loss
 from sogrid.rows import Rows
 from sogrid.statistics import Statistics
-from sogrid.structured import Factored, ThinInverse
+from sogrid.structured import Change, Factored, ThinInverse
 
-__all__ = ["Change", "Gradient", "LayerMethod"]
-
-Change = tuple[Tensor | Factored, Tensor | None]
-"""(ΔW, Δb) of one layer, new tensors that may be written to."""
+__all__ = ["Gradient", "LayerMethod"]
 
 
 class Gradient(NamedTuple):

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from sogrid.capture import LOOKS, UNKNOWN, Capture, CaptureError, LayerRecord, Wanted
 from sogrid.finite import Noted
 from sogrid.losses import check_reduction
-from sogrid.method import Change, Gradient
+from sogrid.method import Gradient
 from sogrid.others import Factory, link, made, step
 from sogrid.parameters import Layer, check_hyperparameter, find_layers, owners, split_off_others
 from sogrid.ranks import Ranks, require_whole
-from sogrid.structured import Factored, add_to, is_one
+from sogrid.structured import Change, Factored, add_to, is_one
 from sogrid.watching import GROUP_KEYS, MOMENTUM, Watching
 
 __all__ = ["LayerOptimizer", "LayerOptions", "Ready", "near"]

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "Change",
     "Factored",
     "Gram",
     "ThinInverse",
@@ -33,6 +34,10 @@ __all__ = [
     "shift_diagonal",
     "vectorwise",
 ]
+
+
+Change = tuple["Tensor | Factored", "Tensor | None"]
+"""(ΔW, Δb) of one layer, new tensors that may be written to."""
 
 
 def matrixwise(value: float | Tensor) -> float | Tensor:

@@ -33,13 +33,13 @@ from sogrid.experiments.benchmarks import Method as Row
 from sogrid.experiments.training import Curve, Minibatches
 from sogrid.factorize import failures_are_nan
 from sogrid.losses import Loss, Quadratic
-from sogrid.method import Change, Gradient, LayerMethod
+from sogrid.method import Gradient, LayerMethod
 from sogrid.networks import MLP
 from sogrid.optimizers.layerwise import Layerwise
 from sogrid.optimizers.updated_backprop import Chain, UpdatedBackprop, UpdatedBackpropMethod
 from sogrid.rows import Rows, share
 from sogrid.statistics import Statistics, refresh_due
-from sogrid.structured import Factored, add_to, matrixwise, vectorwise
+from sogrid.structured import Change, Factored, add_to, matrixwise, vectorwise
 
 __all__ = ["Grid", "Pass", "StackedMLP", "pooled_digits", "train_grid", "training_grid"]
 

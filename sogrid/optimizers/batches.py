@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sogrid.method import Change, Gradient
+from sogrid.method import Gradient
 from sogrid.parameters import Layer
 from sogrid.shell import Ready
-from sogrid.structured import Factored, ThinInverse, scalar
+from sogrid.structured import Change, Factored, ThinInverse, scalar
 from sogrid.watching import MOMENTUM
 
 __all__ = ["KEPT", "SHIFT", "SMALL", "Batch", "Batches", "flat", "packed"]

@@ -17,14 +17,14 @@ from torch import Tensor
 
 from sogrid.bound import BOUND_EXAMPLES, moved, shrunk
 from sogrid.capture import CaptureError
-from sogrid.method import Change, Gradient
+from sogrid.method import Gradient
 from sogrid.optimizers.batches import SMALL, Batch, Batches
 from sogrid.parameters import Layer
 from sogrid.private import without_autocast
 from sogrid.ranks import Ranks
 from sogrid.shell import LayerOptimizer, Ready, near
 from sogrid.statistics import Statistics
-from sogrid.structured import Factored
+from sogrid.structured import Change, Factored
 from sogrid.uses import LayerRecord
 
 __all__ = ["Joint", "Looked", "Measured"]

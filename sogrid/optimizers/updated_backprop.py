@@ -32,9 +32,8 @@ from torch.func import grad, jvp, vjp
 from sogrid.bound import bounded
 from sogrid.capture import LOOKS, CaptureError, Wanted
 from sogrid.losses import Loss
-from sogrid.method import Change
 from sogrid.shell import LayerOptimizer
-from sogrid.structured import Factored, matrixwise, vectorwise
+from sogrid.structured import Change, Factored, matrixwise, vectorwise
 from sogrid.uses import LayerRecord, join
 
 __all__ = [
