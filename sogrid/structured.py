@@ -104,9 +104,12 @@ class ThinInverse(NamedTuple):
         """``scale · X P`` of ``x: [..., k, m]``."""
         return add_product(x, x @ self.factor.mT, self.factor, scale / self.shift, -scale)
 
-    def shrink(self, x: Tensor) -> Tensor:
-        """X (I − δ QᵀQ) of ``x: [..., k, m]``, what remains of P when δ is divided out."""
-        return add_product(x, x @ self.factor.mT, self.factor, alpha=-self.shift)
+    def shrink_(self, x: Tensor) -> Tensor:
+        """X (I − δ QᵀQ) of ``x: [..., k, m]``, what remains of P when δ is divided out; a matrix in place."""
+        image = x @ self.factor.mT
+        if x.dim() == 2 and not isinstance(self.shift, Tensor):
+            return x.addmm_(image, self.factor, alpha=-self.shift)  # spares a pass over x
+        return add_product(x, image, self.factor, alpha=-self.shift)
 
     def __matmul__(self, x: Tensor) -> Tensor:
         """P X of ``x: [..., m, k]``."""
@@ -153,8 +156,8 @@ class Factored:
         if isinstance(x, ThinInverse):  # its 1/δ costs nothing in the scale
             scale = self.scale / matrixwise(x.shift)
             if not first:
-                return x.shrink(Factored(self.left, self.right, scale, self.mean).dense())
-            product = Factored(self.left, x.shrink(self._deviations()), scale)
+                return x.shrink_(Factored(self.left, self.right, scale, self.mean).dense())
+            product = Factored(self.left, x.shrink_(self._deviations(fresh=True)), scale)
         else:
             if not first:
                 return self.dense() @ x
@@ -202,9 +205,11 @@ class Factored:
             matrix.addr_(left.sum(-2), self.mean, alpha=-scale)
         return matrix
 
-    def _deviations(self) -> Tensor:
-        """R − 1μᵀ; R itself if that is all."""
-        return self.right if self.mean is None else self.right - self.mean.unsqueeze(-2)
+    def _deviations(self, fresh: bool = False) -> Tensor:
+        """R − 1μᵀ; R itself if that is all and it need not be a tensor of one's own."""
+        if self.mean is not None:
+            return self.right - self.mean.unsqueeze(-2)
+        return self.right.clone() if fresh else self.right
 
 
 def _factor_first(n: int, o: int, x: Tensor | ThinInverse) -> bool:

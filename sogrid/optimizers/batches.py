@@ -19,10 +19,10 @@ from sogrid.shell import Ready
 from sogrid.structured import Change, Factored, ThinInverse, scalar
 from sogrid.watching import MOMENTUM
 
-__all__ = ["KEPT", "SHIFT", "SMALL", "Batch", "Batches", "flat", "packed"]
+__all__ = ["KEPT", "SHIFT", "SMALL", "SMALL_THERE", "Batch", "Batches", "flat", "is_small", "packed"]
 
-SMALL = 2**16
-"""Weights of more numbers are not stacked."""
+SMALL, SMALL_THERE = 2**14, 2**20
+"""Gradients of more numbers are not stacked on the CPU, and on an accelerator."""
 
 SHIFT, KEPT = "_shift", "statistics_"
 
@@ -124,7 +124,9 @@ def _kind(one: Ready, state: State) -> Any:
     """The same for layers that may be stacked; ranks would have to agree on it."""
     layer = one.layer
     shape, (name, *like) = layer.as_matrix(layer.weight).shape, _like(one)
-    if shape.numel() > SMALL or len(shape) > 2 or one.counts:
+    *maps, o, i = shape
+    numbers = o * i if one.factored is None else (o + i) * one.factored.w.left.shape[-2]
+    if maps or one.counts or not is_small(numbers, layer.weight):
         return name
     return layer.home, shape, *like, *((key, value.shape) for key, value in _used(state).items())
 
@@ -133,6 +135,11 @@ def _same(state: State | None, known: tuple[State | None, State]) -> bool:
     """Whether a state is the one that is known, and holds the same tensors."""
     before, used = known
     return state is before and all(state[key] is value for key, value in used.items())
+
+
+def is_small(numbers: int, weight: Tensor) -> bool:
+    """Whether so many numbers of each layer are soon stacked, where a layer's weight is."""
+    return numbers <= (SMALL if weight.is_cpu else SMALL_THERE)
 
 
 def _used(state: State) -> dict[str, Tensor]:

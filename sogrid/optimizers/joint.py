@@ -18,7 +18,7 @@ from torch import Tensor
 from sogrid.bound import BOUND_EXAMPLES, moved, shrunk
 from sogrid.capture import CaptureError
 from sogrid.method import Gradient
-from sogrid.optimizers.batches import SMALL, Batch, Batches
+from sogrid.optimizers.batches import Batch, Batches, is_small
 from sogrid.parameters import Layer
 from sogrid.private import without_autocast
 from sogrid.ranks import Ranks
@@ -215,7 +215,7 @@ def _moved(batch: Batch, change: Change, ranks: Ranks) -> tuple[Tensor, int]:
     rows = first.record.some_inputs(examples)[0]
     if not others:
         return moved(*change, rows)
-    if rows.numel() <= SMALL:
+    if is_small(rows.numel(), first.layer.weight):
         return moved(*change, torch.stack([rows, *(one.record.some_inputs(examples)[0] for one in others)]))
     del rows  # patches, which are made for one layer at a time
     sizes, counts = zip(
