@@ -18,13 +18,14 @@ import plotly.graph_objects as go
 import torch
 from tqdm.auto import tqdm
 
-from lab.plotting import figure, style
+from lab.plotting import COLORS, color, figure, style
 from sogrid.experiments import data
 from sogrid.experiments.benchmarks import BATCH, BENCHMARKS, Task
 from sogrid.experiments.records import Record, provenance
 from sogrid.experiments.training import Minibatches, evaluate, evaluation_points
 from sogrid.optimizers import ACP, KFAC
 from sogrid.optimizers.adaptive import ADAPTIVE, DUE
+from sogrid.optimizers.batches import packed
 from sogrid.shell import LayerOptimizer
 
 __all__ = [
@@ -166,6 +167,37 @@ def refreshing(
     return record.content
 
 
+def drift(updates: int = 60, seed: int = 1) -> dict[str, Any]:
+    """How one set of statistics ages in a small autoencoder: q of each layer, by its fresh value.
+
+    Returns:
+        ``"traces"`` by layer, ``"last"``: their last values, and ``"alt"``.
+    """
+    task = BENCHMARKS["mnist_small_autoencoder"].task(data.load("mnist", source="embedded"))
+    model = task.network(scale=SCALE, generator=torch.Generator().manual_seed(seed))
+    optimizer = eval(METHODS["acp_bounded"][:-1] + ", refresh_every=None)", {"ACP": ACP, "model": model})
+    batches = Minibatches(len(task.train[0]), BATCH, torch.Generator().manual_seed(seed))
+    x, y = (part[next(batches)] for part in task.train)
+    optimizer.refresh(lambda: task.loss(model(x), y))
+    forms: dict[torch.nn.Module, list[float]] = {layer: [] for _, layer in _layers(model)}
+    for _ in range(updates + 1):
+        h = task.train[0][next(batches)]
+        with torch.no_grad():
+            for module in model:
+                if module in forms:
+                    state, group = packed(optimizer.state[module.weight]), optimizer.param_groups[0]
+                    forms[module].append(optimizer.method.quadratic_form(h, True, state, group).item())
+                h = module(h)
+        _step(task, model, optimizer, next(batches))
+    traces = []
+    for k, values in enumerate(forms.values()):
+        look = {"line": {"color": color("acp", 0.35 + 0.65 * k / (len(forms) - 1))}, "name": f"layer {k + 1}"}
+        traces.append(go.Scatter(y=[value / values[0] for value in values], mode="lines", **look))
+    last = [values[-1] / values[0] for values in forms.values()]
+    words = ", ".join(f"layer {k + 1} {value:.3g}" for k, value in enumerate(last))
+    return {"traces": traces, "last": last, "alt": f"q by updates since the refresh; at the end {words}"}
+
+
 def elapsed(run: dict[str, Any], prices: dict[str, Any]) -> list[float]:
     """Seconds of training at each point of a run, by the prices of its method."""
     if run["every"] == ADAPTIVE:
@@ -235,27 +267,37 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def curves(content: dict[str, Any], method: str) -> go.Figure:
-    """The training loss by seconds, a line for each seed, the schedules by their dash."""
+    """The training loss by seconds, a line for each seed: fixed schedules in grey, the adaptive one above."""
     prices, traces = prices_of(content, method), []
     dashes = dict(
-        zip(map(str, SCHEDULES), ("dot", "dashdot", "dash", "longdash", "longdashdot", "solid"), strict=True)
+        zip(map(str, SCHEDULES), ("dot", "dashdot", "dash", "longdash", "longdashdot"), strict=False)
     )
     for every, runs in by_schedule(content, method).items():
+        look = style(method)
+        if every != ADAPTIVE:
+            look = {"line": {"color": COLORS["grey"], "dash": dashes[every], "width": 1.2}}
+        name = "adaptive" if every == ADAPTIVE else f"every {every} updates"
         for k, run in enumerate(runs):
-            name = "adaptive" if every == ADAPTIVE else f"every {every} updates"
-            look = style(method)
-            look = {
-                **look,
-                "line": {**look["line"], "dash": dashes[every]},
-                "name": name,
-                "legendgroup": every,
-            }
-            traces.append(
-                go.Scatter(
-                    x=elapsed(run, prices)[1:], y=run["train"][1:], mode="lines", **look, showlegend=k == 0
-                )
-            )
+            at, own = elapsed(run, prices), {"name": name, "legendgroup": every, "showlegend": k == 0}
+            traces.append(go.Scatter(x=at[1:], y=run["train"][1:], mode="lines", **(look | own)))
     rows = report(content, method)[1:]
     alt = "Training loss by seconds. Seconds to 18.9: " + ", ".join(f"{row[0]} {row[4]}" for row in rows)
     axes = {"xaxis": {"title": "seconds", "type": "log"}, "yaxis": {"title": "training loss", "type": "log"}}
     return figure(traces, alt=alt, **axes)
+
+
+def verdict(content: dict[str, Any], method: str) -> dict[float, tuple[str, float]]:
+    """By loss, the schedule that comes down to it first, and how much longer the adaptive one takes.
+
+    Of seconds, means over seeds; a schedule that a seed of does not get there is not counted.
+    """
+    found = {}
+    for loss in LOSSES:
+        times = {}
+        for every, runs in by_schedule(content, method).items():
+            hits = [reached(elapsed(r, prices_of(content, method)), r["train"], loss) for r in runs]
+            if hits and None not in hits:
+                times[every] = _mean(hits)
+        first = min(times, key=times.__getitem__)
+        found[loss] = first, times.get(ADAPTIVE, float("inf")) / times[first]
+    return found
