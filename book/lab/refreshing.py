@@ -223,9 +223,10 @@ def reached(at: Sequence[float], losses: Sequence[float], loss: float) -> float 
 
 
 def by_schedule(content: dict[str, Any], method: str) -> dict[str, list[dict[str, Any]]]:
-    """The runs of a method."""
+    """The runs of a method, of the schedules that it has runs of."""
     runs = [run for run in content["runs"] if run["method"] == method and "every" in run]
-    return {str(every): [run for run in runs if run["every"] == str(every)] for every in SCHEDULES}
+    found = {str(every): [run for run in runs if run["every"] == str(every)] for every in SCHEDULES}
+    return {every: some for every, some in found.items() if some}
 
 
 def prices_of(content: dict[str, Any], method: str) -> dict[str, Any]:
@@ -296,7 +297,7 @@ def verdict(content: dict[str, Any], method: str) -> dict[float, tuple[str, floa
         times = {}
         for every, runs in by_schedule(content, method).items():
             hits = [reached(elapsed(r, prices_of(content, method)), r["train"], loss) for r in runs]
-            if hits and None not in hits:
+            if None not in hits:
                 times[every] = _mean(hits)
         first = min(times, key=times.__getitem__)
         found[loss] = first, times.get(ADAPTIVE, float("inf")) / times[first]
