@@ -71,7 +71,7 @@ class Profile:
 
 
 AE, CIFAR, SMALL = "mnist_autoencoder", "cifar10_classifier", "mnist_small_autoencoder"
-LAPTOP = Profile({AE: 10_000, CIFAR: 20_000}, 32, {AE: 3_000, CIFAR: 5_000}, (200, 400), (20, 64, 300))
+LAPTOP = Profile({AE: 5_000, CIFAR: 20_000}, 32, {AE: 3_000, CIFAR: 5_000}, (200, 400), (20, 64, 300))
 PROFILES = {
     "smoke": Profile(
         {AE: 5, CIFAR: 5}, 2, {AE: 4, CIFAR: 4}, (4, 4), (2, 4, 4), (2, 4), full=False, evaluate_on=400,
