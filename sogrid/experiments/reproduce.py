@@ -66,12 +66,15 @@ class Profile:
     sweep: tuple[int, int] = (13, 300)
     full: bool = True
     evaluate_on: int = 10_000
-    halvings: int = 4
-    finalists: int = 3
+    halvings: int = 0
+    finalists: int = 0
 
 
 AE, CIFAR, SMALL = "mnist_autoencoder", "cifar10_classifier", "mnist_small_autoencoder"
-LAPTOP = Profile({AE: 5_000, CIFAR: 20_000}, 32, {AE: 3_000, CIFAR: 5_000}, (200, 400), (20, 64, 300))
+LAPTOP = Profile(
+    {AE: 5_000, CIFAR: 20_000}, 32, {AE: 3_000, CIFAR: 5_000}, (200, 400), (20, 64, 300),
+    halvings=4, finalists=3,
+)  # fmt: skip
 PROFILES = {
     "smoke": Profile(
         {AE: 5, CIFAR: 5}, 2, {AE: 4, CIFAR: 4}, (4, 4), (2, 4, 4), (2, 4), full=False, evaluate_on=400,
@@ -81,7 +84,7 @@ PROFILES = {
     "long": replace(LAPTOP, updates={AE: 20_000, CIFAR: 50_000}, sweep=(3, 5_000)),
     "thesis": Profile(
         {AE: 300_000, CIFAR: 50_000}, 100, {AE: 5_000, CIFAR: 5_000}, (200, 5_000), (100, 100, 5_000),
-        evaluate_on=50_000,
+        evaluate_on=50_000, halvings=4, finalists=3,
     ),
 }  # fmt: skip
 SMOKE_EXAMPLES = 400
