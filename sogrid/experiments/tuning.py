@@ -82,7 +82,8 @@ class Search:
         sampler: Key of :data:`SAMPLERS`.
         seed: Of the proposals; trial t trains with seed 1000 · (seed + 1) + t.
         halvings: How often a trial is compared on its way, after updates / 2ᵏ for k = ``halvings``, …, 2, 1.
-        finalists: How many of the best are run twice more, with seeds of their own.
+        finalists: How many of the best, those that got farthest first, are run twice more, with seeds of
+            their own.
     """
 
     method: str
@@ -353,8 +354,7 @@ def _finals(
     _optimize(study, len(best) * RUNS_AGAIN, sampler, objective, 0, title)
     losses = {tuple(trial.params[name] for name in grid): trial.value for trial in _finished(study)}
     again = [[losses[k, again] for again in grid["again"]] for k in grid["finalist"]]
-    own = [[found["trials"]["loss"][i], *some] for i, some in zip(best, again, strict=True)]
-    order = sorted(grid["finalist"], key=lambda k: (own[k].count(math.inf), fmean(own[k])))
+    order = sorted(grid["finalist"], key=lambda k: (again[k].count(math.inf), fmean(again[k])))
     number = [[_short(loss) if math.isfinite(loss) else None for loss in some] for some in again]
     return {"trial": [best[k] for k in order], "loss": [number[k] for k in order]}
 
@@ -385,13 +385,17 @@ def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
+def _ends(found: dict[str, Any]) -> list[int | None]:
+    """The last update of each trial."""
+    return found["trials"].get("update") or [found.get("updates", 0)] * len(found["trials"]["loss"])
+
+
 def _ranked(found: dict[str, Any]) -> list[int]:
-    """The trials that got to the last update, the best first."""
-    trials = found["trials"]
-    losses = enumerate(trials["loss"])
-    ends = trials.get("update") or [found.get("updates")] * len(trials["loss"])
-    arrived = [i for i, loss in losses if loss is not None and ends[i] == found.get("updates")]
-    return sorted(arrived, key=trials["loss"].__getitem__)
+    """The trials that did not diverge: those that got farther first, and the better of these."""
+    ends, losses = _ends(found), found["trials"]["loss"]
+    return sorted(
+        (i for i, loss in enumerate(losses) if loss is not None), key=lambda i: (-ends[i], losses[i])
+    )
 
 
 def _settings(found: dict[str, Any], number: int) -> dict[str, float]:
@@ -401,8 +405,8 @@ def _settings(found: dict[str, Any], number: int) -> dict[str, float]:
 def chosen(found: dict[str, Any]) -> dict[str, float]:
     """The hyperparameters of a search's best finalist, or else of its best trial.
 
-    The best finalist is the one of the least mean loss over its runs; one that diverged comes after those
-    that did not.
+    The best finalist is that of the least mean loss in the runs that were made again: in its trial it may
+    have been lucky. One that diverged comes after those that did not.
 
     Args:
         found: As :func:`search` returns it.
@@ -417,13 +421,13 @@ def chosen(found: dict[str, Any]) -> dict[str, float]:
 
 
 def best_so_far(found: dict[str, Any]) -> list[float]:
-    """The best loss among a search's first 1, 2, … trials; infinite until one has finished."""
-    arrived, losses = set(_ranked(found)), found["trials"]["loss"]
-    return list(accumulate((loss if i in arrived else math.inf for i, loss in enumerate(losses)), min))
+    """The best loss among a search's first 1, 2, … trials; infinite until one has got to the last update."""
+    pairs = zip(found["trials"]["loss"], _ends(found), strict=True)
+    arrived = (math.inf if loss is None or end < found.get("updates", 0) else loss for loss, end in pairs)
+    return list(accumulate(arrived, min))
 
 
 def updates_spent(found: dict[str, Any]) -> int:
     """The updates of all trials of a search, as far as they were evaluated, and of its finalists' runs."""
-    trials, last = found["trials"], found["updates"]
-    ends = trials.get("update") or [last] * len(trials["loss"])
-    return sum(end or 0 for end in ends) + last * sum(map(len, found.get("finals", {}).get("loss", [])))
+    finals = sum(map(len, found.get("finals", {}).get("loss", [])))
+    return sum(end or 0 for end in _ends(found)) + finals * found["updates"]
