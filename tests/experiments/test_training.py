@@ -145,7 +145,7 @@ def test_the_curve_has_the_points_that_are_asked_for_and_no_other(task):
 
 
 def test_a_run_goes_on_as_long_as_it_is_to(task):
-    """It is asked at each point but for the start, with the loss there; the curve ends where the answer is no."""
+    """It is asked at each point but for the start, with the loss there; at a no the curve ends."""
     asked, settings = [], {"lr": 0.1, "scale": 4.0}
 
     def go_on(update, loss):
