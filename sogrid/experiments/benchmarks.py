@@ -157,10 +157,13 @@ class Method:
     def build(self, task: Task, settings: dict[str, Any], generator: torch.Generator, device="cpu"):
         """(network, optimizer) for a task, with weights drawn on the CPU from ``generator``.
 
+        A learning rate that the method has itself may be left out of the settings.
+
         Raises:
             ValueError: If ``settings`` lacks or adds a hyperparameter.
         """
         wanted = {*self.settings, "scale"}
+        settings = settings if self.lr is None else {"lr": self.lr, **settings}
         if set(settings) - {*self.optional} != wanted:
             raise ValueError(f"this method takes the settings {sorted(wanted)}, got {sorted(settings)}")
         network = task.network(

@@ -277,6 +277,14 @@ def test_a_bounded_method_has_a_learning_rate_of_its_own_and_what_was_found_for_
     assert (bounded["update"][-1], low_rank["update"][-1]) == (2, 0), "a variant is trained for a fifth"
 
 
+def test_what_a_search_finds_is_all_that_a_method_needs(small):
+    task = module._task(AE, "smoke", "cpu")
+    for method in tuned_methods()[AE]:
+        found = {key: (VALUES | {"max_change": 0.1})[key] for key in METHODS[method].searched}
+        _, optimizer = METHODS[method].build(task, found, torch.Generator().manual_seed(0))
+        assert found.get("lr") or optimizer.defaults["lr"] == METHODS[method].lr
+
+
 def test_the_bound_that_was_found_is_the_bound(small):
     """And the row's own where none was."""
     task, settings = module._task(AE, "smoke", "cpu"), {"lr": 10.0, "damping": 0.1, "scale": 4.0}
