@@ -151,8 +151,8 @@ class Method:
         """The hyperparameters that a search finds for it; none for a variant that takes over all of them."""
         if self.tuned_as is not None and self.lr is None:
             return ()
-        own = (*self.settings, *self.optional) if self.lr is None else (*self.settings[1:], *self.optional)
-        return (*own, "scale")
+        own = (*self.settings, *self.optional, "scale")
+        return tuple(name for name in own if name != "lr" or self.lr is None)
 
     def build(self, task: Task, settings: dict[str, Any], generator: torch.Generator, device="cpu"):
         """(network, optimizer) for a task, with weights drawn on the CPU from ``generator``.

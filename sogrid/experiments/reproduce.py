@@ -393,9 +393,14 @@ def _curves(
         make = partial(_train, task, method, best, options)
         key = {"method": method, "settings": best, "seed": seed}
         jobs.append(_Job(key, f"{method}.seed{seed}", make))
-    how = f"by biased random search ({found['settings']['trials']} trials of "
-    how += f"{found['settings']['updates']:,} updates for each method{_halved(found['settings'])})"
+    how = f"by biased random search ({_budget(**found['settings'])})"
     return {**_common(task, profile), "updates": updates, "hyperparameters": how}, jobs
+
+
+def _budget(trials: int, updates: int, halvings: int = 0, finalists: int = 0, **others: Any) -> str:
+    """What each method's search had, in words."""
+    length = f"{'up to ' * bool(halvings)}{updates:,} updates for each method"
+    return f"{trials} trials of {length}" + f", the best {finalists} run again" * bool(finalists)
 
 
 def _sweep(
@@ -428,13 +433,6 @@ def _chosen(found: dict[str, Any], method: str) -> dict[str, float]:
             f"python -m sogrid search {settings['benchmark']} --profile {settings['profile']} first"
         )
     return best if entry.lr is None else {**best, "lr": entry.lr}
-
-
-def _halved(settings: dict[str, Any]) -> str:
-    """What a search saved on its trials and did about luck, in words."""
-    if not settings.get("halvings"):
-        return ""
-    return f", halved {settings['halvings']} times; of the best {settings['finalists']}, run again"
 
 
 def _train(task: Task, method: str, settings: dict, options: dict, title: str | None, checkpoint: Checkpoint):

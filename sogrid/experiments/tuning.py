@@ -3,10 +3,10 @@
 A search is an Optuna study whose trials are short training runs; its criterion is the training risk after
 a fixed number of updates (§4.1). A trial that diverges counts as the worst. Every trial has its own seed.
 
-A search may be long-sighted at the price of a short-sighted one by successive halving: on its way each trial
-is compared, at the same update, with all that came so far, and goes on only among the better half. What it
-had reached when it was stopped is its cost to Algorithm 1: a pessimistic one, so that trials rank first by
-how far they got. The setting that is chosen is then the best of a few finalists, run again with other seeds.
+A search looks far at the price of one that looks near, by successive halving: on its way each trial is
+compared, at the same update, with all that came as far, and goes on only if it is in the better half. What
+it had reached when it was stopped is its cost to Algorithm 1: a pessimistic one, so that trials rank first
+by how far they got. The setting that is chosen is the best of a few finalists, run again with other seeds.
 
 The study lives in Optuna's storage, so that a search that was stopped goes on, and several processes or
 machines may share it; what is kept for good is its record.
