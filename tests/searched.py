@@ -16,7 +16,7 @@ def leave_searches(out, benchmark, *, methods=None, profile="smoke", **values):
     )
     runs = []
     for method in methods or [name for name in METHODS if METHODS[name].tuned_as is None]:
-        best = {key: (VALUES | values)[key] for key in (*METHODS[method].settings, "scale")}
+        best = {key: (VALUES | values)[key] for key in METHODS[method].searched}
         trials = {key: [2 * value, value] for key, value in best.items()}
         trials |= {"loss": [None, 1.0], "second": [None, 0.1], "seed": [1000, 1001]}
         run = {"method": method, "domain": {key: [value / 2, 2 * value] for key, value in best.items()}}

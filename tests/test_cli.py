@@ -158,7 +158,7 @@ def test_methods_are_those_that_are_asked_for(tiny, tmp_path, monkeypatch, capsy
 def test_a_figure_of_searches_is_a_table_of_what_they_found(tiny, tmp_path, capsys):
     assert cli.main(["reproduce", "fig4_1", "--seed", "2", "--out", str(tmp_path), "--quiet"]) == 0
     head, *rows = capsys.readouterr().out.splitlines()
-    assert head.split() == ["method", "sampler", "seed", "trials", "diverged", "best", "settings"]
+    assert head.split() == ["method", "sampler", "seed", "trials", "diverged", "updates", "best", "settings"]
     assert [row.split()[2:5] for row in rows[:3]] == [[s, "2", "4"] for s in ("grid", "random", "biased")]
     (record,) = tmp_path.glob("fig4_1*.json")
     assert rows[-1] == f"record: {record}"

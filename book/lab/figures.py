@@ -36,7 +36,7 @@ __all__ = [
     "values_at",
 ]
 
-WORDS = {"lr": "λ", "damping": "ε", "scale": "s"}
+WORDS = {"lr": "λ", "damping": "ε", "max_change": "κ", "scale": "s"}
 AXES = {"update": "update", "second": "second of training"}
 QUANTITIES = {"train": ("train_mse", "train_cross_entropy"), "test": ("test_mse",)}
 TICKS = {"type": "log", "dtick": "D2", "minor": {"dtick": "D1"}, "exponentformat": "power"}
@@ -457,9 +457,10 @@ def search_caption(record: dict[str, Any]) -> str:
     """One sentence on what a record of searches holds."""
     settings = record["settings"]
     count = sum(len(run["trials"]["loss"]) for run in record["runs"])
+    length = f"{'up to ' if settings.get('halvings') else ''}{settings['updates']:,}"
     return (
         f"{settings['data']['variant']} (sha256 {settings['data']['checksum'][:8]}), "
-        f"{settings['benchmark'].replace('_', ' ')}, {count:,} runs of {settings['updates']:,} updates; "
+        f"{settings['benchmark'].replace('_', ' ')}, {count:,} runs of {length} updates; "
         f"{_origin(run['provenance'] for run in record['runs'])}"
     )
 

@@ -98,14 +98,14 @@ BENCHMARKS = {
             "mnist",
             mnist_autoencoder,
             Quadratic(),
-            {"lr": (0.01, 1.0), "damping": (0.01, 1.0), "scale": (8.0, 128.0)},
+            {"lr": (3e-3, 3.0), "damping": (1e-3, 1.0), "max_change": (3e-3, 0.3), "scale": (4.0, 128.0)},
         ),
         Benchmark(
             "cifar10_classifier",
             "cifar10",
             cifar10_classifier,
             CrossEntropyAtLogits(),
-            {"lr": (1e-3, 1.0), "damping": (1e-3, 1.0), "scale": (0.5, 8.0)},
+            {"lr": (1e-3, 1.0), "damping": (1e-3, 1.0), "max_change": (3e-3, 0.3), "scale": (0.5, 8.0)},
         ),
         Benchmark(
             "mnist_small_autoencoder",
@@ -130,8 +130,10 @@ class Method:
         dash: Of its curves, as plotly names it.
         normalization: What its network adds, see :class:`~sogrid.networks.MLP`.
         settings: Names of the hyperparameters it takes, beside the initialisation's ``scale``.
+        optional: Names of those that it takes besides, if they are given.
         tuned_as: The method whose hyperparameters it takes over, if it is a variant of one.
-        lr: The learning rate that a variant has in the place of that method's.
+        lr: Its learning rate, if any large one does. Such a method is searched for the rest of its
+            hyperparameters, optional ones included; until then it takes over those of ``tuned_as``.
     """
 
     optimizer: Callable[[nn.Module, Loss, dict[str, Any]], torch.optim.Optimizer]
@@ -140,17 +142,29 @@ class Method:
     dash: str = "solid"
     normalization: str | None = None
     settings: tuple[str, ...] = ("lr",)
+    optional: tuple[str, ...] = ()
     tuned_as: str | None = None
     lr: float | None = None
 
+    @property
+    def searched(self) -> tuple[str, ...]:
+        """The hyperparameters that a search finds for it; none for a variant that takes over all of them."""
+        if self.tuned_as is not None and self.lr is None:
+            return ()
+        own = (*self.settings, *self.optional, "scale")
+        return tuple(name for name in own if name != "lr" or self.lr is None)
+
     def build(self, task: Task, settings: dict[str, Any], generator: torch.Generator, device="cpu"):
         """(network, optimizer) for a task, with weights drawn on the CPU from ``generator``.
+
+        A learning rate that the method has itself may be left out of the settings.
 
         Raises:
             ValueError: If ``settings`` lacks or adds a hyperparameter.
         """
         wanted = {*self.settings, "scale"}
-        if set(settings) != wanted:
+        settings = settings if self.lr is None else {"lr": self.lr, **settings}
+        if set(settings) - {*self.optional} != wanted:
             raise ValueError(f"this method takes the settings {sorted(wanted)}, got {sorted(settings)}")
         network = task.network(
             normalization=self.normalization, scale=settings["scale"], generator=generator
@@ -188,12 +202,12 @@ def _centered(model, loss, settings):
 
 def _acp(alpha, **options):
     fixed = {"output_curvature": alpha, **AS_ALGORITHMS, **options, **STATISTICS}
-    return lambda model, loss, s: ACP(model, **s, **fixed)
+    return lambda model, loss, s: ACP(model, **{**fixed, **s})
 
 
 def _nnn(**options):
     fixed = {**PRINTED, **options, **STATISTICS}
-    return lambda model, loss, s: NaturalNN(model, **s, **fixed)
+    return lambda model, loss, s: NaturalNN(model, **{**fixed, **s})
 
 
 def _kfac(curvature=None, **options):
@@ -206,19 +220,21 @@ def _kfac(curvature=None, **options):
     def build(model, loss, settings):
         usual = "fisher_sampled" if isinstance(loss, Quadratic) else "gauss_newton_probabilities"
         fixed = {"loss": loss, "pi_correction": False, "curvature": curvature or usual}
-        return KFAC(model, **settings, **fixed, **{**PRINTED, **options}, **STATISTICS)
+        return KFAC(model, **fixed, **STATISTICS, **{**PRINTED, **options, **settings})
 
     return build
 
 
 def _ubp(curvature, **options):
     fixed = {"curvature": curvature, **PRINTED, **options, **GRADIENTS}
-    return lambda model, loss, s: UpdatedBackprop(model, **s, loss=loss, **fixed)
+    return lambda model, loss, s: UpdatedBackprop(model, loss=loss, **{**fixed, **s})
 
 
 BOUND, LOW_RANK, UNBIASED = {"max_change": 0.1}, {"rank": 100}, {"bias_correction": True}
 DAMPED: dict[str, Any] = {"settings": ("lr", "damping")}
 AS_ACP, AS_NNN, AS_KFAC = ({**DAMPED, "tuned_as": name} for name in ("acp_fixedalpha", "nnn2", "kfac"))
+BOUNDED: dict[str, Any] = {"optional": ("max_change",)}
+SEARCHED: dict[str, Any] = {**BOUNDED, "lr": 10.0}
 METHODS = {
     "standard_sgd": Method(_sgd, "SGD"),
     "bn": Method(_sgd, "batch norm", "brown", normalization="batch"),
@@ -236,30 +252,45 @@ METHODS = {
     "jaco_update_without": Method(
         _ubp("none"), "the same without second term", "pink", "dot", tuned_as="jaco_update"
     ),
-    "acp_bounded": Method(_acp(1.0, **UNBIASED, **BOUND), "ACP, bounded", "orange", "dot", **AS_ACP, lr=10.0),
-    "nnn2_bounded": Method(_nnn(**BOUND), "NNN, bounded", "green", "dot", **AS_NNN, lr=10.0),
-    "kfac_bounded": Method(_kfac(**BOUND), "KFAC, bounded", "blue", "dot", **AS_KFAC, lr=10.0),
+    "acp_bounded": Method(
+        _acp(1.0, **UNBIASED, **BOUND), "ACP, bounded", "orange", "dot", **AS_ACP, **SEARCHED
+    ),
+    "nnn2_bounded": Method(_nnn(**BOUND), "NNN, bounded", "green", "dot", **AS_NNN, **SEARCHED),
+    "kfac_bounded": Method(_kfac(**BOUND), "KFAC, bounded", "blue", "dot", **AS_KFAC, **SEARCHED),
     "jaco_update_bounded": Method(
         _ubp("gauss_newton", **BOUND),
         "updated backpropagation, bounded",
         "pink",
         "dashdot",
         tuned_as="jaco_update",
-        lr=10.0,
+        **SEARCHED,
     ),
     "acp_bounded_low_rank": Method(
         _acp(1.0, **UNBIASED, **BOUND, **LOW_RANK),
         "ACP, bounded, rank 100",
         "orange",
         "longdashdot",
-        **AS_ACP,
-        lr=10.0,
+        **DAMPED,
+        **BOUNDED,
+        tuned_as="acp_bounded",
     ),
     "nnn2_bounded_low_rank": Method(
-        _nnn(**BOUND, **LOW_RANK), "NNN, bounded, rank 100", "green", "longdashdot", **AS_NNN, lr=10.0
+        _nnn(**BOUND, **LOW_RANK),
+        "NNN, bounded, rank 100",
+        "green",
+        "longdashdot",
+        **DAMPED,
+        **BOUNDED,
+        tuned_as="nnn2_bounded",
     ),
     "kfac_bounded_low_rank": Method(
-        _kfac(**BOUND, **LOW_RANK), "KFAC, bounded, rank 100", "blue", "longdashdot", **AS_KFAC, lr=10.0
+        _kfac(**BOUND, **LOW_RANK),
+        "KFAC, bounded, rank 100",
+        "blue",
+        "longdashdot",
+        **DAMPED,
+        **BOUNDED,
+        tuned_as="kfac_bounded",
     ),
     "acp_low_rank": Method(_acp(1.0, **LOW_RANK), "ACP, fixed α, rank 100", "orange", "longdash", **AS_ACP),
     "nnn2_low_rank": Method(_nnn(**LOW_RANK), "NNN, rank 100", "green", "longdash", **AS_NNN),

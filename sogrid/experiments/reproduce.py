@@ -48,12 +48,14 @@ class Profile:
     Attributes:
         updates: Of each run of a learning curve: ``{benchmark: parameter updates}``.
         trials: Of each search of hyperparameters.
-        trial_updates: Of each of its trials: ``{benchmark: parameter updates}``.
+        trial_updates: Of each of its trials that is not stopped before: ``{benchmark: parameter updates}``.
         landscape: Random trials of Fig. 2.2, and their updates.
         searches: Searches by each sampler of Fig. 4.1, their trials, and the updates of a trial.
         sweep: Learning rates of a sweep, and the updates at each.
         full: On the full data set, or on a few of the embedded digits.
         evaluate_on: The training curve is a mean over this many of the first training examples.
+        halvings: Of each search, see :class:`~sogrid.experiments.tuning.Search`.
+        finalists: Of each search, likewise.
     """
 
     updates: dict[str, int]
@@ -64,24 +66,30 @@ class Profile:
     sweep: tuple[int, int] = (13, 300)
     full: bool = True
     evaluate_on: int = 10_000
+    halvings: int = 0
+    finalists: int = 0
 
 
 AE, CIFAR, SMALL = "mnist_autoencoder", "cifar10_classifier", "mnist_small_autoencoder"
-LAPTOP = Profile({AE: 5_000, CIFAR: 20_000}, 40, {AE: 400, CIFAR: 1_000}, (200, 400), (20, 64, 300))
+LAPTOP = Profile(
+    {AE: 5_000, CIFAR: 20_000}, 32, {AE: 3_000, CIFAR: 5_000}, (200, 400), (20, 64, 300),
+    halvings=4, finalists=3,
+)  # fmt: skip
 PROFILES = {
     "smoke": Profile(
-        {AE: 5, CIFAR: 5}, 2, {AE: 4, CIFAR: 4}, (4, 4), (2, 4, 4), (2, 4), full=False, evaluate_on=400
+        {AE: 5, CIFAR: 5}, 2, {AE: 4, CIFAR: 4}, (4, 4), (2, 4, 4), (2, 4), full=False, evaluate_on=400,
+        halvings=1, finalists=1,
     ),
     "laptop": LAPTOP,
     "long": replace(LAPTOP, updates={AE: 20_000, CIFAR: 50_000}, sweep=(3, 5_000)),
     "thesis": Profile(
         {AE: 300_000, CIFAR: 50_000}, 100, {AE: 5_000, CIFAR: 5_000}, (200, 5_000), (100, 100, 5_000),
-        evaluate_on=50_000,
+        evaluate_on=50_000, halvings=4, finalists=3,
     ),
 }  # fmt: skip
 SMOKE_EXAMPLES = 400
 VARIANTS = 5
-"""Variants of a method are trained for a fifth of its updates."""
+"""Variants of a method that have not been searched are trained for a fifth of its updates."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +99,8 @@ class Curves:
     Attributes:
         figure: Key of :func:`~sogrid.experiments.reference.thesis_values`.
         benchmark: Key of :data:`~sogrid.experiments.benchmarks.BENCHMARKS`.
-        methods: Keys of :data:`~sogrid.experiments.benchmarks.METHODS`; a variant, which takes its
-            hyperparameters from another, is trained for a fifth of the updates.
+        methods: Keys of :data:`~sogrid.experiments.benchmarks.METHODS`; a variant that takes all its
+            hyperparameters from another is trained for a fifth of the updates.
     """
 
     figure: str
@@ -271,8 +279,9 @@ def tune(
 ) -> dict[str, Any]:
     """Search the hyperparameters of a benchmark's methods, and return the content of the record.
 
-    Every method gets the same number of trials by biased random search, over the same domain. The record
-    is ``<out>/search_<benchmark>.<profile>.json``; :func:`reproduce` with the same ``out`` uses it.
+    Every method gets the same number of trials by biased random search, over the same domain; what they cost
+    is kept low by successive halving, and the best few are run again with other seeds. The record is
+    ``<out>/search_<benchmark>.<profile>.json``; :func:`reproduce` with the same ``out`` uses it.
 
     Args:
         benchmark: ``"mnist_autoencoder"`` or ``"cifar10_classifier"``.
@@ -302,12 +311,15 @@ def tune(
         **_common(task, profile),
         "trials": scale.trials,
         "updates": scale.trial_updates[benchmark],
+        "halvings": scale.halvings,
+        "finalists": scale.finalists,
         "domain": {key: list(ends) for key, ends in domain.items()},
     }
     plans = []
     for method in (m for m in known[benchmark] if m in methods or not methods):
-        own = {key: ends for key, ends in domain.items() if key in (*METHODS[method].settings, "scale")}
-        plans.append(Search(method, own, scale.trials, scale.trial_updates[benchmark], scale.evaluate_on))
+        own = {key: ends for key, ends in domain.items() if key in METHODS[method].searched}
+        common = (scale.trials, scale.trial_updates[benchmark], scale.evaluate_on)
+        plans.append(Search(method, own, *common, halvings=scale.halvings, finalists=scale.finalists))
     jobs = _search_jobs(plans, task, path, storage)
     return _complete(path, f"search_{benchmark}", settings, jobs, progress)
 
@@ -318,7 +330,7 @@ def tuned_methods() -> dict[str, list[str]]:
     for plan in (EXPERIMENTS | COMPARISONS).values():
         for method in plan.methods if isinstance(plan, Curves) else ():
             names = found.setdefault(plan.benchmark, [])
-            if method not in names and METHODS[method].tuned_as is None:
+            if method not in names and METHODS[method].searched:
                 names.append(method)
     return found
 
@@ -374,16 +386,21 @@ def _curves(
     updates = scale.updates[plan.benchmark]
     points, jobs = _points(plan.benchmark, updates), []
     for method in methods:
-        last = updates if METHODS[method].tuned_as is None else updates // VARIANTS
+        last = updates if METHODS[method].searched else updates // VARIANTS
         options = {"updates": last, "points": [point for point in points if point <= last]}
         options |= {"evaluate_on": scale.evaluate_on, "seed": seed}
         best = _chosen(found, method)
         make = partial(_train, task, method, best, options)
         key = {"method": method, "settings": best, "seed": seed}
         jobs.append(_Job(key, f"{method}.seed{seed}", make))
-    how = f"by biased random search ({found['settings']['trials']} trials of "
-    how += f"{found['settings']['updates']:,} updates for each method)"
+    how = f"by biased random search ({_budget(**found['settings'])})"
     return {**_common(task, profile), "updates": updates, "hyperparameters": how}, jobs
+
+
+def _budget(trials: int, updates: int, halvings: int = 0, finalists: int = 0, **others: Any) -> str:
+    """What each method's search had, in words."""
+    length = f"{'up to ' * bool(halvings)}{updates:,} updates for each method"
+    return f"{trials} trials of {length}" + f", the best {finalists} run again" * bool(finalists)
 
 
 def _sweep(
@@ -406,14 +423,16 @@ def _sweep(
 
 def _chosen(found: dict[str, Any], method: str) -> dict[str, float]:
     """The hyperparameters that a record of searches has for a method, or for what it is a variant of."""
-    tuned_as, lr, settings = METHODS[method].tuned_as or method, METHODS[method].lr, found["settings"]
-    best = next((chosen(run) for run in found["runs"] if run["method"] == tuned_as), None)
+    entry, settings = METHODS[method], found["settings"]
+    best = next((chosen(run) for run in found["runs"] if run["method"] == method), None)
+    if best is None and entry.tuned_as is not None:
+        best = _chosen(found, entry.tuned_as)
     if best is None:
         raise SearchError(
-            f"the hyperparameters of {tuned_as} on {settings['benchmark']} have not been searched: run "
+            f"the hyperparameters of {method} on {settings['benchmark']} have not been searched: run "
             f"python -m sogrid search {settings['benchmark']} --profile {settings['profile']} first"
         )
-    return best if lr is None else {**best, "lr": lr}
+    return best if entry.lr is None else {**best, "lr": entry.lr}
 
 
 def _train(task: Task, method: str, settings: dict, options: dict, title: str | None, checkpoint: Checkpoint):

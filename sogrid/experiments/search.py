@@ -173,7 +173,8 @@ class BiasedRandomSampler(optuna.samplers.BaseSampler):
     - **Diverged runs.** Optuna fails a trial that returns NaN, and failed trials are ignored: the search
       would come back to where runs diverge. *Return* ``math.inf`` *instead*: it counts as the worst run, and
       :func:`winsorise` keeps it, and other outliers, from hiding the differences between the rest.
-    - **Pruned trials** count with the last value they reported (early, hence pessimistic), if they did.
+    - **Pruned trials** count with the last value they reported, if they did. It is early, hence pessimistic:
+      where values fall, trials rank first by how far they got, and nothing is extrapolated.
     - **Running trials** are ignored: proposals are random, so parallel workers do not propose the same.
     - **Maximisation** changes the sign of the criterion. Several criteria are refused.
 

@@ -41,7 +41,7 @@ class Curve:
         test: Mean loss on the test set.
         train_error: Error rate where ``train`` was evaluated, for a classifier; else empty.
         test_error: Error rate on the test set.
-        status: ``"finished"`` or ``"diverged"``.
+        status: ``"finished"``, ``"diverged"``, or ``"stopped"`` where it was told to.
         reason: Why it stopped early, in words.
     """
 
@@ -231,6 +231,7 @@ def train(
     evaluate_on: int = 10_000,
     progress: str | None = None,
     checkpoint: Checkpoint | None = None,
+    go_on: Callable[[int, float], bool] | None = None,
 ) -> Curve:
     """Train for a number of updates and return the curve.
 
@@ -246,6 +247,7 @@ def train(
         progress: Title of a progress bar, or ``None``.
         checkpoint: Where the state is saved every so often and at SIGINT or SIGTERM, and where an earlier
             one is taken up: on the CPU, to the same losses bit for bit; seconds go on counting.
+        go_on: Asked at each point, with the updates done and the training loss; if not, the run stops.
 
     Raises:
         CheckpointError: If the checkpoint is damaged, of another run, or cannot be written.
@@ -271,6 +273,9 @@ def train(
             bar.update()
             if state.done in points:
                 bar.set_postfix(train=f"{state.curve.train[-1]:.3g}")
+                if go_on is not None and not go_on(state.done, state.curve.train[-1]):
+                    state.curve.status, state.curve.reason = "stopped", f"update {state.done}: told to"
+                    break
             stopped = checkpoint is not None and stop.number is not None
             if state.due or stopped:
                 checkpoint.save(state.state_dict())

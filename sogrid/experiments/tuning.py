@@ -2,6 +2,12 @@
 
 A search is an Optuna study whose trials are short training runs; its criterion is the training risk after
 a fixed number of updates (§4.1). A trial that diverges counts as the worst. Every trial has its own seed.
+
+A search looks far at the price of one that looks near, by successive halving: on its way each trial is
+compared, at the same update, with all that came as far, and goes on only if it is in the better half. What
+it had reached when it was stopped is its cost to Algorithm 1: a pessimistic one, so that trials rank first
+by how far they got. The setting that is chosen is the best of a few finalists, run again with other seeds.
+
 The study lives in Optuna's storage, so that a search that was stopped goes on, and several processes or
 machines may share it; what is kept for good is its record.
 """
@@ -13,14 +19,18 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from copy import copy
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import accumulate
+from statistics import fmean
 from typing import Any
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, OptunaError
+from optuna.exceptions import ExperimentalWarning, OptunaError, TrialPruned
+from optuna.pruners import NopPruner, SuccessiveHalvingPruner
 from optuna.storages import (
     BaseStorage,
     RDBStorage,
@@ -36,11 +46,23 @@ from sogrid.experiments.records import provenance
 from sogrid.experiments.search import BiasedRandomSampler
 from sogrid.experiments.training import run
 
-__all__ = ["SAMPLERS", "Search", "SearchError", "best_so_far", "chosen", "open_storage", "search"]
+__all__ = [
+    "SAMPLERS",
+    "Search",
+    "SearchError",
+    "best_so_far",
+    "chosen",
+    "open_storage",
+    "search",
+    "updates_spent",
+]
 
 HEARTBEAT = 60
 POLL = 1.0
 ATTEMPTS = 10
+FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+RUNS_AGAIN = 2
+"""More runs of each finalist."""
 
 
 class SearchError(ValueError):
@@ -59,6 +81,9 @@ class Search:
         evaluate_on: The criterion is a mean over this many of the first training examples.
         sampler: Key of :data:`SAMPLERS`.
         seed: Of the proposals; trial t trains with seed 1000 · (seed + 1) + t.
+        halvings: How often a trial is compared on its way, after updates / 2ᵏ for k = ``halvings``, …, 2, 1.
+        finalists: How many of the best, those that got farthest first, are run twice more, with seeds of
+            their own.
     """
 
     method: str
@@ -68,6 +93,13 @@ class Search:
     evaluate_on: int
     sampler: str = "biased"
     seed: int = 0
+    halvings: int = 0
+    finalists: int = 0
+
+    @property
+    def rungs(self) -> list[int]:
+        """The updates after which a trial may be stopped."""
+        return [self.updates // 2**self.halvings * 2**k for k in range(self.halvings)]
 
 
 def _grid(plan: Search, seed: int) -> optuna.samplers.BaseSampler:
@@ -100,7 +132,7 @@ def open_storage(url: str) -> BaseStorage:
     for attempt in range(ATTEMPTS):
         try:
             with _quiet():
-                heartbeat["heartbeat_stale_trial_callback"] = RetryHeartbeatStaleTrialCallback(max_retry=1)
+                heartbeat["heartbeat_stale_trial_callback"] = partial(_retry, max_retry=1)
                 return RDBStorage(url, engine_kwargs=patience, **heartbeat)
         except Exception as error:  # of SQLAlchemy, of the driver, of Optuna's own checks
             if attempt < ATTEMPTS - 1 and re.search("already exists|unique constraint", str(error), re.I):
@@ -157,27 +189,46 @@ def search(
     Returns:
         The plan's entries but for the number of trials; ``"trials"``, one list for each hyperparameter, the
         trials' ``loss`` (``None`` where it diverged), ``second`` (of training) and ``seed``, in the order
-        they began; and ``"provenance"``.
+        they began, with halvings also the ``update`` at which each ended; ``"finals"`` if there are any: the
+        number of each finalist among the trials (``trial``), the best first, and the ``loss`` of its other
+        runs; and ``"provenance"``.
 
     Raises:
         SearchError: If the study is of another plan, or its storage fails.
     """
-    identity = {**asdict(plan), "task": task.name, "data": getattr(task.data, "checksum", None)}
+    if plan.updates < 2**plan.halvings:
+        raise SearchError(f"{plan.updates} updates cannot be halved {plan.halvings} times")
+    enter = partial(_enter, storage, task, plan, alone)
+    blind = replace(task, test=tuple(part[:1] for part in task.test))  # a search does not look there
+    found = {key: value for key, value in asdict(plan).items() if key != "trials"}
     try:
         with _quiet():
-            study = optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
-            _claim(study, identity)
-            if alone:
-                _try_again(study)
-            _optimize(study, task, plan, progress)
-            columns = _columns(study, plan)
+            study = enter(name, plan.rungs)
+            sampler = partial(SAMPLERS[plan.sampler], plan)
+            _optimize(
+                study, plan.trials, sampler, partial(_trial, blind, plan), 100_003 * plan.seed, progress
+            )
+            found["trials"] = _columns(study, plan)
+            if best := _ranked(found)[: plan.finalists]:
+                found["finals"] = _finals(enter(f"{name}.finalists"), blind, plan, found, best, progress)
     except (SQLAlchemyError, OptunaError) as error:
         raise SearchError(
             f"the storage of the study {name!r} failed: {_first_line(error)}. The trials it holds are kept: "
             "run the same again when it works"
         ) from error
-    outcome = {k: v for k, v in asdict(plan).items() if k != "trials"}
-    return {**outcome, "trials": columns, "provenance": provenance(task.train[0].device)}
+    return {**found, "provenance": provenance(task.train[0].device)}
+
+
+def _enter(
+    storage: BaseStorage, task: Task, plan: Search, alone: bool, name: str, rungs: list[int] | None = None
+) -> optuna.Study:
+    """A study of the plan, new or as it was left; with rungs, the worse half ends at each."""
+    pruner = SuccessiveHalvingPruner(rungs[0], 2) if rungs else NopPruner()
+    study = optuna.create_study(storage=storage, study_name=name, pruner=pruner, load_if_exists=True)
+    _claim(study, {**asdict(plan), "task": task.name, "data": getattr(task.data, "checksum", None)})
+    if alone:
+        _try_again(study)
+    return study
 
 
 def _claim(study: optuna.Study, identity: dict[str, Any]) -> None:
@@ -196,7 +247,14 @@ def _claim(study: optuna.Study, identity: dict[str, Any]) -> None:
 
 
 def _finished(study: optuna.Study) -> list[FrozenTrial]:
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    return study.get_trials(deepcopy=False, states=FINISHED)
+
+
+def _retry(study: optuna.Study, trial: FrozenTrial, max_retry: int | None = None) -> None:
+    """Queue a trial's hyperparameters once more; it is compared anew, also where the old one has been."""
+    trial, attributes = copy(trial), trial.system_attrs.items()
+    trial.system_attrs = {k: v for k, v in attributes if not k.startswith("completed_rung")}
+    RetryHeartbeatStaleTrialCallback(max_retry)(study, trial)
 
 
 def _try_again(study: optuna.Study) -> None:
@@ -210,38 +268,95 @@ def _try_again(study: optuna.Study) -> None:
     repeated = {number for trial in trials for number in trial.system_attrs.get("retry_history", ())}
     for trial in trials:
         if trial.state == TrialState.FAIL and trial.number not in repeated:
-            RetryHeartbeatStaleTrialCallback()(study, trial)
+            _retry(study, trial)
 
 
-def _optimize(study: optuna.Study, task: Task, plan: Search, progress: str | None) -> None:
+def _optimize(
+    study: optuna.Study,
+    count: int,
+    sampler: Callable[[int], optuna.samplers.BaseSampler],
+    objective: Callable[[Trial], float],
+    seed: int,
+    progress: str | None,
+) -> None:
     begun = []
 
-    def objective(trial: Trial) -> float:
+    def first(trial: Trial) -> float:
         if not begun:
             # Each process draws from a stream of its own: a sampler begins anew wherever it is made.
-            study.sampler = SAMPLERS[plan.sampler](plan, 100_003 * plan.seed + trial.number)
+            study.sampler = sampler(seed + trial.number)
         begun.append(trial.number)
-        settings = {k: trial.suggest_float(k, *ends, log=True) for k, ends in plan.domain.items()}
-        seed = 1000 * (plan.seed + 1) + trial.number
-        options = {"updates": plan.updates, "points": [plan.updates], "evaluate_on": plan.evaluate_on}
-        curve = run(task, plan.method, settings, seed=seed, progress=None, **options)
-        trial.set_user_attr("second", (curve["second"] or [None])[-1])
-        trial.set_user_attr("seed", seed)
-        return curve["train"][-1] if curve["status"] == "finished" else math.inf
+        return objective(trial)
 
-    study.sampler = SAMPLERS[plan.sampler](plan, 0)
+    study.sampler = sampler(0)
     title = {"desc": progress, "disable": progress is None, "leave": False}
-    with tqdm(total=plan.trials, initial=min(len(_finished(study)), plan.trials), **title) as bar:
-        while (wanted := _missing(study, plan.trials)) is not None:
+    with tqdm(total=count, initial=min(len(_finished(study)), count), **title) as bar:
+        while (wanted := _missing(study, count)) is not None:
             if wanted:
-                study.optimize(objective, n_trials=1)
-                state = f"best={study.best_value:.3g}"
+                study.optimize(first, n_trials=1)
+                state = f"best={min(trial.value for trial in _finished(study)):.3g}"
             else:
                 time.sleep(POLL)
                 fail_stale_trials(study)
                 state = "other workers are at the last trials"
-            bar.update(min(len(_finished(study)), plan.trials) - bar.n)
+            bar.update(min(len(_finished(study)), count) - bar.n)
             bar.set_postfix_str(state)
+
+
+def _trial(task: Task, plan: Search, trial: Trial) -> float:
+    settings = {k: trial.suggest_float(k, *ends, log=True) for k, ends in plan.domain.items()}
+    return _loss(task, plan, settings, trial, 1000 * (plan.seed + 1) + trial.number, plan.rungs)
+
+
+def _loss(
+    task: Task, plan: Search, settings: dict[str, float], trial: Trial, seed: int, rungs: list[int]
+) -> float:
+    """The criterion; a trial that was stopped on its way is of the loss that it reported last."""
+
+    def go_on(update: int, loss: float) -> bool:
+        if update == plan.updates:
+            return True
+        trial.report(loss, update)
+        return not trial.should_prune()
+
+    options = {"updates": plan.updates, "points": [*rungs, plan.updates], "evaluate_on": plan.evaluate_on}
+    options |= {"go_on": go_on} if rungs else {}
+    curve = run(task, plan.method, settings, seed=seed, progress=None, **options)
+    trial.set_user_attr("second", (curve["second"] or [None])[-1])
+    trial.set_user_attr("seed", seed)
+    if rungs:
+        trial.set_user_attr("update", (curve["update"] or [None])[-1])
+    if curve["status"] == "stopped":
+        raise TrialPruned
+    return curve["train"][-1] if curve["status"] == "finished" else math.inf
+
+
+def _finals(
+    study: optuna.Study,
+    task: Task,
+    plan: Search,
+    found: dict[str, Any],
+    best: list[int],
+    progress: str | None,
+) -> dict[str, list]:
+    """Run the trials ``best`` again, as a search of its own over a grid of them and their repetitions."""
+    grid = {"finalist": list(range(len(best))), "again": list(range(RUNS_AGAIN))}
+
+    def objective(trial: Trial) -> float:
+        k, again = (trial.suggest_int(name, 0, values[-1]) for name, values in grid.items())
+        seed = 1000 * (plan.seed + 1) + 500 + RUNS_AGAIN * k + again
+        return _loss(task, plan, _settings(found, best[k]), trial, seed, [])
+
+    def sampler(seed: int) -> optuna.samplers.BaseSampler:
+        return optuna.samplers.GridSampler(grid, seed=plan.seed)
+
+    title = None if progress is None else f"{progress}, finalists"
+    _optimize(study, len(best) * RUNS_AGAIN, sampler, objective, 0, title)
+    losses = {tuple(trial.params[name] for name in grid): trial.value for trial in _finished(study)}
+    again = [[losses[k, again] for again in grid["again"]] for k in grid["finalist"]]
+    order = sorted(grid["finalist"], key=lambda k: (again[k].count(math.inf), fmean(again[k])))
+    number = [[_short(loss) if math.isfinite(loss) else None for loss in some] for some in again]
+    return {"trial": [best[k] for k in order], "loss": [number[k] for k in order]}
 
 
 def _missing(study: optuna.Study, count: int) -> bool | None:
@@ -250,7 +365,7 @@ def _missing(study: optuna.Study, count: int) -> bool | None:
     The first trials count, however long they take, so that all who share a study see the same ones.
     """
     trials = study.get_trials(deepcopy=False)
-    done = [trial.number for trial in trials if trial.state == TrialState.COMPLETE]
+    done = [trial.number for trial in trials if trial.state in FINISHED]
     if len(done) < count:
         return True
     open_ = {trial.state for trial in trials[: done[count - 1]] if not trial.state.is_finished()}
@@ -262,15 +377,36 @@ def _columns(study: optuna.Study, plan: Search) -> dict[str, list]:
     trials = _finished(study)[: plan.trials]
     columns = {name: [_short(trial.params[name]) for trial in trials] for name in plan.domain}
     columns["loss"] = [_short(trial.value) if math.isfinite(trial.value) else None for trial in trials]
-    return columns | {key: [trial.user_attrs[key] for trial in trials] for key in ("second", "seed")}
+    more = ("second", "seed", *(("update",) if plan.halvings else ()))
+    return columns | {key: [trial.user_attrs[key] for trial in trials] for key in more}
 
 
 def _short(value: float) -> float:
     return float(f"{value:.6g}")
 
 
+def _ends(found: dict[str, Any]) -> list[int | None]:
+    """The last update of each trial."""
+    return found["trials"].get("update") or [found.get("updates", 0)] * len(found["trials"]["loss"])
+
+
+def _ranked(found: dict[str, Any]) -> list[int]:
+    """The trials that did not diverge: those that got farther first, and the better of these."""
+    ends, losses = _ends(found), found["trials"]["loss"]
+    return sorted(
+        (i for i, loss in enumerate(losses) if loss is not None), key=lambda i: (-ends[i], losses[i])
+    )
+
+
+def _settings(found: dict[str, Any], number: int) -> dict[str, float]:
+    return {name: found["trials"][name][number] for name in found["domain"]}
+
+
 def chosen(found: dict[str, Any]) -> dict[str, float]:
-    """The hyperparameters of a search's best trial.
+    """The hyperparameters of a search's best finalist, or else of its best trial.
+
+    The best finalist is that of the least mean loss in the runs that were made again: in its trial it may
+    have been lucky. One that diverged comes after those that did not.
 
     Args:
         found: As :func:`search` returns it.
@@ -278,14 +414,20 @@ def chosen(found: dict[str, Any]) -> dict[str, float]:
     Raises:
         SearchError: If every trial diverged.
     """
-    trials = found["trials"]
-    losses = [math.inf if loss is None else loss for loss in trials["loss"]]
-    best = min(range(len(losses)), key=losses.__getitem__)
-    if math.isinf(losses[best]):
+    best = found["finals"]["trial"] if "finals" in found else _ranked(found)
+    if not best:
         raise SearchError(f"every trial of {found['method']} diverged: search another domain")
-    return {name: trials[name][best] for name in found["domain"]}
+    return _settings(found, best[0])
 
 
 def best_so_far(found: dict[str, Any]) -> list[float]:
-    """The best loss among a search's first 1, 2, … trials; infinite until one has finished."""
-    return list(accumulate((math.inf if loss is None else loss for loss in found["trials"]["loss"]), min))
+    """The best loss among a search's first 1, 2, … trials; infinite until one has got to the last update."""
+    pairs = zip(found["trials"]["loss"], _ends(found), strict=True)
+    arrived = (math.inf if loss is None or end < found.get("updates", 0) else loss for loss, end in pairs)
+    return list(accumulate(arrived, min))
+
+
+def updates_spent(found: dict[str, Any]) -> int:
+    """The updates of all trials of a search, as far as they were evaluated, and of its finalists' runs."""
+    finals = sum(map(len, found.get("finals", {}).get("loss", [])))
+    return sum(end or 0 for end in _ends(found)) + finals * found["updates"]

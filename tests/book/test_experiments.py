@@ -43,7 +43,7 @@ def test_template_runs_and_leaves_a_record(template, tmp_path, monkeypatch, quic
         for run in content["runs"]:
             assert run["status"] == "finished"
             updates = content["settings"]["updates"]
-            variant = METHODS[run["method"]].tuned_as is not None
+            variant = not METHODS[run["method"]].searched
             assert run["update"][-1] == (updates // VARIANTS if variant else updates)
     elif not isinstance(plan, Searches):
         rates, updates = PROFILES["smoke"].sweep

@@ -172,7 +172,7 @@ def test_unknown_names_are_refused_by_a_search(wrong, tmp_path):
 
 @pytest.mark.parametrize("name", CURVES)
 def test_a_figure_has_the_methods_of_the_thesis_figure(name):
-    """And, of ours, only what takes over the hyperparameters of one that is there."""
+    """And, of ours, only variants of one that is there."""
     plan = EXPERIMENTS[name]
     theirs = set(thesis_values(plan.figure)["methods"])
     ours = set(plan.methods) - theirs
@@ -260,13 +260,41 @@ def test_a_variant_takes_over_the_hyperparameters_of_its_method(small, tmp_path,
     assert (runs[0]["update"][-1], runs[1]["update"]) == (10, runs[0]["update"][: last + 1]), "a fifth"
 
 
-def test_a_variant_may_have_a_learning_rate_of_its_own(small, tmp_path):
+def test_a_bounded_method_has_a_learning_rate_of_its_own_and_what_was_found_for_it(small, tmp_path):
+    """Or, where it has not been searched, for the method without the bound; and so has its variant."""
+    methods = ["acp_bounded", "acp_bounded_low_rank"]
     leave_searches(tmp_path, AE)
-    (run,) = reproduce("time_to_loss", out=tmp_path, methods=["acp_bounded"])["runs"]
     found = Record.read(search_path(tmp_path, AE, "smoke"))["runs"]
     best = next(chosen(search) for search in found if search["method"] == "acp_fixedalpha")
     assert METHODS["acp_bounded"].lr not in (None, best["lr"])
-    assert run["settings"] == {**best, "lr": METHODS["acp_bounded"].lr}
+    for run in reproduce("time_to_loss", out=tmp_path, methods=methods)["runs"]:
+        assert run["settings"] == {**best, "lr": METHODS["acp_bounded"].lr}
+    own = {"damping": 0.1, "max_change": 0.05, "scale": 3.0, "lr": METHODS["acp_bounded"].lr}
+    search_path(tmp_path, AE, "smoke").unlink()
+    leave_searches(tmp_path, AE, methods=["acp_fixedalpha", "acp_bounded"], **own)
+    bounded, low_rank = reproduce("time_to_loss", out=tmp_path, methods=methods)["runs"][2:]
+    assert bounded["settings"] == low_rank["settings"] == own
+    assert (bounded["update"][-1], low_rank["update"][-1]) == (2, 0), "a variant is trained for a fifth"
+
+
+def test_what_a_search_finds_is_all_that_a_method_needs(small):
+    task = module._task(AE, "smoke", "cpu")
+    for method in tuned_methods()[AE]:
+        found = {key: (VALUES | {"max_change": 0.1})[key] for key in METHODS[method].searched}
+        _, optimizer = METHODS[method].build(task, found, torch.Generator().manual_seed(0))
+        assert found.get("lr") or optimizer.defaults["lr"] == METHODS[method].lr
+
+
+def test_the_bound_that_was_found_is_the_bound(small):
+    """And the row's own where none was."""
+    task, settings = module._task(AE, "smoke", "cpu"), {"lr": 10.0, "damping": 0.1, "scale": 4.0}
+    for name in (name for name in METHODS if "bounded" in name):
+        own = {key: settings[key] for key in (*METHODS[name].settings, "scale")}
+        for given, expected in (({}, 0.1), ({"max_change": 0.03}, 0.03)):
+            _, optimizer = METHODS[name].build(task, own | given, torch.Generator().manual_seed(0))
+            assert optimizer.defaults["max_change"] == expected
+    with pytest.raises(ValueError, match="takes the settings"):
+        METHODS["kfac"].build(task, settings | {"max_change": 0.1}, torch.Generator())
 
 
 def test_a_search_finds_hyperparameters_that_the_figure_then_uses(small, tmp_path):
@@ -301,7 +329,11 @@ def test_every_method_is_searched_alike(benchmark, monkeypatch, tmp_path):
         for plan in plans:
             assert (plan.trials, plan.updates) == (scale.trials, scale.trial_updates[benchmark])
             assert (plan.evaluate_on, plan.sampler, plan.seed) == (scale.evaluate_on, "biased", 0)
-            assert set(plan.domain) == {*METHODS[plan.method].settings, "scale"}
+            assert (plan.halvings, plan.finalists) == (scale.halvings, scale.finalists)
+            assert not plan.halvings or plan.rungs[0] > 0
+            bounded = "bounded" in plan.method  # any large learning rate will do, but which bound?
+            damped = {"damping"} & {*METHODS[plan.method].settings}
+            assert set(plan.domain) == {"max_change" if bounded else "lr", *damped, "scale"}
             assert all(plan.domain[key] == BENCHMARKS[benchmark].domain[key] for key in plan.domain)
 
 
@@ -309,7 +341,7 @@ def test_every_curve_has_been_searched_or_is_a_variant_of_one_that_has():
     for name in (*CURVES, SWEEP):
         plan = EXPERIMENTS[name]
         known = tuned_methods()[plan.benchmark]
-        assert all((METHODS[method].tuned_as or method) in known for method in plan.methods)
+        assert all({method, METHODS[method].tuned_as} & {*known} for method in plan.methods)
 
 
 # Runs that two figures have in common

@@ -144,6 +144,24 @@ def test_the_curve_has_the_points_that_are_asked_for_and_no_other(task):
         assert len(curve.second) == len(curve.train) == len(curve.test) == len(points)
 
 
+def test_a_run_goes_on_as_long_as_it_is_to(task):
+    """It is asked at each point but for the start, with the loss there; at a no the curve ends."""
+    asked, settings = [], {"lr": 0.1, "scale": 4.0}
+
+    def go_on(update, loss):
+        asked.append((update, loss))
+        return update < 4
+
+    options = dict(seed=3, updates=8, points=[0, 2, 4, 8], batch=20)
+    whole = run(task, "standard_sgd", settings, **options)
+    found = run(task, "standard_sgd", settings, go_on=go_on, **options)
+    assert (found["status"], found["reason"]) == ("stopped", "update 4: told to")
+    assert found["update"] == [0, 2, 4]
+    assert found["train"] == whole["train"][:3]
+    assert asked == list(zip([2, 4], whole["train"][1:3], strict=True))
+    assert run(task, "standard_sgd", settings, go_on=lambda *_: True, **options)["train"] == whole["train"]
+
+
 def test_a_classifier_has_error_rates_and_an_autoencoder_has_none(task):
     """Against a loop over the examples, by hand."""
     x = torch.randn(50, 4, generator=torch.Generator().manual_seed(1))

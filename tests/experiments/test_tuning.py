@@ -22,7 +22,8 @@ from optuna.trial import TrialState
 
 from sogrid.experiments import tuning
 from sogrid.experiments.benchmarks import Task
-from sogrid.experiments.search import BiasedRandomSampler
+from sogrid.experiments.records import RESULTS, Record
+from sogrid.experiments.search import BiasedRandomSampler, UnitCube
 from sogrid.experiments.training import run
 from sogrid.experiments.tuning import (
     SAMPLERS,
@@ -32,6 +33,7 @@ from sogrid.experiments.tuning import (
     chosen,
     open_storage,
     search,
+    updates_spent,
 )
 from sogrid.losses import Quadratic
 from sogrid.networks import MLP
@@ -283,6 +285,234 @@ def test_optunas_dashboard_shows_a_search(landscape, task, storage):
     values = [[float(p["param_external_value"]) for p in trial["params"]] for trial in trials]
     np.testing.assert_allclose(values, proposals(found), rtol=1e-5)
     np.testing.assert_allclose([t["values"][0] for t in trials], found["trials"]["loss"], rtol=1e-5)
+
+
+# Halving, and the finals
+
+HALVED = replace(PLAN, trials=32, updates=80, halvings=3, finalists=3)
+
+
+@pytest.fixture
+def falling(monkeypatch):
+    """Instead of training: curves that fall the lower, the nearer to the bottom of the bowl they are."""
+    seen = []
+
+    def run(task, method, settings, *, seed, points, go_on=None, **options):
+        distance = (math.log10(settings["lr"]) + 1) ** 2 + math.log10(settings["scale"]) ** 2
+        losses = [1 + distance + 50 / update + 1e-3 * (seed % 100) for update in points]
+        curve = {"status": "finished", "train": [], "update": [], "second": []}
+        for update, loss in zip(points, losses, strict=True):
+            for key, value in (("train", loss), ("update", update), ("second", 0.5)):
+                curve[key].append(value)
+            if go_on is not None and not go_on(update, loss):
+                curve["status"] = "stopped"
+                break
+        seen.append({"settings": settings, "seed": seed, "points": points, "task": task, **curve})
+        return curve
+
+    monkeypatch.setattr(tuning, "run", run)
+    return seen
+
+
+def test_only_the_better_half_of_those_that_got_as_far_goes_on(falling, task, memory):
+    found = search(task, HALVED, storage=memory, name="s")
+    assert HALVED.rungs == [10, 20, 40]
+    came: dict[int, list[float]] = {rung: [] for rung in HALVED.rungs}
+    for run_ in falling[: HALVED.trials]:
+        assert run_["points"] == [10, 20, 40, 80]
+        last = 80
+        for rung, loss in zip(run_["update"], run_["train"], strict=True):
+            if rung < 80:
+                came[rung].append(loss)
+                if loss > sorted(came[rung])[max(len(came[rung]) // 2, 1) - 1]:
+                    last = rung
+                    break
+        assert run_["update"][-1] == last
+    ends = [run_["update"][-1] for run_ in falling[: HALVED.trials]]
+    assert found["trials"]["update"] == ends
+    assert set(ends) == {10, 20, 40, 80}
+    assert found["trials"]["loss"] == pytest.approx([run_["train"][-1] for run_ in falling[:32]], rel=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_halving_keeps_the_budget(falling, task, memory, seed):
+    """Half of the trials go on at each rung, and some more: later proposals are better."""
+    plan = replace(HALVED, updates=3000, halvings=4, seed=seed)
+    found = search(task, plan, storage=memory, name="s")
+    finals = len(found["finals"]["trial"]) * tuning.RUNS_AGAIN * plan.updates
+    spent = updates_spent(found)
+    assert spent == sum(run_["update"][-1] for run_ in falling)
+    assert plan.trials * plan.rungs[0] < spent - finals < plan.trials * plan.updates * 0.6
+    assert updates_spent({**found, "trials": {"loss": [1.0] * 5}}) == 5 * 3000 + finals, "without halving"
+
+
+def test_a_trial_that_was_stopped_counts_with_what_it_had_reached(falling, task, memory):
+    """So to Algorithm 1 trials rank first by how far they got: losses fall."""
+    found = search(task, replace(HALVED, finalists=0), storage=memory, name="s")
+    study = optuna.load_study(study_name="s", storage=memory)
+    cube = UnitCube(dict(sorted(study.trials[0].distributions.items())))
+    acceptance = BiasedRandomSampler(outlier=math.inf)._acceptance(study, cube)
+    assert acceptance.costs.tolist() == [run_["train"][-1] for run_ in falling]
+    last, losses = found["trials"]["update"], found["trials"]["loss"]
+    nearest = [acceptance(cube.point(trial.params)) for trial in study.trials]
+    best = {end: max(p for p, u in zip(nearest, last, strict=True) if u == end) for end in set(last)}
+    assert best[10] < best[20] < best[40] < best[80] == 1.0
+    assert losses.index(min(losses)) == nearest.index(1.0)
+
+
+def test_a_search_does_not_look_at_the_test_set(falling, task, memory):
+    search(task, HALVED, storage=memory, name="s")
+    for run_ in falling:
+        assert [len(part) for part in run_["task"].test] == [1, 1]
+        assert run_["task"].train is task.train
+
+
+def test_the_best_are_run_again_with_other_seeds_and_the_best_on_average_is_chosen(
+    falling, task, memory, monkeypatch
+):
+    inner = tuning.run
+
+    def lucky(task, method, settings, *, seed, **options):
+        """The best trial was lucky: its other runs are worse than those of the second."""
+        curve = inner(task, method, settings, seed=seed, **options)
+        if 1500 <= seed < 1502:
+            curve["train"][-1] += 10
+        return curve
+
+    monkeypatch.setattr(tuning, "run", lucky)
+    found = search(task, HALVED, storage=memory, name="s")
+    trials, finals = found["trials"], found["finals"]
+    farthest = [i for end in (80, 40) for i, update in enumerate(trials["update"]) if update == end]
+    best = sorted(farthest, key=lambda i: (-trials["update"][i], trials["loss"][i]))[:3]
+    assert finals["trial"] == [best[1], best[2], best[0]]
+    again = falling[HALVED.trials :]
+    assert sorted(run_["seed"] for run_ in again) == [1500 + k for k in range(6)]
+    for place, k in enumerate((1, 2, 0)):
+        settings = {key: trials[key][best[k]] for key in HALVED.domain}
+        runs = [run_ for run_ in again if (run_["seed"] - 1500) // 2 == k]
+        assert [run_["settings"] for run_ in runs] == [settings] * 2
+        assert all(run_["points"] == [80] for run_ in runs)
+        assert sorted(finals["loss"][place]) == pytest.approx(
+            sorted(run_["train"][-1] for run_ in runs), 1e-5
+        )
+    assert chosen(found) == {key: trials[key][best[1]] for key in HALVED.domain}
+
+
+def test_a_finalist_that_diverges_comes_last(falling, task, memory, monkeypatch):
+    inner = tuning.run
+
+    def diverging(task, method, settings, *, seed, **options):
+        diverged = {"status": "diverged", "second": [], "train": [], "update": []}
+        return diverged if seed == 1501 else inner(task, method, settings, seed=seed, **options)
+
+    monkeypatch.setattr(tuning, "run", diverging)
+    found = search(task, HALVED, storage=memory, name="s")
+    losses = found["finals"]["loss"]
+    assert [None in some for some in losses] == [False, False, True]
+    assert found["trials"]["loss"][found["finals"]["trial"][-1]] == min(
+        loss
+        for loss, update in zip(found["trials"]["loss"], found["trials"]["update"], strict=True)
+        if update == 80
+    )
+
+
+def test_a_search_without_anything_to_choose_from_has_no_finals(task, memory):
+    plan = replace(HALVED, domain={"lr": (1e30, 1e38), "scale": (1.0, 2.0)}, trials=3)
+    task = replace(task, network=lambda **options: MLP([6, 5, 6], "relu", **options))
+    found = search(task, plan, storage=memory, name="s")
+    assert "finals" not in found
+    assert found["trials"]["loss"] == [None] * 3
+    assert updates_spent(found) == 0
+    with pytest.raises(SearchError, match="every trial of standard_sgd diverged"):
+        chosen(found)
+
+
+def test_halved_trials_are_runs_of_the_training_loop(task, memory):
+    plan = replace(HALVED, trials=6, updates=8, halvings=2, finalists=1)
+    found = search(task, plan, storage=memory, name="s")
+    assert 2 in found["trials"]["update"]
+    assert 8 in found["trials"]["update"]
+    columns = (found["trials"][key] for key in ("lr", "scale", "seed", "update", "loss"))
+    for lr, scale, seed, update, loss in zip(*columns, strict=True):
+        options = {"updates": update, "points": [update], "evaluate_on": 50, "progress": None}
+        by_hand = run(task, "standard_sgd", {"lr": lr, "scale": scale}, seed=seed, **options)
+        assert loss == pytest.approx(by_hand["train"][-1], rel=1e-4)
+
+
+def test_what_cannot_be_halved_so_often_is_refused(task, memory):
+    with pytest.raises(SearchError, match="7 updates cannot be halved 3 times"):
+        search(task, replace(HALVED, updates=7), storage=memory, name="s")
+
+
+def test_a_halved_search_that_is_stopped_ends_as_if_it_had_not_been(falling, task, storage, monkeypatch):
+    """In the middle of a trial or of the finals: what was cut off is made, and compared, anew."""
+    options = dict(storage=storage, name="s", alone=True)
+    for number in (1, 9, 7, 15, 8):
+        with monkeypatch.context() as patch:
+            stopped_in(patch, number)
+            with pytest.raises(KeyboardInterrupt):
+                search(task, HALVED, **options)
+    found = search(task, HALVED, **options)
+    assert [len(column) for column in found["trials"].values()] == [32] * 6
+    assert len(set(proposals(found))) == 32
+    assert [len(losses) for losses in found["finals"]["loss"]] == [2, 2, 2]
+    assert len(trials_of(storage, "s.finalists")) > 6, "the last interruption came during the finals"
+    assert search(task, HALVED, **options) == found
+
+
+def test_a_trial_that_was_cut_off_at_a_rung_is_compared_there_again(falling, task, storage, monkeypatch):
+    inner = tuning.run
+
+    def cut_off(task, method, settings, *, go_on, **options):
+        def then(update, loss):
+            assert go_on(update, loss), "the first trial always goes on"
+            if update == 20:
+                signal.raise_signal(signal.SIGINT)
+            return True
+
+        return inner(task, method, settings, go_on=then, **options)
+
+    plan, options = replace(HALVED, trials=2, finalists=0), dict(storage=storage, name="s", alone=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning, "run", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            search(task, plan, **options)
+    search(task, plan, **options)
+    first, again, _ = trials_of(storage)
+    assert (first.state, again.system_attrs["failed_trial"]) == (TrialState.FAIL, first.number)
+    assert list(again.intermediate_values) == [10], "it is worse than its first attempt: its seed is larger"
+    assert again.state == TrialState.PRUNED
+
+
+def test_workers_share_a_halved_search_and_its_finals(falling, task, storage, monkeypatch):
+    monkeypatch.setattr(tuning, "POLL", 0.05)
+    found = {}
+
+    def work(k):
+        found[k] = search(task, HALVED, storage=storage, name="s")
+
+    workers = [threading.Thread(target=work, args=(k,)) for k in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert {**found[0], "provenance": None} == {**found[1], "provenance": None}
+    assert len(found[0]["trials"]["loss"]) == 32
+    assert [len(losses) for losses in found[0]["finals"]["loss"]] == [2, 2, 2]
+
+
+EDGE = 0.04
+"""Of a range on its log scale."""
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.rglob("search_*.json")), ids=lambda path: path.name)
+def test_no_setting_that_was_chosen_at_the_horizon_is_at_an_edge_of_its_domain(path):
+    """Whether one is better beyond it, the search could not see."""
+    for found in Record.read(path)["runs"]:
+        for name, value in chosen(found).items() if found.get("halvings") else ():
+            low, high = found["domain"][name]
+            place = math.log(value / low) / math.log(high / low)
+            assert EDGE < place < 1 - EDGE, f"{found['method']}: {name} = {value}"
 
 
 # Whose study it is

@@ -424,7 +424,7 @@ def test_time_to_loss_is_read_off_the_curves(no_book, tmp_path):
     assert rows["kfac"] == {"method": "kfac", "updates": [None], "seconds": None, "sooner": None}
     assert rows["adam"]["sooner"] == pytest.approx(10 / 12)
     assert rows["acp_bounded"]["sooner"] == pytest.approx(400 * 10 / (20 * 25))
-    assert found["missing"] == ["muon"]
+    assert found["missing"] == ["jaco_update_bounded", "muon"]
     assert set(found["settings"]) == {"fig6_2_mnist_autoencoder", "time_to_loss"}
 
 

@@ -221,6 +221,8 @@ def test_the_table_of_searches(searches):
     assert rows[4] == "| biased random search | 2 | 30.50 ± 0.71 | 26.61 ± 0.13 |"
     assert settings_table(searches).splitlines()[2] == "| SGD | 4 | 1 | 30 | λ 0.1, s 10 |"
     assert "24 runs of 300 updates" in search_caption(searches)
+    halved = {**searches, "settings": {**searches["settings"], "halvings": 2}}
+    assert "24 runs of up to 300 updates" in search_caption(halved)
 
 
 # Learning rates
