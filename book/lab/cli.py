@@ -1,4 +1,4 @@
-"""The command line of the book's laboratory, ``python -m lab``: ``clock``, ``bench`` and ``out-of-the-box``.
+"""The command line of ``lab``, ``python -m lab``: ``clock``, ``bench``, ``out-of-the-box``, ``laboratory``.
 
 Torch is imported only by what needs it, so that ``--help`` is quick.
 """
@@ -42,6 +42,11 @@ seeds: some minutes for each on one thread. The record is OUT/out_of_the_box.jso
 again.
 """
 
+LABORATORY = """\
+Write down what the page "Laboratory" has to compute: the losses of sogrid's optimizers from its weights, on
+its minibatches. Some seconds on one thread.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks, and return the exit status.
@@ -76,6 +81,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--updates", type=int, default=300, help="of each run (default: 300)")
     add_options(command, "out", "quiet")
     command.set_defaults(action=_out_of_the_box, parser=command)
+
+    text = "what the Laboratory's engine has to compute"
+    command = commands.add_parser("laboratory", help=text, description=LABORATORY, **LAYOUT)
+    command.set_defaults(action=_laboratory, parser=command)
     return parser
 
 
@@ -121,4 +130,12 @@ def _out_of_the_box(options: argparse.Namespace) -> int:
     wanted = {key: getattr(options, key) for key in ("updates", "out")}
     content = out_of_the_box(tasks=tasks, **wanted, progress=not options.quiet)
     print(f"{table(report(content))}\n\nrecord: {Path(options.out) / 'out_of_the_box.json'}")
+    return OK
+
+
+def _laboratory(options: argparse.Namespace) -> int:
+    from lab.laboratory.reference import GOLDEN_FILE, write
+
+    write()
+    print(f"written: {GOLDEN_FILE}")
     return OK
