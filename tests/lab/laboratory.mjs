@@ -4,7 +4,8 @@ import { readFileSync } from "node:fs";
 const { source, tasks, seed, runs, products, inverses } = JSON.parse(readFileSync(0, "utf8"));
 const engine = new Function(`${source}; return sogridEngine();`)();
 const matrix = (rows) => engine.matrix(rows.length, rows[0].length, Float32Array.from(rows.flat()));
-const plain = ({ rows, cols, v }) => Array.from({ length: rows }, (_, i) => Array.from(v.subarray(i * cols, (i + 1) * cols)));
+const plain = ({ rows, cols, v }) =>
+  Array.from({ length: rows }, (_, i) => Array.from(v.subarray(i * cols, (i + 1) * cols)));
 
 const made = Object.fromEntries(
   Object.entries(tasks).map(([name, task]) => [name, { ...task, x: matrix(task.x), y: matrix(task.y) }]),

@@ -57,7 +57,11 @@ function sogridEngine() {
   function meanRow({ rows, cols, v }) {
     const mean = new Float64Array(cols);
     for (let i = 0; i < rows; i++) for (let j = 0; j < cols; j++) mean[j] += v[i * cols + j];
-    return matrix(1, cols, Float32Array.from(mean, (sum) => sum / rows));
+    return matrix(
+      1,
+      cols,
+      Float32Array.from(mean, (sum) => sum / rows),
+    );
   }
 
   /* A with f(a, r) in the place of each entry, where r is the one of a row below it. */
@@ -143,17 +147,19 @@ function sogridEngine() {
     identity: { of: (a) => a, slope: () => 1, steepest: 1 },
   };
 
-  /* Of one output: ℓ(f, y), ∂ℓ/∂f, and a target drawn from the model. */
+  /* Of one output: ℓ(f, y), ∂ℓ/∂f, a target drawn from the model, and the best f for targets of that mean. */
   const LOSSES = {
     quadratic: {
       value: (f, y) => (f - y) ** 2,
       gradient: (f, y) => 2 * (f - y),
       draw: (f, { normal }) => f + Math.SQRT1_2 * normal(),
+      best: (mean) => mean,
     },
     logistic: {
       value: (f, y) => Math.max(f, 0) + Math.log1p(Math.exp(-Math.abs(f))) - y * f,
       gradient: (f, y) => sigmoid(f) - y,
       draw: (f, { uniform }) => Number(uniform() < sigmoid(f)),
+      best: (mean) => Math.log(mean / (1 - mean)),
     },
   };
 
@@ -346,7 +352,11 @@ function sogridEngine() {
     const f = h.at(-1);
     const value = f.v.reduce((sum, out, at) => sum + loss.value(out, y.v[at]), 0) / x.rows;
     yield;
-    const g = pullback(layers, h, map(f, (out, at) => loss.gradient(out, y.v[at])));
+    const g = pullback(
+      layers,
+      h,
+      map(f, (out, at) => loss.gradient(out, y.v[at])),
+    );
     yield;
 
     const due = method.once ? !layers[0].state : !layers[0].state || run.updates % options.every === 0;
@@ -366,7 +376,11 @@ function sogridEngine() {
       const change = method.change(gradient, layer.state, options);
       const wanted = moved(change, h[l]);
       const share = method.unbounded ? 1 : Math.min(1, options.bound / wanted) || 1;
-      move(layer, share < 1 ? { dW: scaled(share, change.dW), db: scaled(share, change.db) } : change, method.unbounded ? 0 : options.momentum);
+      move(
+        layer,
+        share < 1 ? { dW: scaled(share, change.dW), db: scaled(share, change.db) } : change,
+        method.unbounded ? 0 : options.momentum,
+      );
       changes.push({ wanted, taken: share * wanted });
       yield;
     }
@@ -392,7 +406,28 @@ function sogridEngine() {
     }
   }
 
+  /* The loss of the best answer that is the same for all examples. */
+  function constantLoss({ y, loss }) {
+    const { best, value } = LOSSES[loss];
+    const f = map(meanRow(y), best);
+    return y.v.reduce((sum, target, at) => sum + value(f.v[at % y.cols], target), 0) / y.rows;
+  }
+
   const outputs = (run, x) => forward(run.layers, x).at(-1);
 
-  return { matrix, times, timesTransposed, tikhonovInverse, random, begin, update, updated, forget, outputs, sigmoid, METHODS };
+  return {
+    matrix,
+    times,
+    timesTransposed,
+    tikhonovInverse,
+    random,
+    begin,
+    update,
+    updated,
+    forget,
+    outputs,
+    constantLoss,
+    sigmoid,
+    METHODS,
+  };
 }

@@ -11,11 +11,11 @@ function sogridRunner(engine, post, slice) {
   "use strict";
 
   const EVERY = 40; // milliseconds between reports
-  const [ABOVE, SATURATED] = [20, 50]; // updates after which a run is said to be lost
+  const PATIENCE = 20; // updates after which a run is said to be lost
   const channel = new MessageChannel();
   let [run, number, options, show, pieces, timer] = [null, 0, null, null, null, null];
   let [running, waiting, until, spent, due, told] = [false, false, 0, 0, 0, 0];
-  let [points, seen, first, above, dead] = [[], null, null, 0, 0];
+  let [points, recent, seen, first, above, constant] = [[], [], null, null, 0, 0];
 
   channel.port1.onmessage = () => {
     waiting = false;
@@ -59,14 +59,22 @@ function sogridRunner(engine, post, slice) {
     due = Math.max(due, performance.now() - 100) + 1000 / options.speed;
     first ??= value.loss;
     above = value.loss > first ? above + 1 : 0;
-    dead = Math.max(...value.saturated) > 0.9 ? dead + 1 : 0;
+    recent.push(value.loss);
+    if (recent.length > 2 * PATIENCE) recent.shift();
     if (!Number.isFinite(value.loss) || run.updates >= until) running = false;
+  }
+
+  /* Most units of a layer are saturated, and the loss, above that of one answer for all, does not fall. */
+  function stuck() {
+    const mean = (part) => part.reduce((sum, loss) => sum + loss, 0) / PATIENCE;
+    const [before, now] = [recent.slice(0, PATIENCE), recent.slice(PATIENCE)].map(mean);
+    return now > 1.25 * constant && now > 0.98 * before && Math.max(...seen.saturated) > 0.5;
   }
 
   function lost() {
     if (seen && !Number.isFinite(seen.loss)) return "infinite";
-    if (above >= ABOVE) return "above";
-    return dead >= SATURATED ? "saturated" : null;
+    if (above >= PATIENCE) return "above";
+    return recent.length === 2 * PATIENCE && stuck() ? "saturated" : null;
   }
 
   function report() {
@@ -75,7 +83,17 @@ function sogridRunner(engine, post, slice) {
     const shown = run.task.loss === "logistic" ? engine.sigmoid : (f) => f;
     const picture = Uint8Array.from(outputs, (f) => 255 * shown(f));
     const { changes, saturated } = seen ?? {};
-    post({ run: number, running, updates: run.updates, seconds: spent, points: Float32Array.from(points), picture, changes, saturated, lost: lost() });
+    post({
+      run: number,
+      running,
+      updates: run.updates,
+      seconds: spent,
+      points: Float32Array.from(points),
+      picture,
+      changes,
+      saturated,
+      lost: lost(),
+    });
     points = [];
   }
 
@@ -89,7 +107,8 @@ function sogridRunner(engine, post, slice) {
       number = message.begin.run;
       run = engine.begin(message.begin.task, message.begin.seed);
       [running, until, spent, due] = [false, message.until, 0, 0];
-      [points, seen, first, above, dead, pieces] = [[], null, null, 0, 0, null];
+      [points, recent, seen, first, above, pieces] = [[], [], null, null, 0, null];
+      constant = engine.constantLoss(message.begin.task);
     }
     if (message.options) {
       const stale = options && ["damping", "alpha"].some((name) => options[name] !== message.options[name]);

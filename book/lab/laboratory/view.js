@@ -14,7 +14,7 @@ function sogridLaboratory(root) {
   const LOST = {
     infinite: "Diverged: the loss is no number any more.",
     above: "Diverged: for 20 updates the loss has been above where it began.",
-    saturated: "Saturated: for 50 updates nine tenths of a layer have hardly passed a gradient.",
+    saturated: "Stuck: most units of a layer are saturated, and the loss no longer falls.",
   };
   const content = JSON.parse(root.querySelector('script[type="application/json"]').textContent);
   const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
@@ -43,10 +43,16 @@ function sogridLaboratory(root) {
     const [, across, down] = PICTURE[name];
     const grid = Float32Array.from({ length: 2 * across * down }, (_, at) => {
       const cell = at >> 1;
-      return at % 2 ? 0.5 + HIGH * (1 - (Math.floor(cell / across) + 0.5) / down) : (WIDE * ((cell % across) + 0.5)) / across;
+      return at % 2
+        ? 0.5 + HIGH * (1 - (Math.floor(cell / across) + 0.5) / down)
+        : (WIDE * ((cell % across) + 0.5)) / across;
     });
     return {
-      x: engine.matrix(n, 2, rows.filter((_, at) => at % 3 < 2)),
+      x: engine.matrix(
+        n,
+        2,
+        rows.filter((_, at) => at % 3 < 2),
+      ),
       y: engine.matrix(n, 1, column(2)),
       show: engine.matrix(across * down, 2, grid),
     };
@@ -55,6 +61,7 @@ function sogridLaboratory(root) {
   const tasks = Object.fromEntries(
     Object.entries(content.tasks).map(([name, task]) => [name, { ...task, ...examples(name, task) }]),
   );
+  for (const task of Object.values(tasks)) task.constant = engine.constantLoss(task);
 
   // Engines
 
@@ -76,7 +83,9 @@ function sogridLaboratory(root) {
   // Drawing
 
   const dark = () => {
-    const [r, g, b] = getComputedStyle(root).color.match(/[\d.]+/g).map(Number);
+    const [r, g, b] = getComputedStyle(root)
+      .color.match(/[\d.]+/g)
+      .map(Number);
     return r + g + b > 380;
   };
 
@@ -152,6 +161,12 @@ function sogridLaboratory(root) {
     c.beginPath();
     c.rect(left, 0, width - left, height - bottom + 2);
     c.clip();
+    const level = Math.round(y(tasks[menu.task.value].constant)) + 0.5;
+    c.setLineDash([1, 3]);
+    c.beginPath();
+    c.moveTo(left, level);
+    c.lineTo(width - right, level);
+    c.stroke();
     for (const lane of lanes) {
       const { points } = lane;
       c.strokeStyle = tint(lane.method.color);
@@ -191,7 +206,17 @@ function sogridLaboratory(root) {
     const [c, width, height] = paper(canvas);
     const [, across, down] = PICTURE.crescents;
     const image = new ImageData(across, down);
-    const [one, two, middle] = dark() ? [[40, 66, 120], [122, 70, 18], [36, 40, 48]] : [[150, 180, 255], [255, 196, 140], [250, 250, 250]];
+    const [one, two, middle] = dark()
+      ? [
+          [40, 66, 120],
+          [122, 70, 18],
+          [36, 40, 48],
+        ]
+      : [
+          [150, 180, 255],
+          [255, 196, 140],
+          [250, 250, 250],
+        ];
     picture.forEach((p, i) => {
       const end = p < 128 ? one : two;
       const share = Math.abs(p - 127.5) / 127.5;
@@ -264,8 +289,13 @@ function sogridLaboratory(root) {
       Object.assign(this, { element, canvas, meters: find(".meters", element), letter: element.dataset.lane });
       this.dash = at ? [5, 3] : [];
       this.picked = find("select", element);
-      this.inputs = Object.fromEntries([...element.querySelectorAll("[data-option]")].map((e) => [e.dataset.option, e]));
-      Object.assign(this, started((report) => this.take(report)));
+      this.inputs = Object.fromEntries(
+        [...element.querySelectorAll("[data-option]")].map((e) => [e.dataset.option, e]),
+      );
+      Object.assign(
+        this,
+        started((report) => this.take(report)),
+      );
       this.picked.addEventListener("change", () => this.pick());
       for (const input of Object.values(this.inputs)) input.addEventListener("input", () => this.set());
       this.points = [];
@@ -324,7 +354,11 @@ function sogridLaboratory(root) {
       const task = { x, y, sizes, hidden, output, loss };
       this.run = (this.run ?? 0) + 1;
       Object.assign(this, { points: [], lost: null, changes: null, saturated: null, updates: 0 });
-      this.send({ begin: { task, seed: Number(menu.seed.value), show, run: this.run }, options: this.options, until: UPDATES });
+      this.send({
+        begin: { task, seed: Number(menu.seed.value), show, run: this.run },
+        options: this.options,
+        until: UPDATES,
+      });
     }
 
     take({ run, points, ...report }) {
@@ -422,9 +456,13 @@ function sogridLaboratory(root) {
   /* What has been seen, in words: read out when the reader stops, or what was running ends. */
   function say() {
     const of = (lane) => `${lane.letter}, ${lane.method.name}: ${lane.sentence}.`;
-    find(".status").textContent = running ? "" : lanes.filter((lane) => lane.sentence).map(of).join(" ");
+    const words = lanes
+      .filter((lane) => lane.sentence)
+      .map(of)
+      .join(" ");
+    find(".status").textContent = running ? "" : words;
     for (const [i, chart] of charts.entries()) {
-      chart.setAttribute("aria-label", `Loss by ${i ? "second" : "update"} of both runs. ${lanes.map(of).join(" ")}`);
+      chart.setAttribute("aria-label", `Loss by ${i ? "second" : "update"} of both runs. ${words}`);
     }
   }
 
@@ -436,13 +474,17 @@ function sogridLaboratory(root) {
         ? "Ten digits, and below them what the network makes of them."
         : "The plane, coloured by the class that the network expects, and the examples.";
       canvas.setAttribute("aria-label", `Run ${letter}. ${what}`);
-      meters.setAttribute("aria-label", `Run ${letter}. By layer: the share of saturated units, and the change of pre-activations in one update beside the bound.`);
+      meters.setAttribute(
+        "aria-label",
+        `Run ${letter}. By layer: the share of saturated units, and the change of pre-activations in one update beside the bound.`,
+      );
     }
   }
 
   function begin() {
-    label();
     for (const lane of lanes) lane.begin();
+    label();
+    say();
     if (running) send();
   }
 
@@ -461,7 +503,8 @@ function sogridLaboratory(root) {
     begin();
   });
   menu.seed.addEventListener("change", begin);
-  for (const name of ["batch", "speed"]) menu[name].addEventListener("change", () => lanes.forEach((lane) => lane.set()));
+  for (const name of ["batch", "speed"])
+    menu[name].addEventListener("change", () => lanes.forEach((lane) => lane.set()));
 
   find(".engine").textContent = lanes.every((lane) => lane.worker)
     ? "Engine: plain JavaScript with typed arrays, a worker for each run beside the page. Nothing is fetched."
@@ -484,5 +527,14 @@ function sogridLaboratory(root) {
   }).observe(root);
   document.addEventListener("visibilitychange", () => see(root.getBoundingClientRect().bottom > 0));
 
-  root.laboratory = { engine, tasks, lanes, toggle, begin, get running() { return running; } };
+  root.laboratory = {
+    engine,
+    tasks,
+    lanes,
+    toggle,
+    begin,
+    get running() {
+      return running;
+    },
+  };
 }
