@@ -47,7 +47,7 @@ def show(driver, address):
         driver.get("about:blank")
         driver.get_log("browser"), driver.get_log("performance")
         driver.get(address)
-        until(lambda: updates(driver) == [0, 0])
+        until(lambda: driver.execute_script(LAB + "return lab.lanes.every((lane) => lane.picture)"))
 
     yield show_
     for identifier in added:
