@@ -20,7 +20,8 @@ function sogridLaboratory(root) {
   const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
   const engine = sogridEngine();
   const find = (selector, within = root) => within.querySelector(selector);
-  const menu = Object.fromEntries([...root.querySelectorAll(".bench [data-menu]")].map((e) => [e.dataset.menu, e]));
+  const menus = [...root.querySelectorAll(".bench [data-menu]")];
+  const chosen = Object.fromEntries(menus.map((menu) => [menu.dataset.menu, menu.value]));
 
   // Examples
 
@@ -161,7 +162,7 @@ function sogridLaboratory(root) {
     c.beginPath();
     c.rect(left, 0, width - left, height - bottom + 2);
     c.clip();
-    const level = Math.round(y(tasks[menu.task.value].constant)) + 0.5;
+    const level = Math.round(y(tasks[chosen.task].constant)) + 0.5;
     c.setLineDash([1, 3]);
     c.beginPath();
     c.moveTo(left, level);
@@ -248,7 +249,7 @@ function sogridLaboratory(root) {
   function drawMeters(lane) {
     const [c, width, height, ink] = paper(lane.meters);
     const half = width / 2 - 8;
-    const sizes = content.tasks[menu.task.value].sizes;
+    const sizes = content.tasks[chosen.task].sizes;
     const line = (height - 18) / (sizes.length - 1);
     c.textBaseline = "top";
     c.fillText("saturated units", 0, 0);
@@ -296,6 +297,7 @@ function sogridLaboratory(root) {
         this,
         started((report) => this.take(report)),
       );
+      this.name = this.picked.value;
       this.picked.addEventListener("change", () => this.pick());
       for (const input of Object.values(this.inputs)) input.addEventListener("input", () => this.set());
       this.points = [];
@@ -303,7 +305,7 @@ function sogridLaboratory(root) {
     }
 
     get method() {
-      return content.methods[this.picked.value];
+      return content.methods[this.name];
     }
 
     uses(option) {
@@ -317,14 +319,15 @@ function sogridLaboratory(root) {
         ...options,
         bound: options.bound === "none" ? Infinity : options.bound,
         method: this.method.engine,
-        batch: Number(menu.batch.value),
-        speed: Number(menu.speed.value) || Infinity,
+        batch: Number(chosen.batch),
+        speed: Number(chosen.speed) || Infinity,
       };
     }
 
     /* The method's own values to begin with: a λ means something else to each. */
     pick() {
-      const own = this.method[menu.task.value];
+      this.name = this.picked.value;
+      const own = this.method[chosen.task];
       for (const [name, input] of Object.entries(this.inputs)) {
         if (name === "bound" || name === "every") continue;
         input.value = name in own ? content.values[name].indexOf(own[name]) : content.start[name];
@@ -350,12 +353,12 @@ function sogridLaboratory(root) {
     }
 
     begin() {
-      const { x, y, sizes, hidden, output, loss, show } = tasks[menu.task.value];
+      const { x, y, sizes, hidden, output, loss, show } = tasks[chosen.task];
       const task = { x, y, sizes, hidden, output, loss };
       this.run = (this.run ?? 0) + 1;
-      Object.assign(this, { points: [], lost: null, changes: null, saturated: null, updates: 0 });
+      Object.assign(this, { points: [], picture: null, lost: null, changes: null, saturated: null, updates: 0 });
       this.send({
-        begin: { task, seed: Number(menu.seed.value), show, run: this.run },
+        begin: { task, seed: Number(chosen.seed), show, run: this.run },
         options: this.options,
         until: UPDATES,
       });
@@ -405,7 +408,7 @@ function sogridLaboratory(root) {
 
     draw() {
       find("svg line", this.element).style.stroke = tint(this.method.color);
-      if (this.picture) (menu.task.value === "digits" ? drawDigits : drawPlane)(this);
+      if (this.picture) (chosen.task === "digits" ? drawDigits : drawPlane)(this);
       drawMeters(this);
     }
   }
@@ -467,8 +470,8 @@ function sogridLaboratory(root) {
   }
 
   function label() {
-    const digits = menu.task.value === "digits";
-    root.dataset.task = menu.task.value;
+    const digits = chosen.task === "digits";
+    root.dataset.task = chosen.task;
     for (const { canvas, meters, letter } of lanes) {
       const what = digits
         ? "Ten digits, and below them what the network makes of them."
@@ -497,14 +500,23 @@ function sogridLaboratory(root) {
       for (const lane of lanes) lane.send({ once: true });
     }
   });
-  menu.task.addEventListener("change", () => {
-    menu.speed.value = menu.task.value === "digits" ? 0 : 100;
-    for (const lane of lanes) lane.pick();
-    begin();
-  });
-  menu.seed.addEventListener("change", begin);
-  for (const name of ["batch", "speed"])
-    menu[name].addEventListener("change", () => lanes.forEach((lane) => lane.set()));
+  const CHOSEN = {
+    task() {
+      const speed = chosen.task === "digits" ? "0" : "100"; // the crescents would be over in a second
+      find('[data-menu="speed"]').value = chosen.speed = speed;
+      for (const lane of lanes) lane.pick();
+      begin();
+    },
+    seed: begin,
+    batch: () => lanes.forEach((lane) => lane.set()),
+    speed: () => lanes.forEach((lane) => lane.set()),
+  };
+  for (const menu of menus) {
+    menu.addEventListener("change", () => {
+      chosen[menu.dataset.menu] = menu.value;
+      CHOSEN[menu.dataset.menu]();
+    });
+  }
 
   find(".engine").textContent = lanes.every((lane) => lane.worker)
     ? "Engine: plain JavaScript with typed arrays, a worker for each run beside the page. Nothing is fetched."
