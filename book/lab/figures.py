@@ -275,7 +275,7 @@ def cost_table(record: dict[str, Any], figure_key: str) -> str:
         ratio = headline.get(row["method"], {}).get("ratio_to_sgd")
         lines.append(
             f"| {looks(row['method']).name} | {row['update_ms']:.1f} | {row['refresh_ms'] / every:.2f} "
-            f"| {row['update_ms'] / sgd:.2f} | {'' if ratio is None else f'{ratio:.2f}'} |"
+            f"| {row['update_ms'] / sgd:.2f} | {'' if ratio is None else f'{ratio:.3g}'} |"
         )
     return "\n".join(lines)
 
