@@ -14,7 +14,7 @@ from pathlib import Path
 from sogrid.experiments.records import Record, provenance
 
 ROWS = range(1, 35)
-ERRATA = range(1, 30)
+ERRATA = range(1, 31)
 FILES = ("test_thesis_claims.py", "test_thesis_claims_errata.py", "test_thesis_claims_optimizers.py")
 PATH = Path(__file__).parents[1] / "book" / "results" / "claims.json"
 EXPERIMENT, SETTINGS = "claims", {"precision": "float64"}

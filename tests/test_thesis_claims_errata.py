@@ -69,6 +69,24 @@ def test_a_minimum_need_not_be_positive_definite():
     assert measured(abs(low), "lowest eigenvalue at a minimum") < RTOL < measured(high, "highest")
 
 
+def test_the_damped_model_lacks_a_half(draw):
+    """E30, §3.1.3, FALSE: −(H + εI)⁻¹∇f minimises ∇fᵀΔ + ΔᵀHΔ + (ε/2)‖Δ‖²; it does with ½ ΔᵀHΔ."""
+    rows, slope, ridge = draw(8, 6), draw(6), 0.3
+    H = rows.mT @ rows / 8
+    step = -torch.linalg.inv(H + ridge * torch.eye(6).double()) @ slope
+
+    def minimum(half):  # of a quadratic model, by its derivatives at zero
+        def model(d):
+            return slope @ d + half * d @ H @ d + ridge / 2 * d @ d
+
+        zero = torch.zeros_like(slope)
+        gradient = references.gradient_in_output(model, zero)
+        return -torch.linalg.solve(references.hessian_in_output(model, zero), gradient)
+
+    assert relative_error(step, minimum(1.0)) > 0.1
+    assert relative_error(step, minimum(0.5)) < RTOL
+
+
 def test_a_transpose_is_in_the_wrong_place(draw):
     """E6, §3.2.3 §3.2.4 (3.3.1), FALSE: F = E[JᵀDJᵀ]; the shapes fit only in JᵀDJ."""
     J, root = draw(3, 7), draw(3, 3)  # three outputs, seven parameters

@@ -48,6 +48,11 @@ half an hour on one thread. With --clock, on an idle machine, measure what updat
 The record is OUT/adaptive_refresh.json; what it holds is not run again.
 """
 
+LABORATORY = """\
+Write down what the page "Laboratory" has to compute: the losses of sogrid's optimizers from its weights, on
+its minibatches. Some seconds on one thread.
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Do what the command line asks, and return the exit status.
@@ -93,6 +98,10 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--clock", action="store_true", help="measure prices in the place of losses")
     add_options(command, "out", "quiet")
     command.set_defaults(action=_refreshing, parser=command)
+
+    text = "what the Laboratory's engine has to compute"
+    command = commands.add_parser("laboratory", help=text, description=LABORATORY, **LAYOUT)
+    command.set_defaults(action=_laboratory, parser=command)
     return parser
 
 
@@ -159,4 +168,12 @@ def _refreshing(options: argparse.Namespace) -> int:
         ):
             print(table(report(content, method)))
     print(f"record: {Path(options.out) / 'adaptive_refresh.json'}")
+    return OK
+
+
+def _laboratory(options: argparse.Namespace) -> int:
+    from lab.laboratory.reference import GOLDEN_FILE, write
+
+    write()
+    print(f"written: {GOLDEN_FILE}")
     return OK

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 from statistics import fmean, stdev
 from typing import Any
@@ -39,6 +39,9 @@ __all__ = [
 WORDS = {"lr": "λ", "damping": "ε", "max_change": "κ", "scale": "s"}
 AXES = {"update": "update", "second": "second of training"}
 QUANTITIES = {"train": ("train_mse", "train_cross_entropy"), "test": ("test_mse",)}
+ONE_ERROR = 1e-4
+"""An error rate is measured on 10,000 images."""
+
 TICKS = {"type": "log", "dtick": "D2", "minor": {"dtick": "D1"}, "exponentformat": "power"}
 
 
@@ -97,9 +100,17 @@ def learning_curves(
         traces,
         alt=f"Learning curves: {ylabel} by {AXES[x]}, both axes logarithmic. At the end: {', '.join(ends)}.",
         xaxis={"title": AXES[x], **TICKS},
-        yaxis={"title": ylabel, **TICKS},
+        yaxis={"title": ylabel, **TICKS, **(_down_to_one_error(traces) if y.endswith("error") else {})},
         height=460,
     )
+
+
+def _down_to_one_error(traces: Sequence[Any]) -> dict[str, Any]:
+    """A logarithmic axis of error rates goes no further down than one error in all that is evaluated."""
+    values = [v for trace in traces for v in trace.y if v and math.isfinite(v)]
+    if not values or min(values) >= ONE_ERROR:
+        return {}
+    return {"range": [math.log10(ONE_ERROR), math.log10(1.2 * max(values))]}
 
 
 def runs_by_method(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -264,7 +275,7 @@ def cost_table(record: dict[str, Any], figure_key: str) -> str:
         ratio = headline.get(row["method"], {}).get("ratio_to_sgd")
         lines.append(
             f"| {looks(row['method']).name} | {row['update_ms']:.1f} | {row['refresh_ms'] / every:.2f} "
-            f"| {row['update_ms'] / sgd:.2f} | {'' if ratio is None else f'{ratio:.2f}'} |"
+            f"| {row['update_ms'] / sgd:.2f} | {'' if ratio is None else f'{ratio:.3g}'} |"
         )
     return "\n".join(lines)
 

@@ -61,6 +61,7 @@ def test_known_values():
     assert cifar["curves"]["train_cross_entropy_by_update"]["y"]["kfac_nat"][-2:] == [None, None]
     assert cifar["headline"]["kfac_nat"]["seconds_to_train_error_1_percent"] == 81
     assert ubp["curves"]["train_mse_by_update"]["y"]["jaco_update"][-1] == 17.3
+    assert ubp["headline"]["jaco_update"] == {"ratio_to_sgd": 10}
 
 
 def test_unknown_figure_raises():

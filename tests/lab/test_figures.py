@@ -122,6 +122,13 @@ def test_a_cross_is_where_a_seed_diverged_and_the_others_go_on(record):
     assert (cross.x, cross.y) == ((301,), (42,))
 
 
+@pytest.mark.parametrize(("low", "end"), [(2e-5, -4), (2e-3, None)])
+def test_an_axis_of_error_rates_ends_at_one_error(record, low, end):
+    runs = [run | {"train_error": [1.0, 0.5, 0.1, low]} for run in record["runs"]]
+    axis = learning_curves({**record, "runs": runs}, x="update", y="train_error").layout.yaxis
+    assert (axis.range and axis.range[0]) == end
+
+
 def test_error_rates_of_zero_have_no_place_on_a_logarithmic_axis(record):
     for run in record["runs"]:
         run["method"] = {"standard_sgd": "kfac_nat"}.get(run["method"], "kfac")

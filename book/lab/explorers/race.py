@@ -78,7 +78,7 @@ def race(record: dict[str, Any], figure_key: str | None = None) -> Explorer:
     methods, priced, last = curves.methods, curves.priced, [budgets[-1] for budgets in curves.budgets]
     theirs = thesis_values(figure_key) if figure_key else {"methods": [], "curves": {}}
     quoted = [m for m in methods if m in theirs["methods"]]
-    words = [f"{round(u):,} updates · {short(s)} s" for u, s in zip(*curves.budgets, strict=True)]
+    words = [f"{_updates(round(u))} · {short(s)} s" for u, s in zip(*curves.budgets, strict=True)]
     prices = [_price(s, curves.cost, priced) for s in curves.shares]
     names = [CURVES[c][0] for c in curves.measures]
     return Explorer(
@@ -183,6 +183,10 @@ def _layout(curves: _Curves, names: list[str], last: list[float]) -> dict[str, A
         "shapes": [{**line, "x0": edge, "x1": edge}],
         "height": 500,
     }
+
+
+def _updates(number: int) -> str:
+    return f"{number:,} update{'s' if number != 1 else ''}"
 
 
 def _price(share: float, cost: dict[str, float], priced: list[str]) -> str:
