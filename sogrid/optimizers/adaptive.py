@@ -15,16 +15,37 @@ due go on different updates, the most drifted first, as many at once as cost hal
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from sogrid.optimizers.batches import KEPT
+from sogrid import finite
+from sogrid.bound import BOUND_EXAMPLES
+from sogrid.method import LayerMethod
+from sogrid.optimizers.batches import KEPT, packed
+from sogrid.optimizers.joint import Joint
+from sogrid.parameters import Layer
+from sogrid.ranks import Ranks
+from sogrid.shell import Ready
 from sogrid.statistics import Statistics
 from sogrid.structured import Gram
+from sogrid.uses import LayerRecord
 
-__all__ = ["ADAPTIVE", "DUE", "FRESH", "LONGEST", "WARM", "drifted", "inverting", "priced", "taken", "work"]
+__all__ = [
+    "ADAPTIVE",
+    "DUE",
+    "FRESH",
+    "LONGEST",
+    "WARM",
+    "Adaptive",
+    "drifted",
+    "inverting",
+    "priced",
+    "taken",
+    "work",
+]
 
 ADAPTIVE = "adaptive"
 """In the place of N."""
@@ -43,6 +64,84 @@ FRESH, DUE, REFRESH, UPDATE = KEPT + "fresh", "due", "refresh_work", "update_wor
 """Where a layer's state keeps q after its refresh, how far it has drifted since, and what the two cost."""
 
 State = dict[str, Any]
+
+
+class Adaptive(Joint):
+    """An optimizer that may refresh by :data:`ADAPTIVE`; other schedules are not touched."""
+
+    method: LayerMethod
+    refresh_every: int | str | None
+    refresh_share: float
+
+    def _states(self) -> dict[str, State]:
+        return {layer.name: self.state.get(layer.weight, {}) for layer in self._layers}
+
+    @property
+    def _schedule(self) -> dict[str, float]:
+        """The budget, in updates, when to look next, and how long after that."""
+        return self.param_groups[0]["schedule"] or {"budget": self.refresh_share * WARM, "look": 1, "gap": 1}
+
+    def _drifted(self) -> set[str]:
+        """The layers to refresh now."""
+        return set(taken(self._states(), self._schedule["budget"]))
+
+    def _pay(self, names: Iterable[str]) -> None:
+        """Take what the refresh of these layers cost from the budget."""
+        if self.refresh_every == ADAPTIVE:
+            prices, schedule = priced(self._states()), self._schedule
+            spent = sum(prices[name] for name in names)
+            self.param_groups[0]["schedule"] = {**schedule, "budget": schedule["budget"] - spent}
+
+    def _look(self, ready: Sequence[Ready], ranks: Ranks) -> None:
+        """See, now and then, how far layers have drifted that were not refreshed for this update."""
+        if self.refresh_every != ADAPTIVE:
+            return
+        group, schedule = self.param_groups[0], self._schedule
+        looking = group["updates"] >= schedule["look"]
+        seen = [one for one in ready if looking or FRESH not in self.state[one.layer.weight]]
+        forms = list(map(self._quadratic, seen))
+        if ranks.size > 1:
+            forms = [form / ranks.size for form in ranks.sum(forms)]
+        older = []
+        for one, form in zip(seen, forms, strict=True):
+            state = self.state[one.layer.weight]
+            if FRESH in state:
+                older.append((state, form))
+            else:
+                state[FRESH] = form
+        gap, look = schedule["gap"], schedule["look"]
+        if looking:
+            gap = max(1, gap // 2) if _due(older) else min(2 * gap, LONGEST)
+            look = group["updates"] + gap
+        group["schedule"] = {"budget": schedule["budget"] + self.refresh_share, "look": look, "gap": gap}
+
+    def _quadratic(self, one: Ready) -> Tensor:
+        """The quadratic form of a layer's inputs."""
+        layer, (h, _) = one.layer, one.record.some_inputs(BOUND_EXAMPLES)
+        self._check_state(layer)
+        state, group = packed(self.state[layer.weight]), self.param_groups[layer.home]
+        return self.method.quadratic_form(h, layer.trained_bias is not None, state, group).mean()
+
+    def _work(
+        self, layer: Layer, found: Statistics, state: State, record: LayerRecord, counts: Sequence[float]
+    ) -> State:
+        """What an adaptive schedule has to know of a refresh: its cost, the same on all ranks."""
+        if self.refresh_every != ADAPTIVE:
+            return {}
+        positions = sum(g.numel() for g in record.grads) // (len(layer.weight) * record.count)
+        probes = max(map(len, record.probes), default=0)
+        shape = len(layer.weight), layer.weight[0].numel()
+        return work(found, state, max(1, positions) * round(sum(counts) / len(counts)), shape, probes)
+
+
+def _due(older: Sequence[tuple[State, Tensor]]) -> bool:
+    """Whether a layer has drifted, of states and the forms now; its state says how far."""
+    if not older:
+        return False
+    sizes = finite.read(torch.stack([form for state, now in older for form in (state[FRESH], now)]))
+    for (state, _), far in zip(older, drifted(sizes[::2], sizes[1::2]), strict=True):
+        state[DUE] = far
+    return any(state[DUE] for state, _ in older)
 
 
 def inverting(found: Statistics) -> float:

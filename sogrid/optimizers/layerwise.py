@@ -20,29 +20,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sogrid import finite
-from sogrid.bound import BOUND_EXAMPLES
 from sogrid.capture import CaptureError, LayerRecord
 from sogrid.method import LayerMethod
-from sogrid.optimizers.adaptive import (
-    ADAPTIVE,
-    DUE,
-    FRESH,
-    LONGEST,
-    WARM,
-    drifted,
-    inverting,
-    priced,
-    taken,
-    work,
-)
+from sogrid.optimizers.adaptive import ADAPTIVE, Adaptive, inverting
 from sogrid.optimizers.batches import KEPT, SHIFT, flat, packed
-from sogrid.optimizers.joint import Joint, Looked, Measured
+from sogrid.optimizers.joint import Looked, Measured
 from sogrid.parameters import Layer, check_count, check_hyperparameter
 from sogrid.private import without_autocast
 from sogrid.ranks import Ranks, joined
 from sogrid.rows import Rows, share
-from sogrid.shell import LayerOptimizer, LayerOptions, Ready
+from sogrid.shell import LayerOptimizer, LayerOptions
 from sogrid.statistics import Statistics, refresh_due
 from sogrid.watching import MOMENTUM
 
@@ -61,7 +48,7 @@ class StatisticsOptions(LayerOptions, total=False):
     output: str | int | Callable | None
 
 
-class Layerwise(Joint):
+class Layerwise(Adaptive):
     """Steps each layer by a method of its own; see the module docstring.
 
     Args:
@@ -159,7 +146,7 @@ class Layerwise(Joint):
         if not self.uses_statistics or group["refreshed"] == group["updates"]:
             return set()
         if self.refresh_every == ADAPTIVE and group["updates"]:
-            return set(taken(self._states(), self._schedule["budget"]))
+            return self._drifted()
         every = 1 if self.refresh_every == ADAPTIVE else self.refresh_every
         return {layer.name for layer in self._layers if refresh_due(group["updates"], every)}
 
@@ -168,9 +155,6 @@ class Layerwise(Joint):
         if not self.uses_statistics or self.refresh_every is None:
             return set()
         return self._due() | {layer.name for layer in self._layers if not self._fits(layer)}
-
-    def _states(self) -> dict[str, State]:
-        return {layer.name: self.state.get(layer.weight, {}) for layer in self._layers}
 
     def _fits(self, layer: Layer) -> bool:
         """Whether a layer has statistics, taken while its bias was trained or not, as it is now."""
@@ -278,17 +262,6 @@ class Layerwise(Joint):
         costs = map(self._work, layers, found, states, records, counts)
         return {weight: state | cost for weight, state, cost in zip(weights, states, costs, strict=True)}
 
-    def _work(
-        self, layer: Layer, found: Statistics, state: State, record: LayerRecord, counts: Sequence[float]
-    ) -> State:
-        """What an adaptive schedule has to know of a refresh: its cost, the same on all ranks."""
-        if self.refresh_every != ADAPTIVE:
-            return {}
-        positions = sum(g.numel() for g in record.grads) // (len(layer.weight) * record.count)
-        probes = max(map(len, record.probes), default=0)
-        shape = len(layer.weight), layer.weight[0].numel()
-        return work(found, state, max(1, positions) * round(sum(counts) / len(counts)), shape, probes)
-
     def _moments(self, layer: Layer, record: LayerRecord, state: State) -> State:
         """What the method wants of a minibatch in the basis that was found."""
         if not self.method.uses_moments:
@@ -337,11 +310,7 @@ class Layerwise(Joint):
             self._write(held)
         else:
             self.state.update(held)
-        if self.refresh_every == ADAPTIVE:
-            prices = priced(self._states())
-            self._schedule["budget"] -= sum(
-                prices[layer.name] for layer in self._layers if layer.weight in states
-            )
+        self._pay([layer.name for layer in self._layers if layer.weight in states])
         for group in self.param_groups:
             group["refreshed"] = self.param_groups[0]["updates"]
 
@@ -378,50 +347,8 @@ class Layerwise(Joint):
         ready, measured = self._together(looked, ranks)
         if stale:
             self._adopt(self._refreshed(measured, ranks))
-        if self.refresh_every == ADAPTIVE:
-            self._look([one for one in ready if one.layer.name not in stale], ranks)
+        self._look([one for one in ready if one.layer.name not in stale], ranks)
         return ready
-
-    @property
-    def _schedule(self) -> dict[str, float]:
-        """Adaptive: the budget, in updates, when to look next, and how long after that."""
-        group = self.param_groups[0]
-        if group["schedule"] is None:
-            group["schedule"] = {"budget": self.refresh_share * WARM, "look": 1, "gap": 1}
-        return group["schedule"]
-
-    def _look(self, ready: list[Ready], ranks: Ranks) -> None:
-        """See, now and then, how far layers have drifted that were not refreshed for this update."""
-        schedule, updates = self._schedule, self.param_groups[0]["updates"]
-        schedule["budget"] += self.refresh_share
-        looking = updates >= schedule["look"]
-        seen = [one for one in ready if looking or FRESH not in self.state[one.layer.weight]]
-        forms = list(map(self._quadratic, seen))
-        if ranks.size > 1:
-            forms = [form / ranks.size for form in ranks.sum(forms)]
-        older = []
-        for one, form in zip(seen, forms, strict=True):
-            state = self.state[one.layer.weight]
-            if FRESH in state:
-                older.append((state, form))
-            else:
-                state[FRESH] = form
-        if not looking:
-            return
-        if older:
-            sizes = finite.read(torch.stack([form for state, now in older for form in (state[FRESH], now)]))
-            for (state, _), far in zip(older, drifted(sizes[::2], sizes[1::2]), strict=True):
-                state[DUE] = far
-        due = any(state[DUE] for state, _ in older)
-        schedule["gap"] = max(1, schedule["gap"] // 2) if due else min(2 * schedule["gap"], LONGEST)
-        schedule["look"] = updates + schedule["gap"]
-
-    def _quadratic(self, one: Ready) -> Tensor:
-        """Q of a layer's inputs."""
-        layer, (h, _) = one.layer, one.record.some_inputs(BOUND_EXAMPLES)
-        self._check_state(layer)
-        state, group = packed(self.state[layer.weight]), self.param_groups[layer.home]
-        return self.method.quadratic_form(h, layer.trained_bias is not None, state, group).mean()
 
     def _require_loss_as_declared(self) -> None:
         """Refuse another loss than the method's where it can be told, and its scale is known."""
