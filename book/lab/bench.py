@@ -45,7 +45,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise
+from itertools import accumulate, pairwise, product
 from math import exp, log
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,7 @@ __all__ = [
     "flops",
     "growth",
     "memory",
+    "operations",
     "report",
     "time_to_loss",
 ]
@@ -255,6 +256,49 @@ class _Counter(TorchDispatchMode):
         formula = flop_registry.get(aten.addmm if operation is aten.addmm_ else operation)
         self.total += formula(*args, **kwargs, out_val=out) if formula else 0
         return out
+
+
+class _Operations(TorchDispatchMode):
+    """Counts what begins, and is no view."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.total += func.namespace == "aten" and not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+COUNTED = {
+    "SGD": lambda model, loss: torch.optim.SGD(model.parameters(), 0.1, foreach=True),
+    "Adam": lambda model, loss: torch.optim.Adam(model.parameters(), foreach=True),
+    "ACP": lambda model, loss: ACP(model, 0.1, max_change=None),
+    "ACP, bounded": lambda model, loss: ACP(model, 0.1),
+    "KFAC": lambda model, loss: KFAC(model, 0.1, loss=loss, max_change=None),
+    "KFAC, bounded": lambda model, loss: KFAC(model, 0.1, loss=loss),
+}
+
+
+def operations(examples: int = BATCH) -> dict[tuple[str, str], int]:
+    """How many operations a step dispatches between refreshes, by optimizer and benchmark, without views.
+
+    Args:
+        examples: Of a minibatch, and of the statistics: the thinner these, the more products.
+    """
+    found = {}
+    for (name, make), part in product(COUNTED.items(), (AE, CIFAR)):
+        loss = BENCHMARKS[part].loss
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = BENCHMARKS[part].network()
+            x = torch.rand(examples, next(model.parameters()).shape[1])
+        optimizer = make(model, loss)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss(model(x), x if part == AE else torch.arange(examples) % 10).backward()
+            with _Operations() as counter:
+                optimizer.step()
+        found[name, part] = counter.total
+    return found
 
 
 def memory(make: Callable[[], Contestant], batch: tuple[Tensor, Tensor]) -> tuple[Contestant, int, int]:

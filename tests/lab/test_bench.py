@@ -21,6 +21,7 @@ from lab.bench import (
     growth,
     latest,
     memory,
+    operations,
     report,
     time_to_loss,
 )
@@ -198,6 +199,22 @@ def test_memory_of_ours_is_its_statistics_and_what_the_capture_keeps():
     thin = 4 * 40 * (300 + 200)
     assert module._bytes(module._tensors(entry.optimizer.state_dict())) == pytest.approx(thin, rel=0.01)
     assert thin <= held <= 2.5 * thin
+
+
+# Operations
+
+
+@pytest.mark.parametrize("examples", [20, 200])
+def test_operations_of_a_step(examples):
+    """Statistics of 20 rows are thin throughout, of 200 in wide layers."""
+    found = operations(examples)
+    for part in (AE, CIFAR):
+        assert found["SGD", part] == 1
+        assert 40 <= found["Adam", part] <= 46
+        assert found["ACP", part] <= 46
+        assert found["KFAC", part] <= 60
+        assert found["ACP, bounded", part] <= 70
+        assert found["KFAC, bounded", part] <= 70
 
 
 # The cost table

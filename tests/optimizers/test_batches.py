@@ -1,4 +1,4 @@
-"""Layers of one shape are stepped as one, and a step is few operations: what decides its cost on a GPU."""
+"""Layers of one shape are stepped as one; ``tests/lab/test_bench.py`` counts the operations of a step."""
 
 import copy
 
@@ -6,10 +6,8 @@ import pytest
 import torch
 from optimizer_list import assert_close, assert_same, parameters
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from sogrid.losses import CrossEntropyAtLogits, Quadratic
-from sogrid.networks import cifar10_classifier, mnist_autoencoder
+from sogrid.losses import Quadratic
 from sogrid.optimizers import ACP, EKFAC, KFAC, CenteredGradientDescent, NaturalNN, batches
 from sogrid.optimizers.adaptive import ADAPTIVE
 
@@ -114,42 +112,3 @@ def test_a_step_reads_the_states_as_they_are(kind):
     update(other, loaded, 1)
     assert_same(parameters(other), parameters(model))
     assert not torch.equal(before[2], model.chain[1].weight)
-
-
-class Operations(TorchDispatchMode):
-    """Counts what is no view."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if not function.is_view and function.namespace == "aten":
-            self.found.append(str(function))
-        return function(*args, **(kwargs or {}))
-
-
-NETWORKS = {
-    "autoencoder": (mnist_autoencoder, 784, Quadratic()),
-    "classifier": (cifar10_classifier, 3072, CrossEntropyAtLogits()),
-}
-MOST = {("acp", None): 46, ("kfac", None): 60, ("acp", 0.03): 70, ("kfac", 0.03): 70}
-
-
-@pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize(("kind", "bound"), MOST)
-def test_operations_of_a_step(network, kind, bound):
-    """Adam has 42 to 46 on these networks; statistics of 200 rows are thin or whole, of 20 all thin."""
-    build, width, loss = NETWORKS[network]
-    kinds = {"acp": lambda m, **o: ACP(m, 0.1, **o), "kfac": lambda m, **o: KFAC(m, 0.1, loss=loss, **o)}
-    for n in (20, 200):
-        torch.manual_seed(0)
-        model = build()
-        optimizer = kinds[kind](model, max_change=bound)
-        for _ in range(3):
-            x = torch.rand(n, width)
-            optimizer.zero_grad()
-            loss(model(x), x if network == "autoencoder" else torch.arange(n) % 10).backward()
-            with Operations() as operations:
-                optimizer.step()
-        assert len(operations.found) <= MOST[kind, bound]
