@@ -42,8 +42,9 @@ class CaptureError(RuntimeError):
 
 def recording() -> bool:
     """Whether autograd records, and not for a ``torch.func`` transform, a trace or an export."""
-    traced = torch.jit.is_tracing() or torch.compiler.is_exporting()
-    return torch.is_grad_enabled() and not (transformed() or traced)
+    if not torch.is_grad_enabled():
+        return False
+    return not (transformed() or torch.jit.is_tracing() or torch.compiler.is_exporting())
 
 
 def in_backward() -> bool:

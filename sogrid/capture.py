@@ -258,12 +258,14 @@ class Capture:
             f"{what}: train it in a parameter group with preconditioned=False",
         )
 
-    def _require_owner(self, record: LayerRecord, parameter: Tensor) -> None:
+    def _require_owner(self, record: LayerRecord, layer: nn.Module) -> None:
         """Warn, once, if something else steps what this capture leaves without a gradient.
 
         Its last gradients have not been used, and the one parameter that has a ``.grad`` has moved since.
         """
-        if record and not self._warned and parameter._version != record.moved:
+        _, bias = self._parameters[layer]
+        left = bias is not None and (self.wanted.cut or self.factors(layer))
+        if left and record and not self._warned and bias._version != record.moved:
             self._warned = True
             warnings.warn(
                 "parameters moved while an optimizer with gradients='factored' held their gradients, which "
@@ -295,8 +297,8 @@ class Capture:
             )
         if earlier and self._pass.over:
             self._begin()  # parts of the model are called on their own
-        if layer.bias is not None and (self.wanted.cut or self.factors(layer)):
-            self._require_owner(self.records[name], layer.bias)
+        if self.wanted.cut or self.wanted.factored:
+            self._require_owner(self.records[name], layer)
         use = self._use(name, layer, rule, x.detach(), output)
         self._latest.setdefault(name, []).append(use)
         self._uses[use] = None if self.wanted.cut else GradientEdge(output.grad_fn, output.output_nr)
@@ -337,18 +339,19 @@ class Capture:
 
     def _record(self, name: str, layer: nn.Module) -> LayerRecord:
         """Where a gradient that arrives belongs: a new record if what ``.grad`` held was cleared."""
-        task, record = graph_task(), self.records[name]
+        task, record, (weight, bias) = graph_task(), self.records[name], self._parameters[layer]
         if task == record._task:
             record.version = UNKNOWN  # autograd has added to the gradient before it was there
         elif not self.wanted.cut:
-            weight, bias = self._parameters[layer]
             grad = (bias if self.factors(layer) else weight).grad
-            if grad is None or (record and _cleared(grad, record.version)):
+            if record if grad is None else record and _cleared(grad, record.version):
                 record = self.records[name] = LayerRecord()
+            elif grad is None:
+                record.unseen = ""
             elif not (record or record.unseen) and grad.is_cpu and grad.any():
                 record.unseen = "it holds a gradient of an earlier update: call zero_grad()"
             record.version = 0 if grad is None else grad._version + 1
-        record._task, record.moved = task, layer.bias._version if layer.bias is not None else 0
+        record._task, record.moved = task, bias._version if bias is not None else 0
         return record
 
     def see_root(self, inputs: tuple, output: Any) -> None:

@@ -101,7 +101,7 @@ class Use:
         return self.positions(self.probes[k] if self.probes else torch.zeros_like(like))
 
 
-@dataclass
+@dataclass(slots=True)
 class LayerRecord:
     """What one layer saw since its gradient was last cleared.
 

@@ -22,7 +22,7 @@ class Linear:
     outputs = inputs
 
     def mean(self, layer, x):  # noqa: D102
-        return x.mean(tuple(range(x.dim() - 1)))
+        return x.mean(0) if x.dim() == 2 else x.mean(tuple(range(x.dim() - 1)))
 
     def matrix(self, layer, weight):  # noqa: D102
         return weight

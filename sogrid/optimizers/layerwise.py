@@ -147,8 +147,9 @@ class Layerwise(Adaptive):
             return set()
         if self.refresh_every == ADAPTIVE and group["updates"]:
             return self._drifted()
-        every = 1 if self.refresh_every == ADAPTIVE else self.refresh_every
-        return {layer.name for layer in self._layers if refresh_due(group["updates"], every)}
+        if not refresh_due(group["updates"], 1 if self.refresh_every == ADAPTIVE else self.refresh_every):
+            return set()
+        return {layer.name for layer in self._layers}
 
     def _stale(self) -> set[str]:
         """Layers that the next step would refresh: those that are due, and those it could not update."""
