@@ -70,15 +70,35 @@ function sogridLaboratory(root) {
     const take = (${sogridRunner})(engine, (report) => postMessage(report), 30);
     onmessage = ({ data }) => take(data);`;
 
-  /* What takes messages, and whether it is a worker. */
-  function started(report) {
+  /* Gives a lane what takes its messages. A worker may be refused at once, or when its script is to be loaded. */
+  function connect(lane, report) {
+    let sent = []; // until the worker is heard of
+    const refused = () => {
+      Object.assign(lane, { worker: null, send: sogridRunner(engine, report, 4) });
+      sent.forEach(lane.send);
+      nameEngine();
+    };
     try {
-      const worker = new Worker(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
-      worker.onmessage = ({ data }) => report(data);
-      return { send: (message) => worker.postMessage(message), worker };
+      lane.worker = new Worker(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
     } catch {
-      return { send: sogridRunner(engine, report, 4), worker: null };
+      return refused();
     }
+    lane.send = (message) => {
+      sent?.push(message);
+      lane.worker.postMessage(message);
+    };
+    lane.worker.onerror = () => sent && refused();
+    lane.worker.onmessage = ({ data }) => {
+      sent = null;
+      report(data);
+    };
+  }
+
+  function nameEngine() {
+    const where = lanes.every((lane) => lane.worker)
+      ? "a worker for each run, beside the page"
+      : "in slices on the page’s own thread, as this browser refuses it a worker";
+    find(".engine").textContent = `Engine: plain JavaScript with typed arrays, ${where}. Nothing is fetched.`;
   }
 
   // Drawing
@@ -293,10 +313,7 @@ function sogridLaboratory(root) {
       this.inputs = Object.fromEntries(
         [...element.querySelectorAll("[data-option]")].map((e) => [e.dataset.option, e]),
       );
-      Object.assign(
-        this,
-        started((report) => this.take(report)),
-      );
+      connect(this, (report) => this.take(report));
       this.name = this.picked.value;
       this.picked.addEventListener("change", () => this.pick());
       for (const input of Object.values(this.inputs)) input.addEventListener("input", () => this.set());
@@ -416,7 +433,8 @@ function sogridLaboratory(root) {
   // The whole
 
   let [running, visible, waiting, drawn] = [false, false, false, 0];
-  const lanes = [...root.querySelectorAll(".lane")].map((element, at) => new Lane(element, at));
+  const lanes = [];
+  for (const [at, element] of root.querySelectorAll(".lane").entries()) lanes.push(new Lane(element, at));
   const charts = [...root.querySelectorAll(".chart")];
   const go = find('[data-do="run"]');
 
@@ -518,9 +536,7 @@ function sogridLaboratory(root) {
     });
   }
 
-  find(".engine").textContent = lanes.every((lane) => lane.worker)
-    ? "Engine: plain JavaScript with typed arrays, a worker for each run beside the page. Nothing is fetched."
-    : "Engine: plain JavaScript with typed arrays, in slices on the page’s own thread, as this browser refuses it a worker. Nothing is fetched.";
+  nameEngine();
   new MutationObserver(wake).observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
   new ResizeObserver(wake).observe(root);
   begin();
