@@ -171,16 +171,20 @@ def test_it_waits_for_whoever_wants_things_calm_and_is_steered_by_keys(driver, s
     assert not control(driver, "A", "alpha").is_enabled()
 
 
-def test_a_run_that_is_lost_says_so_and_the_bound_mends_it(driver, show):
-    show()
+@pytest.mark.parametrize("metrics", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_a_run_that_is_lost_says_so_and_the_bound_mends_it(driver, show, metrics):
+    show(metrics)
     driver.find_element("css selector", '[data-menu="task"]').send_keys("two")
     speed = driver.find_element("css selector", '[data-menu="speed"]')
     assert speed.get_attribute("value") == "100"
     speed.send_keys("as fast")
     control(driver, "A", "lr").send_keys(Keys.END)
     press(driver, "run")
+    height = "return document.querySelector('.lane').offsetHeight"
+    before = driver.execute_script(height)
     place = driver.find_element("css selector", '[data-lane="A"] .lost')
     until(lambda: place.text)
+    assert driver.execute_script(height) == before
     place.find_element("css selector", "button").click()
     assert not place.text
     assert driver.execute_script(LAB + "return lab.lanes[0].options.bound") == 0.1

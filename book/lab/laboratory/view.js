@@ -13,8 +13,8 @@ function sogridLaboratory(root) {
   const [WIDE, HIGH] = [4, 2.5]; // the plane of the crescents, from (0, 0.5)
   const LOST = {
     infinite: "Diverged: the loss is no number any more.",
-    above: "Diverged: for 20 updates the loss has been above where it began.",
-    saturated: "Stuck: most units of a layer are saturated, and the loss no longer falls.",
+    above: "Diverged: the loss stays above where it began.",
+    saturated: "Stuck: units are saturated, the loss stands still.",
   };
   const content = JSON.parse(root.querySelector('script[type="application/json"]').textContent);
   const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
@@ -282,7 +282,7 @@ function sogridLaboratory(root) {
       c.globalAlpha = 1;
       c.fillStyle = ink;
     };
-    const amount = (v) => (Number.isFinite(v) ? (v >= 1e-4 ? short(v) : v ? "< 10⁻⁴" : "–") : "∞");
+    const amount = (v) => (Number.isFinite(v) ? (v >= 1e-3 ? short(v) : v ? "< 10⁻³" : "–") : "∞");
     const log = (v) => (Math.log10(v) + 4) / 5; // from 0.0001 to 10
     sizes.slice(1).forEach((_, l) => {
       const middle = 18 + (l + 0.5) * line;
