@@ -22,6 +22,12 @@ UPDATES_A_SECOND, FRAMES_A_SECOND = 20, 60
 BUSY = 5
 """Of ACP, and of the page meanwhile; and how much slower a busy machine may be."""
 
+REFUSED = {
+    "refused": "window.Worker = class { constructor() { throw new Error('refused'); } };",
+    "failing": "window.Worker = class { postMessage() { setTimeout(() => this.onerror(), 10); } };",
+}
+"""Browsers without workers: one that says so at once, and one whose worker never comes."""
+
 LAB = "const lab = document.querySelector('.sogrid-laboratory').laboratory; "
 
 
@@ -35,14 +41,14 @@ def show(driver, address):
     """Opens the page, calm (it waits to be started) unless it is not to be, with workers or without."""
     added = []
 
-    def show_(metrics=DESKTOP, calm=True, workers=True):
+    def show_(metrics=DESKTOP, calm=True, workers="allowed"):
         resize(driver, metrics)
         value = "reduce" if calm else "no-preference"
         features = [{"name": "prefers-reduced-motion", "value": value}]
         driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-        if not workers:
-            refused = "window.Worker = class { constructor() { throw new Error('refused'); } };"
-            script = driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": refused})
+        if workers in REFUSED:
+            source = {"source": REFUSED[workers]}
+            script = driver.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", source)
             added.append(script["identifier"])
         driver.get("about:blank")
         driver.get_log("browser"), driver.get_log("performance")
@@ -127,7 +133,7 @@ requestAnimationFrame(count);
 """
 
 
-@pytest.mark.parametrize("workers", [True, False], ids=["worker", "page"])
+@pytest.mark.parametrize("workers", ["allowed", *REFUSED])
 def test_it_begins_by_itself_and_the_page_answers_meanwhile(driver, show, record_property, workers):
     show(calm=False, workers=workers)
     until(lambda: min(updates(driver)) > 5, 20)
@@ -138,7 +144,7 @@ def test_it_begins_by_itself_and_the_page_answers_meanwhile(driver, show, record
     print(f"SGD {sgd:.0f} and ACP {acp:.0f} updates/s side by side, {frames:.0f} frames/s")
     assert acp > UPDATES_A_SECOND / BUSY
     assert frames > FRAMES_A_SECOND / BUSY
-    expected = "a worker for each run" if workers else "the page’s own thread"
+    expected = "a worker for each run" if workers == "allowed" else "the page’s own thread"
     assert expected in driver.find_element("css selector", ".engine").text
     assert not [e for e in driver.get_log("browser") if e["level"] == "SEVERE"]
 
@@ -165,16 +171,20 @@ def test_it_waits_for_whoever_wants_things_calm_and_is_steered_by_keys(driver, s
     assert not control(driver, "A", "alpha").is_enabled()
 
 
-def test_a_run_that_is_lost_says_so_and_the_bound_mends_it(driver, show):
-    show()
+@pytest.mark.parametrize("metrics", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_a_run_that_is_lost_says_so_and_the_bound_mends_it(driver, show, metrics):
+    show(metrics)
     driver.find_element("css selector", '[data-menu="task"]').send_keys("two")
     speed = driver.find_element("css selector", '[data-menu="speed"]')
     assert speed.get_attribute("value") == "100"
     speed.send_keys("as fast")
     control(driver, "A", "lr").send_keys(Keys.END)
     press(driver, "run")
+    height = "return document.querySelector('.lane').offsetHeight"
+    before = driver.execute_script(height)
     place = driver.find_element("css selector", '[data-lane="A"] .lost')
     until(lambda: place.text)
+    assert driver.execute_script(height) == before
     place.find_element("css selector", "button").click()
     assert not place.text
     assert driver.execute_script(LAB + "return lab.lanes[0].options.bound") == 0.1

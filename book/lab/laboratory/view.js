@@ -13,8 +13,8 @@ function sogridLaboratory(root) {
   const [WIDE, HIGH] = [4, 2.5]; // the plane of the crescents, from (0, 0.5)
   const LOST = {
     infinite: "Diverged: the loss is no number any more.",
-    above: "Diverged: for 20 updates the loss has been above where it began.",
-    saturated: "Stuck: most units of a layer are saturated, and the loss no longer falls.",
+    above: "Diverged: the loss stays above where it began.",
+    saturated: "Stuck: units are saturated, the loss stands still.",
   };
   const content = JSON.parse(root.querySelector('script[type="application/json"]').textContent);
   const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
@@ -70,15 +70,35 @@ function sogridLaboratory(root) {
     const take = (${sogridRunner})(engine, (report) => postMessage(report), 30);
     onmessage = ({ data }) => take(data);`;
 
-  /* What takes messages, and whether it is a worker. */
-  function started(report) {
+  /* Gives a lane what takes its messages. A worker may be refused at once, or when its script is to be loaded. */
+  function connect(lane, report) {
+    let sent = []; // until the worker is heard of
+    const refused = () => {
+      Object.assign(lane, { worker: null, send: sogridRunner(engine, report, 4) });
+      sent.forEach(lane.send);
+      nameEngine();
+    };
     try {
-      const worker = new Worker(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
-      worker.onmessage = ({ data }) => report(data);
-      return { send: (message) => worker.postMessage(message), worker };
+      lane.worker = new Worker(URL.createObjectURL(new Blob([source], { type: "text/javascript" })));
     } catch {
-      return { send: sogridRunner(engine, report, 4), worker: null };
+      return refused();
     }
+    lane.send = (message) => {
+      sent?.push(message);
+      lane.worker.postMessage(message);
+    };
+    lane.worker.onerror = () => sent && refused();
+    lane.worker.onmessage = ({ data }) => {
+      sent = null;
+      report(data);
+    };
+  }
+
+  function nameEngine() {
+    const where = lanes.every((lane) => lane.worker)
+      ? "a worker for each run, beside the page"
+      : "in slices on the page’s own thread, as this browser refuses it a worker";
+    find(".engine").textContent = `Engine: plain JavaScript with typed arrays, ${where}. Nothing is fetched.`;
   }
 
   // Drawing
@@ -262,7 +282,7 @@ function sogridLaboratory(root) {
       c.globalAlpha = 1;
       c.fillStyle = ink;
     };
-    const amount = (v) => (Number.isFinite(v) ? (v >= 1e-4 ? short(v) : v ? "< 10⁻⁴" : "–") : "∞");
+    const amount = (v) => (Number.isFinite(v) ? (v >= 1e-3 ? short(v) : v ? "< 10⁻³" : "–") : "∞");
     const log = (v) => (Math.log10(v) + 4) / 5; // from 0.0001 to 10
     sizes.slice(1).forEach((_, l) => {
       const middle = 18 + (l + 0.5) * line;
@@ -293,10 +313,7 @@ function sogridLaboratory(root) {
       this.inputs = Object.fromEntries(
         [...element.querySelectorAll("[data-option]")].map((e) => [e.dataset.option, e]),
       );
-      Object.assign(
-        this,
-        started((report) => this.take(report)),
-      );
+      connect(this, (report) => this.take(report));
       this.name = this.picked.value;
       this.picked.addEventListener("change", () => this.pick());
       for (const input of Object.values(this.inputs)) input.addEventListener("input", () => this.set());
@@ -416,7 +433,8 @@ function sogridLaboratory(root) {
   // The whole
 
   let [running, visible, waiting, drawn] = [false, false, false, 0];
-  const lanes = [...root.querySelectorAll(".lane")].map((element, at) => new Lane(element, at));
+  const lanes = [];
+  for (const [at, element] of root.querySelectorAll(".lane").entries()) lanes.push(new Lane(element, at));
   const charts = [...root.querySelectorAll(".chart")];
   const go = find('[data-do="run"]');
 
@@ -518,9 +536,7 @@ function sogridLaboratory(root) {
     });
   }
 
-  find(".engine").textContent = lanes.every((lane) => lane.worker)
-    ? "Engine: plain JavaScript with typed arrays, a worker for each run beside the page. Nothing is fetched."
-    : "Engine: plain JavaScript with typed arrays, in slices on the page’s own thread, as this browser refuses it a worker. Nothing is fetched.";
+  nameEngine();
   new MutationObserver(wake).observe(document.documentElement, { attributes: true, attributeFilter: ["data-theme"] });
   new ResizeObserver(wake).observe(root);
   begin();
