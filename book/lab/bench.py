@@ -518,8 +518,8 @@ def time_to_loss(
     """How soon each method has the training loss that SGD has after 2,000 updates, on the autoencoder.
 
     From the records of learning curves in ``out``, or else of the book: every method with the best of as many
-    trials of a search over the same domain, the bounded ones with what that found for them without the bound,
-    but λ = 10. Between two evaluations the logarithm of the loss is taken to be
+    trials of a search over the same domain, the bounded ones with λ = 10 and, if they have no search of their
+    own, with what was found without the bound. Between two evaluations the logarithm of the loss is taken to be
     linear in that of the update.
 
     Args:
