@@ -87,11 +87,14 @@ class LayerMethod:
         """A mean over examples in the basis that :meth:`invert` found, kept in the state as ``moments``."""
         raise NotImplementedError
 
-    def quadratic_form(self, h: Tensor, biased: bool, state: dict[str, Any], group: dict[str, Any]) -> Tensor:
+    def quadratic_form(
+        self, h: Tensor, mean_h: Tensor | None, biased: bool, state: dict[str, Any], group: dict[str, Any]
+    ) -> Tensor:
         """Mean h̃ᵀ P h̃ over rows of a layer's inputs, P the inverse on their side, ``[...]``.
 
         Args:
             h: ``[..., n, i]``.
+            mean_h: h̄ of the whole minibatch, as in :class:`Gradient`.
             biased: Whether the layer has a bias that is trained.
             state: As for :meth:`update`.
             group: Likewise.

@@ -132,6 +132,27 @@ def long_run(rank, size, before):
     return parameters(model)
 
 
+def drifting(rank, size, before):
+    """Which layers an adaptive schedule refreshes when, and where that leads."""
+    found = []
+    for gradients in ("matrix", "factored"):
+        model = network() if rank is None else DistributedDataParallel(network())
+        plain, log = getattr(model, "module", model), []
+        optimizer = ACP(model, lr=10.0, damping=1e-3, refresh_every="adaptive", gradients=gradients)
+        for seed in range(40):
+            states = [optimizer.state.get(plain[i].weight) for i in (0, 2)]
+            x, y = batch(seed, n=4 * size)
+            x, y = (x, y) if rank is None else (x.chunk(size)[rank], y.chunk(size)[rank])
+            optimizer.zero_grad()
+            CrossEntropyAtLogits()(model(x * (1 + seed / 8)), y).backward()
+            optimizer.step()
+            log.append(
+                [optimizer.state[plain[i].weight] is not old for i, old in zip((0, 2), states, strict=True)]
+            )
+        found.append((log, parameters(model)))
+    return found
+
+
 UNEVEN = {2: (5, 2), 3: (4, 1, 2)}
 """Of these some matrices are whole on one rank and thin on another."""
 
@@ -412,10 +433,22 @@ def killed(rank, size, before):
 
 SCENARIOS = {
     2: [
-        *(cases, long_run, uneven, wrappings, made_of, by_itself, accumulated, mixed, refreshed, resumed),
+        *(
+            cases,
+            long_run,
+            drifting,
+            uneven,
+            wrappings,
+            made_of,
+            by_itself,
+            accumulated,
+            mixed,
+            refreshed,
+            resumed,
+        ),
         *(failures, more_failures, a_layer_of_one_rank, refused, sharded),
     ],
-    3: [cases, uneven, made_of, killed],
+    3: [cases, drifting, uneven, made_of, killed],
 }
 
 
@@ -467,6 +500,16 @@ def test_steps_are_those_of_one_process_on_the_joint_minibatch(name, options, tw
         found = of_all(ranks, "cases")
         for sizes in SIZES[len(ranks)]:
             assert_close(found[name, *options.values(), sizes], alone(name, sizes, **options), 1e-9)
+
+
+def test_an_adaptive_schedule_is_that_of_one_process(two, three):
+    for ranks in (two, three):
+        for (log, after), (expected, alone_after) in zip(
+            of_all(ranks, "drifting"), drifting(None, len(ranks), {}), strict=True
+        ):
+            assert log == expected
+            assert 2 < sum(map(sum, log)) < 60
+            assert_close(after, alone_after, 1e-8)
 
 
 def test_250_steps_in_float32_are_those_of_one_process(two):

@@ -186,7 +186,9 @@ def drift(updates: int = 60, seed: int = 1) -> dict[str, Any]:
             for module in model:
                 if module in forms:
                     state, group = packed(optimizer.state[module.weight]), optimizer.param_groups[0]
-                    forms[module].append(optimizer.method.quadratic_form(h, True, state, group).item())
+                    forms[module].append(
+                        optimizer.method.quadratic_form(h, h.mean(0), True, state, group).item()
+                    )
                 h = module(h)
         _step(task, model, optimizer, next(batches))
     traces = []

@@ -145,10 +145,9 @@ class ACPMethod(LayerMethod):
             state["output_curvature"] = alpha
         return state
 
-    def quadratic_form(self, h, biased, state, group):  # noqa: D102
+    def quadratic_form(self, h, mean_h, biased, state, group):  # noqa: D102
         if biased:
-            mean = state["mean"] if "mean" in state else h.mean(-2)
-            h = h - mean.unsqueeze(-2)
+            h = h - state.get("mean", mean_h).unsqueeze(-2)
         return quadratic_form(h, state["inverse"])
 
     def update(self, gradient, state, group):  # noqa: D102

@@ -120,18 +120,18 @@ class Adaptive(Joint):
         layer, (h, _) = one.layer, one.record.some_inputs(BOUND_EXAMPLES)
         self._check_state(layer)
         state, group = packed(self.state[layer.weight]), self.param_groups[layer.home]
-        return self.method.quadratic_form(h, layer.trained_bias is not None, state, group).mean()
+        return self.method.quadratic_form(h, one.mean_h, layer.trained_bias is not None, state, group).mean()
 
     def _work(
         self, layer: Layer, found: Statistics, state: State, record: LayerRecord, counts: Sequence[float]
     ) -> State:
-        """What an adaptive schedule has to know of a refresh: its cost, the same on all ranks."""
+        """What an adaptive schedule has to know of a refresh: its cost, as if one process made all of it."""
         if self.refresh_every != ADAPTIVE:
             return {}
         positions = sum(g.numel() for g in record.grads) // (len(layer.weight) * record.count)
         probes = max(map(len, record.probes), default=0)
         shape = len(layer.weight), layer.weight[0].numel()
-        return work(found, state, max(1, positions) * round(sum(counts) / len(counts)), shape, probes)
+        return work(found, state, max(1, positions) * round(sum(counts)), shape, probes)
 
 
 def _due(older: Sequence[tuple[State, Tensor]]) -> bool:

@@ -102,7 +102,7 @@ class EKFACMethod(KFACMethod):
             total = total + sum(ekfac_moments(h, g, *bases) for g in passes)
         return total / rows.examples
 
-    def quadratic_form(self, h, biased, state, group):  # noqa: D102
+    def quadratic_form(self, h, mean_h, biased, state, group):  # noqa: D102
         along = (homogeneous(h) if biased else h) @ state["a_basis"]
         moments = state["moments"].mean(-2, keepdim=True)
         return (along.square() / (moments + matrixwise(group["damping"]))).sum(-1).mean(-1)

@@ -195,7 +195,7 @@ class KFACMethod(LayerMethod):
         inverses = kfac_inverses(a, b, group["damping"], group["pi_correction"], name, group["rank"])
         return dict(zip(("a_inverse", "b_inverse"), inverses, strict=True))
 
-    def quadratic_form(self, h, biased, state, group):  # noqa: D102
+    def quadratic_form(self, h, mean_h, biased, state, group):  # noqa: D102
         return quadratic_form(homogeneous(h) if biased else h, state["a_inverse"])
 
     def update(self, gradient, state, group):  # noqa: D102

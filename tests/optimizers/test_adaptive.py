@@ -102,7 +102,8 @@ def test_the_quadratic_form_is_that_of_the_dense_inverse(kind):
     optimizer.refresh(lambda: Quadratic()(model(x), torch.zeros(24, WIDTHS[-1], dtype=torch.float64)))
     group, state = optimizer.param_groups[0], packed(optimizer.state[model[0].weight])
     h = torch.randn(5, WIDTHS[0], dtype=torch.float64)
-    found = optimizer.method.quadratic_form(h, True, state, group)
+    mean_h = h.mean(0) if kind == "acp" else None
+    found = optimizer.method.quadratic_form(h, mean_h, True, state, group)
     ones = torch.ones(5, 1, dtype=torch.float64)
     if kind in ("acp", "nnn"):
         mean = h.mean(0) if kind == "acp" else x.mean(0)
