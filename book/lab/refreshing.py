@@ -289,18 +289,21 @@ def curves(content: dict[str, Any], method: str) -> go.Figure:
     return figure(traces, alt=alt, **axes)
 
 
-def verdict(content: dict[str, Any], method: str) -> dict[float, tuple[str, float]]:
-    """By loss, the schedule that comes down to it first, and how much longer the adaptive one takes.
+def verdict(content: dict[str, Any], method: str) -> dict[float, tuple[str, float, bool]]:
+    """By loss: the best fixed schedule, how much longer the adaptive one takes, and whether that is settled.
 
-    Of seconds, means over seeds; a schedule that a seed of does not get there is not counted.
+    Of seconds, means over seeds; a schedule of which a seed does not get there is not counted. It is settled
+    if the seeds' differences, each from the same weights and minibatches, are of one sign.
     """
-    found = {}
+    found, prices = {}, prices_of(content, method)
     for loss in LOSSES:
         times = {}
         for every, runs in by_schedule(content, method).items():
-            hits = [reached(elapsed(r, prices_of(content, method)), r["train"], loss) for r in runs]
+            hits = [reached(elapsed(run, prices), run["train"], loss) for run in runs]
             if None not in hits:
-                times[every] = _mean(hits)
-        first = min(times, key=times.__getitem__)
-        found[loss] = first, times.get(ADAPTIVE, float("inf")) / times[first]
+                times[every] = hits
+        ours = times.pop(ADAPTIVE)
+        first = min(times, key=lambda every: _mean(times[every]))
+        signs = {a < b for a, b in zip(ours, times[first], strict=True)}
+        found[loss] = first, _mean(ours) / _mean(times[first]) - 1, len(signs) == 1
     return found

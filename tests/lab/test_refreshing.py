@@ -60,12 +60,24 @@ def test_where_a_curve_comes_down_to_a_loss():
     assert reached([0, 1, 2], [8.0, 4.0, 2.0], 1.0) is None
 
 
-def test_who_is_first(record):
-    for method in {run["method"] for run in record["runs"]}:
-        found = verdict(record, method)
-        for first, longer in found.values():
-            assert longer >= 1
-            assert (longer == 1) == (first == ADAPTIVE)
+def made_up(adaptive):
+    """A record of two seeds that reach 40 to 10 in as many updates, at a second each."""
+    prices = {"update_ms": 1000.0, "adaptive_update_ms": 1000.0, "refresh_ms": 0.0, "layer_refresh_ms": [0.0]}
+    runs = [{"method": "acp_bounded", "part": "clock", **prices}]
+    for every, lengths in {"5": (100, 120), "20": (130, 130), ADAPTIVE: adaptive}.items():
+        for seed, length in enumerate(lengths):
+            curve = {"update": [0, length], "train": [50.0, 0.0], "refreshes": [[1], [1]]}
+            runs.append({"method": "acp_bounded", "every": every, "seed": seed, **curve})
+    return {"runs": runs}
+
+
+@pytest.mark.parametrize(
+    ("adaptive", "longer", "settled"),
+    [((90, 108), -0.1, True), ((110, 132), 0.1, True), ((90, 130), 0.0, False)],
+)
+def test_who_is_first_and_whether_that_is_settled(adaptive, longer, settled):
+    for found in verdict(made_up(adaptive), "acp_bounded").values():
+        assert found == ("5", pytest.approx(longer), settled)
 
 
 def test_the_record_is_whole_of_three_seeds_and_of_one_machine(record):
