@@ -39,6 +39,7 @@ __all__ = [
     "fit",
     "refreshing",
     "report",
+    "verdict",
 ]
 
 SCHEDULES = (5, 10, 20, 50, 100, ADAPTIVE)
