@@ -472,9 +472,14 @@ def _add(tensors: Sequence[Tensor], changes: Sequence[Tensor | Factored], views:
     for tensor, change, view in zip(tensors, changes, views, strict=True):
         if isinstance(change, Factored):
             add_to(view(tensor), change)
-        else:
-            formed[0].append(view(tensor))
-            formed[1].append(change)
+            continue
+        place = view(tensor)
+        if place.data_ptr() != tensor.data_ptr():  # a copy, as of a kernel in torch.channels_last
+            whole = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            view(whole).copy_(change)
+            place, change = tensor, whole
+        formed[0].append(place)
+        formed[1].append(change)
     if formed[0]:
         torch._foreach_add_(*formed)
 
