@@ -85,6 +85,54 @@ def test_the_step_is_that_of_each_layer_alone(kind, gradients, bound, monkeypatc
     assert_close(*found, rtol=1e-8)
 
 
+class Strided(nn.Module):
+    """Kernels of one shape on one input, of other strides: with as many inputs they have other rows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.all, self.some = nn.Conv1d(1, 2, 3, padding=1), nn.Conv1d(1, 2, 3, padding=1, stride=2)
+        self.double()
+
+    def forward(self, x):
+        x = x.unsqueeze(1)
+        return torch.cat([self.all(x).mean(1), self.some(x).flatten(1)[:, :2]], 1)[:, :WIDTH]
+
+
+class Again(nn.Module):
+    """One layer is used twice in a pass, the other once in each of two passes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.twice, self.both = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.double()
+
+    def forward(self, x):
+        return self.twice(self.twice(x)).tanh() + self.both(x) if x.sum() > 0 else self.both(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gradients", ["matrix", "factored"])
+@pytest.mark.parametrize("build", [Strided, Again])
+def test_layers_of_one_shape_with_other_rows(kind, gradients, build, monkeypatch):
+    found = []
+    for small in (batches.SMALL, 0):
+        monkeypatch.setattr(batches, "SMALL", small)
+        model = build()
+        optimizer = KINDS[kind](model, lr=0.1, gradients=gradients)
+        for seed in range(4):
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.rand(N, WIDTH, dtype=torch.float64, generator=generator)
+            optimizer.zero_grad()
+            for sign in (1, -1) if build is Again else (1,):
+                f = model(sign * x)
+                Quadratic()(f, x[:, : f.shape[1]]).backward()
+            optimizer.step()
+        found.append(parameters(model))
+    assert_close(*found, rtol=1e-8)
+
+
 @pytest.mark.parametrize("kind", ["acp", "kfac", "kfac, rank", "ekfac"])
 def test_states_of_a_batch_are_parts_of_its_stack_and_no_copies(kind):
     model = Alike()
