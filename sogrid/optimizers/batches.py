@@ -116,8 +116,10 @@ class Batches:
 
 def _like(one: Ready) -> tuple:
     """What a layer's batch depends on besides its state, and may change from step to step."""
-    layer, weight = one.layer, one.layer.weight
-    return layer.name, weight.dtype, weight.device, layer.trained_bias is None, *one.record.shapes
+    layer, weight, record = one.layer, one.layer.weight, one.record
+    examples = None if one.factored is None else record.count, len(one.counts)
+    kind = weight.dtype, weight.device, layer.trained_bias is None
+    return layer.name, *kind, *examples, *record.shapes
 
 
 def _kind(one: Ready, state: State) -> Any:

@@ -133,6 +133,37 @@ def test_layers_of_one_shape_with_other_rows(kind, gradients, build, monkeypatch
     assert_close(*found, rtol=1e-8)
 
 
+class Pooled(nn.Module):
+    """One layer sees an example a row, the other in another pass five rows an example."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.other = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.double()
+
+    def forward(self, x):
+        return self.one(x) if x.sum() > 0 else self.other(x).unflatten(0, (-1, 5)).sum(1)
+
+
+@pytest.mark.parametrize("gradients", ["matrix", "factored"])
+def test_a_sum_over_other_numbers_of_examples(gradients, monkeypatch):
+    found = []
+    for small in (batches.SMALL, 0):
+        monkeypatch.setattr(batches, "SMALL", small)
+        model = Pooled()
+        optimizer = ACP(model, 0.1, reduction="sum", gradients=gradients, max_change=None)
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.rand(N, WIDTH, dtype=torch.float64, generator=generator)
+            optimizer.zero_grad()
+            for sign in (1, -1):
+                model(sign * x).square().sum().backward()
+            optimizer.step()
+        found.append(parameters(model))
+    assert_close(*found, rtol=1e-8)
+
+
 @pytest.mark.parametrize("kind", ["acp", "kfac", "kfac, rank", "ekfac"])
 def test_states_of_a_batch_are_parts_of_its_stack_and_no_copies(kind):
     model = Alike()
