@@ -159,7 +159,9 @@ class Layerwise(Joint):
         if not self.uses_statistics or group["refreshed"] == group["updates"]:
             return set()
         if self.refresh_every == ADAPTIVE and group["updates"]:
-            return set(taken(self._states(), self._schedule["budget"]))
+            trained = {layer.name for layer in self._layers if layer.weight.requires_grad}
+            states = {name: state for name, state in self._states().items() if name in trained}
+            return set(taken(states, self._schedule["budget"]))
         every = 1 if self.refresh_every == ADAPTIVE else self.refresh_every
         return {layer.name for layer in self._layers if refresh_due(group["updates"], every)}
 
@@ -195,7 +197,7 @@ class Layerwise(Joint):
     def refresh(self, closure: Callable[[], Tensor]) -> None:
         """Refresh the statistics from a minibatch of their own (Algorithm 4, line 4), if there are any.
 
-        Those of the layers that are due, or of all if none is.
+        Those of the layers that are due, or of all that it runs if none is.
 
         Args:
             closure: Runs the model forward, in training mode, and returns the loss, reduced as
@@ -216,15 +218,16 @@ class Layerwise(Joint):
                 records = self._capture.collect(closure, self._probe())
             if not records:
                 raise CaptureError("the closure given to refresh ran no watched layer in training mode")
-            stale = self._stale() or records.keys()
-            return [], self._measured({name: records[name] for name in records.keys() & stale})
+            names = records.keys() & (due or records.keys())
+            return [], self._measured({name: records[name] for name in names})
 
-        ranks = self._ranks()
+        due, ranks = self._due(), self._ranks()
         with torch.no_grad():
             _, measured = self._together(looked, ranks)
             with without_autocast():
                 states = self._refreshed(measured, ranks)
         self._adopt(states)
+        self._pass_over(due, states, 0.0)
         if self.capturable:  # so that no two refreshes draw the same
             for group in self.param_groups:
                 group["updates"] += 1
@@ -377,10 +380,19 @@ class Layerwise(Joint):
 
         ready, measured = self._together(looked, ranks)
         if stale:
-            self._adopt(self._refreshed(measured, ranks))
+            states = self._refreshed(measured, ranks)
+            self._adopt(states)
+            self._pass_over(stale, states, 0.5)
         if self.refresh_every == ADAPTIVE:
             self._look([one for one in ready if one.layer.name not in stale], ranks)
         return ready
+
+    def _pass_over(self, stale: set[str], states: dict[Tensor, State], left: float) -> None:
+        """Adaptive: layers that were due and were not seen make room for others."""
+        for layer in self._layers:
+            state = self.state.get(layer.weight, {})
+            if layer.name in stale and layer.weight not in states and DUE in state:
+                state[DUE] *= left
 
     @property
     def _schedule(self) -> dict[str, float]:
