@@ -175,6 +175,47 @@ def test_states_of_a_batch_are_parts_of_its_stack_and_no_copies(kind):
             assert len({state[key].untyped_storage().data_ptr() for state in states}) == 1
 
 
+def storages(optimizer, layers):
+    return [
+        value.untyped_storage()
+        for layer in layers
+        for value in optimizer.state[layer.weight].values()
+        if isinstance(value, torch.Tensor)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["acp", "kfac", "kfac, rank", "ekfac"])
+def test_layers_that_only_some_minibatches_ask_keep_no_stack_alive(kind):
+    class Experts(nn.ModuleList):
+        def forward(self, x):
+            return sum(self[k](x) for k in self.asked)
+
+    torch.manual_seed(0)
+    model = Experts(nn.Linear(WIDTH, WIDTH) for _ in range(6)).double()
+    optimizer = KINDS[kind](model, lr=0.1)
+    optimizer.refresh_every = None
+    model.asked = range(6)
+    optimizer.refresh(lambda: Quadratic()(model(torch.ones(N, WIDTH).double()), torch.ones(N, WIDTH)))
+    first = sum(storage.nbytes() for storage in storages(optimizer, model))
+    for seed, model.asked in enumerate(([0, 1, 2, 3, 4, 5], [0, 1, 2, 3], [0, 1], [2, 4], [5])):
+        update(model, optimizer, seed)
+        held = {storage.data_ptr(): storage.nbytes() for storage in storages(optimizer, model)}
+        assert sum(held.values()) == first
+
+
+@pytest.mark.parametrize("kind", ["acp", "kfac", "kfac, rank", "ekfac"])
+def test_a_minibatch_of_another_size_has_the_same_stacks(kind):
+    """Where a CUDA graph of the usual ones reads."""
+    model = Alike()
+    optimizer = KINDS[kind](model, lr=0.1, gradients="factored")
+    optimizer.refresh_every = 10
+    places = []
+    for seed, n in enumerate((N, 7, N)):
+        update(model, optimizer, seed, n)
+        places.append([storage.data_ptr() for storage in storages(optimizer, model.chain)])
+    assert places[0] == places[1] == places[2]
+
+
 @pytest.mark.parametrize("kind", ["acp", "kfac", "ekfac"])
 def test_a_step_reads_the_states_as_they_are(kind):
     """Written to in place, replaced, loaded from a copy."""
