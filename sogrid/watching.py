@@ -220,8 +220,9 @@ class Watching(torch.optim.Optimizer):
         for parameter, state in list(self.state.items()):
             if TRAINED in state:
                 del self.state[parameter]
-            elif MOMENTUM in state:
-                state[MOMENTUM] = state[MOMENTUM].clone()  # which is written to, and was another's
+            else:  # what is written to, and was another's
+                written = state.keys() if self.capturable else state.keys() & {MOMENTUM}
+                state |= {key: state[key].clone() for key in written if isinstance(state[key], Tensor)}
         for group in self.param_groups:
             for key in known - group.keys():
                 group[key] = self.defaults[key]

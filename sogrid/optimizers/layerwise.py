@@ -231,6 +231,7 @@ class Layerwise(Joint):
         if self.capturable:  # so that no two refreshes draw the same
             for group in self.param_groups:
                 group["updates"] += 1
+                group["refreshed"] = group["updates"]
         self._capture.wanted = self._wanted()
 
     def _measured(self, records: dict[str, LayerRecord]) -> Iterator[Measured]:
@@ -336,10 +337,7 @@ class Layerwise(Joint):
         for weight, state in states.items():
             old = self.state[weight]
             held[weight] = state | {key: old[key].to(weight) for key in old.keys() & {MOMENTUM}}
-        if self.capturable and all("biased" in self.state[weight] for weight in states):
-            self._write(held)
-        else:
-            self.state.update(held)
+        self.state.update(self._written(held) if self.capturable else held)
         if self.refresh_every == ADAPTIVE:
             prices = priced(self._states())
             self._schedule["budget"] -= sum(
@@ -348,17 +346,23 @@ class Layerwise(Joint):
         for group in self.param_groups:
             group["refreshed"] = self.param_groups[0]["updates"]
 
-    def _write(self, states: dict[Tensor, State]) -> None:
-        """Put states into the place of those that are there, where a CUDA graph reads."""
-        pairs = [(self.state[weight], state) for weight, state in states.items()]
-        if any(_shapes(old) != _shapes(state) for old, state in pairs):
+    def _written(self, states: dict[Tensor, State]) -> dict[Tensor, State]:
+        """States in the place of those that are there, where a CUDA graph reads."""
+        old = {weight: self.state[weight] for weight in states}
+        if any("biased" in old[weight] and _shapes(old[weight]) != _shapes(states[weight]) for weight in old):
             raise CaptureError(
                 "a layer's statistics have another shape than those a CUDA graph may read: refresh "
                 "from as many examples each time"
             )
-        for old, state in pairs:
+        for weight, state in states.items():
+            there = old[weight]
+            for key in {FRESH, DUE} & there.keys():
+                del there[key]
             for key, value in state.items():
-                old[key] = old[key].copy_(value) if isinstance(value, Tensor) else value
+                fits = key in there and isinstance(value, Tensor) and there[key].dtype == value.dtype
+                fits = fits and there[key].device == value.device
+                there[key] = there[key].copy_(value) if fits else value
+        return old
 
     # -- step ------------------------------------------------------------------------------------------
 
@@ -469,4 +473,4 @@ class Layerwise(Joint):
 
 
 def _shapes(state: State) -> dict[str, torch.Size]:
-    return {key: value.shape for key, value in state.items() if isinstance(value, Tensor)}
+    return {key: value.shape for key, value in state.items() if isinstance(value, Tensor) and key != FRESH}
