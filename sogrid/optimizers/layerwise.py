@@ -279,13 +279,17 @@ class Layerwise(Joint):
         states = [state | inverse for state, inverse in zip(states, inverses, strict=True)]
         moments = map(self._moments, layers, records, states)
         states = [state | own for state, own in zip(states, self._mean(ranks, counts, moments), strict=True)]
-        costs = map(self._work, layers, found, states, records, counts)
+        costs = list(map(self._work, layers, found, states, records, counts))
+        if self.refresh_every == ADAPTIVE:  # ranks may have other numbers of positions
+            own = [torch.tensor([*cost.values()], dtype=torch.float64, device=ranks.device) for cost in costs]
+            means = finite.read(torch.stack(ranks.sum(own)) / ranks.size)
+            costs = [dict(zip(cost, mean, strict=True)) for cost, mean in zip(costs, means, strict=True)]
         return {weight: state | cost for weight, state, cost in zip(weights, states, costs, strict=True)}
 
     def _work(
         self, layer: Layer, found: Statistics, state: State, record: LayerRecord, counts: Sequence[float]
     ) -> State:
-        """What an adaptive schedule has to know of a refresh: its cost, the same on all ranks."""
+        """What an adaptive schedule has to know of a refresh: its cost here."""
         if self.refresh_every != ADAPTIVE:
             return {}
         positions = sum(g.numel() for g in record.grads) // (len(layer.weight) * record.count)
