@@ -241,5 +241,6 @@ class Watching(torch.optim.Optimizer):
     def __setstate__(self, state: dict) -> None:
         """Restore, and watch the restored model."""
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # which torch adds, and a group added later would have
         if "model" in state:
             self._bind()
