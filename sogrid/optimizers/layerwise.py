@@ -391,7 +391,7 @@ class Layerwise(Joint):
             states = self._refreshed(measured, ranks)
             self._adopt(states)
             self._pass_over(stale, states, 0.5)
-        if self.refresh_every == ADAPTIVE:
+        if self.refresh_every == ADAPTIVE and ready:
             self._look([one for one in ready if one.layer.name not in stale], ranks)
         return ready
 

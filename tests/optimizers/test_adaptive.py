@@ -226,6 +226,16 @@ def test_without_a_bound_the_first_examples_are_kept_too():
     assert_close(parameters(two), parameters(one), 1e-12)
 
 
+def test_a_step_without_gradients_earns_nothing():
+    model = network()
+    optimizer = KINDS["acp"](model, refresh_every=ADAPTIVE)
+    update(model, optimizer, 0)
+    before = dict(optimizer.param_groups[0]["schedule"])
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.param_groups[0]["schedule"] == before
+
+
 def test_what_has_drifted():
     below, above = 0.99 * DRIFT, 1.01 * DRIFT
     assert drifted([2.0, 2.0], [2 * below, 2 / below]) == [0.0, 0.0]
