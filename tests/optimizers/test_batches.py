@@ -1,6 +1,7 @@
 """Layers of one shape are stepped as one, and a step is few operations: what decides its cost on a GPU."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from optimizer_list import assert_close, assert_same, parameters
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sogrid import shell
 from sogrid.losses import CrossEntropyAtLogits, Quadratic
 from sogrid.networks import cifar10_classifier, mnist_autoencoder
 from sogrid.optimizers import ACP, EKFAC, KFAC, CenteredGradientDescent, NaturalNN, batches
@@ -234,6 +236,30 @@ def test_a_step_reads_the_states_as_they_are(kind):
     update(other, loaded, 1)
     assert_same(parameters(other), parameters(model))
     assert not torch.equal(before[2], model.chain[1].weight)
+
+
+@pytest.mark.parametrize("kind", ["centred", "acp", "kfac", "ekfac"])
+@pytest.mark.parametrize("bound", [None, 0.03])
+def test_changes_of_a_large_model_are_not_there_at_once(kind, bound, monkeypatch):
+    monkeypatch.setattr(batches, "SMALL", 0)
+    found = []
+    for at_once in (shell.AT_ONCE, 1):
+        monkeypatch.setattr(shell, "AT_ONCE", at_once)
+        model, changes, alive = Alike(), [], []
+        optimizer = KINDS[kind](model, lr=0.01, max_change=bound, momentum=0.5)
+
+        def watched(one, change=optimizer._change, changes=changes, alive=alive):
+            alive.append(sum(ref() is not None for ref in changes))
+            dw, db = change(one)
+            changes.append(weakref.ref(dw))
+            return dw, db
+
+        optimizer._change = watched
+        for seed in range(3):
+            update(model, optimizer, seed)
+        found.append(parameters(model))
+    assert_same(*found)
+    assert not any(alive)
 
 
 class Operations(TorchDispatchMode):
