@@ -315,9 +315,8 @@ class Capture:
             x = x.to(dtype, copy=kept and formed)
         bounded = formed and not kept and name in wanted.some
         some = x[:BOUND_EXAMPLES].clone() if bounded else None
-        mean, rows = None, 0
-        if formed and wanted.means:
-            mean, rows = rule.mean(layer, x), output.numel() // weight.shape[0]
+        mean = rule.mean(layer, x) if formed and wanted.means else None
+        rows = output.numel() // weight.shape[0]
         seen = Seen(x) if kept or not formed else None
         after = Seen(output.detach()) if wanted.cut else None
         return Use(name, layer, rule, self._pass, examples, kept, seen, some, mean, rows, after)

@@ -29,7 +29,10 @@ from sogrid.ranks import Ranks, require_whole
 from sogrid.structured import Change, Factored, add_to, is_one
 from sogrid.watching import GROUP_KEYS, MOMENTUM, Watching
 
-__all__ = ["LayerOptimizer", "LayerOptions", "Ready", "near"]
+__all__ = ["AT_ONCE", "LayerOptimizer", "LayerOptions", "Ready", "near"]
+
+AT_ONCE = 2**24
+"""Weights, about, whose changes are there at once: fewer operations, for some memory."""
 
 View = Callable[[Tensor], Tensor]
 
@@ -415,14 +418,19 @@ class LayerOptimizer(Watching):
         ranks = self._ranks()
         ready = self._prepare(ranks)
         moves: dict[int, list[tuple[Tensor, Tensor | Factored, View]]] = {}
+        numbers = 0
         for layer, (dw, db) in self._changes(ready, ranks):
             self._routes[layer.name] = "factored" if isinstance(dw, Factored) else "formed"
             some = moves.setdefault(layer.home, [])
             some.append((layer.weight, dw, layer.as_matrix))
             if db is not None:
                 some.append((layer.bias, db, layer.as_vector))
-        for home, some in moves.items():
-            self._move(some, self.param_groups[home])
+            numbers += layer.weight.numel()
+            if numbers >= AT_ONCE:
+                self._move_all(moves)
+                numbers = 0
+            del dw, db, some
+        self._move_all(moves)
         self._step_others(ready, ranks)
         for group in self.param_groups:
             group["updates"] += bool(ready or not self._layers)
@@ -439,6 +447,12 @@ class LayerOptimizer(Watching):
         for group in self.param_groups:
             held = [p for p in group["params"] if p.grad is not None and not group["preconditioned"]]
             self._move([(p, -group["lr"] * scale * p.grad, torch.detach) for p in held], group)
+
+    def _move_all(self, moves: dict[int, list[tuple[Tensor, Tensor | Factored, View]]]) -> None:
+        """Make changes, by group, and let go of them."""
+        for home, some in moves.items():
+            self._move(some, self.param_groups[home])
+        moves.clear()
 
     def _move(self, moves: list[tuple[Tensor, Tensor | Factored, View]], group: dict) -> None:
         """θ ← (1 − λw) θ + v with v ← m v + Δ, in place, for all (θ, Δ, view); Δ is shaped like view(θ)."""
@@ -472,9 +486,14 @@ def _add(tensors: Sequence[Tensor], changes: Sequence[Tensor | Factored], views:
     for tensor, change, view in zip(tensors, changes, views, strict=True):
         if isinstance(change, Factored):
             add_to(view(tensor), change)
-        else:
-            formed[0].append(view(tensor))
-            formed[1].append(change)
+            continue
+        place = view(tensor)
+        if place.data_ptr() != tensor.data_ptr():  # a copy, as of a kernel in torch.channels_last
+            whole = torch.empty_like(tensor, memory_format=torch.contiguous_format)
+            view(whole).copy_(change)
+            place, change = tensor, whole
+        formed[0].append(place)
+        formed[1].append(change)
     if formed[0]:
         torch._foreach_add_(*formed)
 

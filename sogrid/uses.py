@@ -140,9 +140,13 @@ class LayerRecord:
         )
 
     @property
-    def shapes(self) -> list[torch.Size]:
-        """Those of what is kept of the inputs."""
-        return [first.shape for use in self._uses if (first := use.first) is not None]
+    def shapes(self) -> list[tuple]:
+        """Those of what is kept of the inputs, and how many rows they gave, by forward pass."""
+        if len(self._uses) == 1:
+            (use,) = self._uses
+            return [] if use.first is None else [(use.first.shape, use.rows)]
+        kept = self._kept("first").values()
+        return [tuple((use.first.shape, use.rows) for use in some) for some in kept]
 
     @property
     def inputs(self) -> list[Tensor]:

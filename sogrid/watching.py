@@ -220,8 +220,9 @@ class Watching(torch.optim.Optimizer):
         for parameter, state in list(self.state.items()):
             if TRAINED in state:
                 del self.state[parameter]
-            elif MOMENTUM in state:
-                state[MOMENTUM] = state[MOMENTUM].clone()  # which is written to, and was another's
+            else:  # what is written to, and was another's
+                written = state.keys() if self.capturable else state.keys() & {MOMENTUM}
+                state |= {key: state[key].clone() for key in written if isinstance(state[key], Tensor)}
         for group in self.param_groups:
             for key in known - group.keys():
                 group[key] = self.defaults[key]
@@ -240,5 +241,6 @@ class Watching(torch.optim.Optimizer):
     def __setstate__(self, state: dict) -> None:
         """Restore, and watch the restored model."""
         super().__setstate__(state)
+        self.defaults.pop("differentiable", None)  # which torch adds, and a group added later would have
         if "model" in state:
             self._bind()

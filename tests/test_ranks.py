@@ -169,6 +169,29 @@ def uneven(rank, size, before):
     }
 
 
+LENGTHS = ("acp", "kfac, empirical fisher", "ekfac, empirical")
+
+
+def lengths(rank, size, before):
+    """Sequences that are longer on one rank than on the other, and a schedule that looks at what it costs."""
+    return {name: of_lengths(name, rank) for name in LENGTHS}
+
+
+def of_lengths(name, rank):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 9), nn.Tanh(), nn.Linear(9, 3)).double()
+    model = DistributedDataParallel(model)
+    optimizer = named(name)(model, refresh_every="adaptive", lr=0.01)
+    generator = torch.Generator().manual_seed(rank)
+    for t in range(80):
+        s = 3 + (t + 2 * rank) % 5
+        x = (1 + t % 7) * torch.randn(8, s, 4, generator=generator, dtype=torch.float64)
+        optimizer.zero_grad()
+        CrossEntropyAtLogits()(model(x).mean(1), torch.arange(8) % 3).backward()
+        optimizer.step()
+    return parameters(model)
+
+
 WRAPPINGS = [
     {"find_unused_parameters": True},
     {"gradient_as_bucket_view": True},
@@ -433,20 +456,8 @@ def killed(rank, size, before):
 
 SCENARIOS = {
     2: [
-        *(
-            cases,
-            long_run,
-            drifting,
-            uneven,
-            wrappings,
-            made_of,
-            by_itself,
-            accumulated,
-            mixed,
-            refreshed,
-            resumed,
-        ),
-        *(failures, more_failures, a_layer_of_one_rank, refused, sharded),
+        *(cases, long_run, drifting, lengths, uneven, wrappings, made_of, by_itself, accumulated, mixed),
+        *(refreshed, resumed, failures, more_failures, a_layer_of_one_rank, refused, sharded),
     ],
     3: [cases, drifting, uneven, made_of, killed],
 }
@@ -531,7 +542,7 @@ def test_of_a_mean_unequal_parts_count_alike(name, gradients, two, three):
     """As if the examples of the smaller part were there several times."""
     for ranks in (two, three):
         sizes, model = UNEVEN[len(ranks)], network()
-        optimizer = make(name, model, gradients=gradients)
+        optimizer = make(name, model, gradients=gradients, max_change=None)
         for seed in SEEDS:
             x, y = batch(seed, n=sum(sizes))
             index = torch.cat([part.repeat(20 // len(part)) for part in torch.arange(len(x)).split(sizes)])
@@ -539,6 +550,11 @@ def test_of_a_mean_unequal_parts_count_alike(name, gradients, two, three):
             CrossEntropyAtLogits()(model(x[index]), y[index]).backward()
             optimizer.step()
         assert_close(of_all(ranks, "uneven")[name, gradients, "mean"], parameters(model), 1e-9)
+
+
+@pytest.mark.parametrize("name", LENGTHS)
+def test_an_adaptive_schedule_is_the_same_on_all_ranks(name, two):
+    assert all(p.isfinite().all() for p in of_all(two, "lengths")[name])
 
 
 @pytest.mark.parametrize("gradients", ["matrix", "factored"])

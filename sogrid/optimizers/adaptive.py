@@ -83,7 +83,16 @@ class Adaptive(Joint):
 
     def _drifted(self) -> set[str]:
         """The layers to refresh now."""
-        return set(taken(self._states(), self._schedule["budget"]))
+        trained = {layer.name for layer in self._layers if layer.weight.requires_grad}
+        states = {name: state for name, state in self._states().items() if name in trained}
+        return set(taken(states, self._schedule["budget"]))
+
+    def _pass_over(self, due: Iterable[str], states: Mapping[Tensor, State], left: float) -> None:
+        """Have layers that were due and were not seen make room for others."""
+        for layer in self._layers:
+            state = self.state.get(layer.weight, {})
+            if layer.name in due and layer.weight not in states and DUE in state:
+                state[DUE] *= left
 
     def _pay(self, names: Iterable[str]) -> None:
         """Take what the refresh of these layers cost from the budget."""
@@ -132,6 +141,15 @@ class Adaptive(Joint):
         probes = max(map(len, record.probes), default=0)
         shape = len(layer.weight), layer.weight[0].numel()
         return work(found, state, max(1, positions) * round(sum(counts)), shape, probes)
+
+    def _of_ranks(self, costs: list[State], ranks: Ranks) -> list[State]:
+        """Costs as all ranks have them, whose examples may have other numbers of positions."""
+        if self.refresh_every != ADAPTIVE:
+            return costs
+        told = [value for cost in costs for value in cost.values()]
+        _, by_rank, _ = ranks.together(lambda: None, lambda _: (told, ()))
+        means = (sum(values) / ranks.size for values in by_rank)
+        return [{key: next(means) for key in cost} for cost in costs]
 
 
 def _due(older: Sequence[tuple[State, Tensor]]) -> bool:

@@ -109,15 +109,38 @@ class Batches:
             kinds: dict[Any, list[int]] = {}
             for k, one in enumerate(ready):
                 kinds.setdefault(_kind(one, own[k] or {}), []).append(k)
-            self._found = [(ks, _stacked([own[k] or {} for k in ks], self._numbers)) for ks in kinds.values()]
+            stacks = self._stacks()
+            self._leave({id(state) for state in own})
+            self._found = []
+            for ks in kinds.values():
+                states = [own[k] or {} for k in ks]
+                stack = stacks.get(tuple(map(id, states)))
+                self._found.append((ks, _stacked(states, self._numbers) if stack is None else stack))
             self._seen, self._states = seen, [(state, _used(state or {})) for state in own]
         return [Batch([ready[k] for k in ks], state) for ks, state in self._found]
+
+    def _stacks(self) -> dict[tuple[int, ...], State]:
+        """The stacks of states that are as they were, by these."""
+        stacks = {}
+        for ks, stack in self._found:
+            known = [self._states[k] for k in ks]
+            if all(_same(state, (state, used)) for state, used in known if state is not None):
+                stacks[tuple(id(state) for state, _ in known)] = stack
+        return stacks
+
+    def _leave(self, here: set[int]) -> None:
+        """States that are in no batch now take along what is theirs, and keep no stack of others alive."""
+        for state, used in (self._states[k] for ks, _ in self._found if len(ks) > 1 for k in ks):
+            if state is not None and id(state) not in here:
+                state |= {key: value.clone() for key, value in used.items() if state.get(key) is value}
 
 
 def _like(one: Ready) -> tuple:
     """What a layer's batch depends on besides its state, and may change from step to step."""
-    layer, weight = one.layer, one.layer.weight
-    return layer.name, weight.dtype, weight.device, layer.trained_bias is None, *one.record.shapes
+    layer, weight, record = one.layer, one.layer.weight, one.record
+    examples = None if one.factored is None else record.count, len(one.counts)
+    kind = weight.dtype, weight.device, layer.trained_bias is None
+    return layer.name, *kind, *examples, *record.shapes
 
 
 def _kind(one: Ready, state: State) -> Any:
@@ -134,7 +157,7 @@ def _kind(one: Ready, state: State) -> Any:
 def _same(state: State | None, known: tuple[State | None, State]) -> bool:
     """Whether a state is the one that is known, and holds the same tensors."""
     before, used = known
-    return state is before and all(state[key] is value for key, value in used.items())
+    return state is before and all(state.get(key) is value for key, value in used.items())
 
 
 def is_small(numbers: int, weight: Tensor) -> bool:

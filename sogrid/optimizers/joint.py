@@ -9,12 +9,13 @@ a bound takes one for its sizes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from sogrid import shell
 from sogrid.bound import BOUND_EXAMPLES, moved, shrunk
 from sogrid.capture import CaptureError
 from sogrid.method import Gradient
@@ -124,7 +125,11 @@ class Joint(LayerOptimizer):
         """(ΔW, Δb) of each layer, within its bound; all that ranks tell each other comes before the first."""
         batches = self._batches.of(ready, self.state, self._check_state)
         self._require_capturable(not self._batches.new, "make a step before, from as many examples")
-        if ranks.size > 1 and any(one.factored is not None for one in ready):
+        for some in [batches] if ranks.size > 1 else _portions(batches):
+            yield from self._changes_at_once(some, ranks)
+
+    def _changes_at_once(self, batches: list[Batch], ranks: Ranks) -> Iterator[tuple[Layer, Change]]:
+        if ranks.size > 1 and any(batch.ready[0].factored is not None for batch in batches):
             changes = self._averaged(batches, ranks)
         else:
             changes = list(map(self._change, batches))
@@ -176,6 +181,18 @@ class Joint(LayerOptimizer):
             self._require_intact(f"layer {layer.name!r}: the .grad of the bias", intact)
             changes[k] = dw, db
         return changes
+
+
+def _portions(batches: list[Batch]) -> Iterator[list[Batch]]:
+    """Batches whose changes are there at once, and not those of the whole model if that is large."""
+    some, numbers = [], 0
+    for batch in batches:
+        some.append(batch)
+        numbers += sum(one.layer.weight.numel() for one in batch.ready)
+        if numbers >= shell.AT_ONCE:
+            yield some
+            some, numbers = [], 0
+    yield some
 
 
 def _witnesses(ready: list[Ready], ranks: Ranks) -> list[float]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sogrid.capture import CaptureError, LayerRecord
 from sogrid.method import LayerMethod
-from sogrid.optimizers.adaptive import ADAPTIVE, Adaptive, inverting
+from sogrid.optimizers.adaptive import ADAPTIVE, DUE, FRESH, Adaptive, inverting
 from sogrid.optimizers.batches import KEPT, SHIFT, flat, packed
 from sogrid.optimizers.joint import Looked, Measured
 from sogrid.parameters import Layer, check_count, check_hyperparameter
@@ -180,7 +180,7 @@ class Layerwise(Adaptive):
     def refresh(self, closure: Callable[[], Tensor]) -> None:
         """Refresh the statistics from a minibatch of their own (Algorithm 4, line 4), if there are any.
 
-        Those of the layers that are due, or of all if none is.
+        Those of the layers that are due, or of all that it runs if none is.
 
         Args:
             closure: Runs the model forward, in training mode, and returns the loss, reduced as
@@ -201,18 +201,20 @@ class Layerwise(Adaptive):
                 records = self._capture.collect(closure, self._probe())
             if not records:
                 raise CaptureError("the closure given to refresh ran no watched layer in training mode")
-            stale = self._stale() or records.keys()
-            return [], self._measured({name: records[name] for name in records.keys() & stale})
+            names = records.keys() & (due or records.keys())
+            return [], self._measured({name: records[name] for name in names})
 
-        ranks = self._ranks()
+        due, ranks = self._due(), self._ranks()
         with torch.no_grad():
             _, measured = self._together(looked, ranks)
             with without_autocast():
                 states = self._refreshed(measured, ranks)
         self._adopt(states)
+        self._pass_over(due, states, 0.0)
         if self.capturable:  # so that no two refreshes draw the same
             for group in self.param_groups:
                 group["updates"] += 1
+                group["refreshed"] = group["updates"]
         self._capture.wanted = self._wanted()
 
     def _measured(self, records: dict[str, LayerRecord]) -> Iterator[Measured]:
@@ -260,7 +262,7 @@ class Layerwise(Adaptive):
         states = [state | inverse for state, inverse in zip(states, inverses, strict=True)]
         moments = map(self._moments, layers, records, states)
         states = [state | own for state, own in zip(states, self._mean(ranks, counts, moments), strict=True)]
-        costs = map(self._work, layers, found, states, records, counts)
+        costs = self._of_ranks(list(map(self._work, layers, found, states, records, counts)), ranks)
         return {weight: state | cost for weight, state, cost in zip(weights, states, costs, strict=True)}
 
     def _moments(self, layer: Layer, record: LayerRecord, state: State) -> State:
@@ -307,25 +309,28 @@ class Layerwise(Adaptive):
         for weight, state in states.items():
             old = self.state[weight]
             held[weight] = state | {key: old[key].to(weight) for key in old.keys() & {MOMENTUM}}
-        if self.capturable and all("biased" in self.state[weight] for weight in states):
-            self._write(held)
-        else:
-            self.state.update(held)
+        self.state.update(self._written(held) if self.capturable else held)
         self._pay([layer.name for layer in self._layers if layer.weight in states])
         for group in self.param_groups:
             group["refreshed"] = self.param_groups[0]["updates"]
 
-    def _write(self, states: dict[Tensor, State]) -> None:
-        """Put states into the place of those that are there, where a CUDA graph reads."""
-        pairs = [(self.state[weight], state) for weight, state in states.items()]
-        if any(_shapes(old) != _shapes(state) for old, state in pairs):
+    def _written(self, states: dict[Tensor, State]) -> dict[Tensor, State]:
+        """States in the place of those that are there, where a CUDA graph reads."""
+        old = {weight: self.state[weight] for weight in states}
+        if any("biased" in old[weight] and _shapes(old[weight]) != _shapes(states[weight]) for weight in old):
             raise CaptureError(
                 "a layer's statistics have another shape than those a CUDA graph may read: refresh "
                 "from as many examples each time"
             )
-        for old, state in pairs:
+        for weight, state in states.items():
+            there = old[weight]
+            for key in {FRESH, DUE} & there.keys():
+                del there[key]
             for key, value in state.items():
-                old[key] = old[key].copy_(value) if isinstance(value, Tensor) else value
+                fits = key in there and isinstance(value, Tensor) and there[key].dtype == value.dtype
+                fits = fits and there[key].device == value.device
+                there[key] = there[key].copy_(value) if fits else value
+        return old
 
     # -- step ------------------------------------------------------------------------------------------
 
@@ -347,8 +352,11 @@ class Layerwise(Adaptive):
 
         ready, measured = self._together(looked, ranks)
         if stale:
-            self._adopt(self._refreshed(measured, ranks))
-        self._look([one for one in ready if one.layer.name not in stale], ranks)
+            states = self._refreshed(measured, ranks)
+            self._adopt(states)
+            self._pass_over(stale, states, 0.5)
+        if ready:
+            self._look([one for one in ready if one.layer.name not in stale], ranks)
         return ready
 
     def _require_loss_as_declared(self) -> None:
@@ -385,4 +393,4 @@ class Layerwise(Adaptive):
 
 
 def _shapes(state: State) -> dict[str, torch.Size]:
-    return {key: value.shape for key, value in state.items() if isinstance(value, Tensor)}
+    return {key: value.shape for key, value in state.items() if isinstance(value, Tensor) and key != FRESH}

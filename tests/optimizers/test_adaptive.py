@@ -154,6 +154,56 @@ def test_a_closure_refreshes_what_is_due_or_else_everything():
     assert all(optimizer.state[model[int(name)].weight] is not now[name] for name in now)
 
 
+class Chosen(nn.Module):
+    """A layer that only some passes ask, and others that all do."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.always, self.chosen = nn.Linear(6, 4), nn.Linear(6, 60)
+        self.ask = True
+        self.double()
+
+    def forward(self, x):
+        return self.always(x) + (self.chosen(x)[:, :4] if self.ask else 0)
+
+
+@pytest.mark.parametrize("left_out", ["frozen", "not asked"])
+@pytest.mark.parametrize("closure", [False, True])
+def test_a_layer_that_is_due_and_not_used_keeps_no_other_waiting(left_out, closure):
+    model = Chosen()
+    optimizer = KINDS["acp"](model, refresh_every=ADAPTIVE, lr=0.0)
+    generator = torch.Generator().manual_seed(0)
+
+    def step(scale=1.0):
+        x = scale * torch.randn(24, 6, dtype=torch.float64, generator=generator)
+        due = optimizer.refresh_due
+        if closure and due:
+            optimizer.refresh(lambda: model(x).square().mean())
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        return due
+
+    for _ in range(3):
+        step()
+    state = optimizer.state[model.chosen.weight]
+    state |= {DUE: 50.0, "refresh_work": 5 * state["update_work"]}  # the most drifted, and dear
+    if left_out == "frozen":
+        model.chosen.requires_grad_(False)
+        optimizer.zero_grad()
+    else:
+        model.ask = False
+    refreshed = due = 0
+    for t in range(200):
+        before = optimizer.state[model.always.weight]
+        due += step(1 + t % 7)
+        refreshed += optimizer.state[model.always.weight] is not before
+    assert refreshed > 20
+    assert optimizer.state[model.chosen.weight] is state
+    assert not closure or due <= refreshed + 1
+
+
 def test_a_state_of_fixed_refreshes_goes_on_adaptively_and_back():
     model = network()
     optimizer = KINDS["acp"](model, refresh_every=5)
@@ -175,6 +225,16 @@ def test_without_a_bound_the_first_examples_are_kept_too():
     for t in range(20):
         assert update(one, bounded, t) == update(two, free, t)
     assert_close(parameters(two), parameters(one), 1e-12)
+
+
+def test_a_step_without_gradients_earns_nothing():
+    model = network()
+    optimizer = KINDS["acp"](model, refresh_every=ADAPTIVE)
+    update(model, optimizer, 0)
+    before = dict(optimizer.param_groups[0]["schedule"])
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.param_groups[0]["schedule"] == before
 
 
 def test_what_has_drifted():

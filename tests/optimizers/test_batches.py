@@ -1,12 +1,14 @@
 """Layers of one shape are stepped as one; ``tests/lab/test_bench.py`` counts the operations of a step."""
 
 import copy
+import weakref
 
 import pytest
 import torch
 from optimizer_list import assert_close, assert_same, parameters
 from torch import nn
 
+from sogrid import shell
 from sogrid.losses import Quadratic
 from sogrid.optimizers import ACP, EKFAC, KFAC, CenteredGradientDescent, NaturalNN, batches
 from sogrid.optimizers.adaptive import ADAPTIVE
@@ -83,6 +85,85 @@ def test_the_step_is_that_of_each_layer_alone(kind, gradients, bound, monkeypatc
     assert_close(*found, rtol=1e-8)
 
 
+class Strided(nn.Module):
+    """Kernels of one shape on one input, of other strides: with as many inputs they have other rows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.all, self.some = nn.Conv1d(1, 2, 3, padding=1), nn.Conv1d(1, 2, 3, padding=1, stride=2)
+        self.double()
+
+    def forward(self, x):
+        x = x.unsqueeze(1)
+        return torch.cat([self.all(x).mean(1), self.some(x).flatten(1)[:, :2]], 1)[:, :WIDTH]
+
+
+class Again(nn.Module):
+    """One layer is used twice in a pass, the other once in each of two passes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.twice, self.both = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.double()
+
+    def forward(self, x):
+        return self.twice(self.twice(x)).tanh() + self.both(x) if x.sum() > 0 else self.both(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gradients", ["matrix", "factored"])
+@pytest.mark.parametrize("build", [Strided, Again])
+def test_layers_of_one_shape_with_other_rows(kind, gradients, build, monkeypatch):
+    found = []
+    for small in (batches.SMALL, 0):
+        monkeypatch.setattr(batches, "SMALL", small)
+        model = build()
+        optimizer = KINDS[kind](model, lr=0.1, gradients=gradients)
+        for seed in range(4):
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.rand(N, WIDTH, dtype=torch.float64, generator=generator)
+            optimizer.zero_grad()
+            for sign in (1, -1) if build is Again else (1,):
+                f = model(sign * x)
+                Quadratic()(f, x[:, : f.shape[1]]).backward()
+            optimizer.step()
+        found.append(parameters(model))
+    assert_close(*found, rtol=1e-8)
+
+
+class Pooled(nn.Module):
+    """One layer sees an example a row, the other in another pass five rows an example."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.one, self.other = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.double()
+
+    def forward(self, x):
+        return self.one(x) if x.sum() > 0 else self.other(x).unflatten(0, (-1, 5)).sum(1)
+
+
+@pytest.mark.parametrize("gradients", ["matrix", "factored"])
+def test_a_sum_over_other_numbers_of_examples(gradients, monkeypatch):
+    found = []
+    for small in (batches.SMALL, 0):
+        monkeypatch.setattr(batches, "SMALL", small)
+        model = Pooled()
+        optimizer = ACP(model, 0.1, reduction="sum", gradients=gradients, max_change=None)
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.rand(N, WIDTH, dtype=torch.float64, generator=generator)
+            optimizer.zero_grad()
+            for sign in (1, -1):
+                model(sign * x).square().sum().backward()
+            optimizer.step()
+        found.append(parameters(model))
+    assert_close(*found, rtol=1e-8)
+
+
 @pytest.mark.parametrize("kind", ["acp", "kfac", "kfac, rank", "ekfac"])
 def test_states_of_a_batch_are_parts_of_its_stack_and_no_copies(kind):
     model = Alike()
@@ -92,6 +173,47 @@ def test_states_of_a_batch_are_parts_of_its_stack_and_no_copies(kind):
     for key, value in states[0].items():
         if isinstance(value, torch.Tensor):
             assert len({state[key].untyped_storage().data_ptr() for state in states}) == 1
+
+
+def storages(optimizer, layers):
+    return [
+        value.untyped_storage()
+        for layer in layers
+        for value in optimizer.state[layer.weight].values()
+        if isinstance(value, torch.Tensor)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["acp", "kfac", "kfac, rank", "ekfac"])
+def test_layers_that_only_some_minibatches_ask_keep_no_stack_alive(kind):
+    class Experts(nn.ModuleList):
+        def forward(self, x):
+            return sum(self[k](x) for k in self.asked)
+
+    torch.manual_seed(0)
+    model = Experts(nn.Linear(WIDTH, WIDTH) for _ in range(6)).double()
+    optimizer = KINDS[kind](model, lr=0.1)
+    optimizer.refresh_every = None
+    model.asked = range(6)
+    optimizer.refresh(lambda: Quadratic()(model(torch.ones(N, WIDTH).double()), torch.ones(N, WIDTH)))
+    first = sum(storage.nbytes() for storage in storages(optimizer, model))
+    for seed, model.asked in enumerate(([0, 1, 2, 3, 4, 5], [0, 1, 2, 3], [0, 1], [2, 4], [5])):
+        update(model, optimizer, seed)
+        held = {storage.data_ptr(): storage.nbytes() for storage in storages(optimizer, model)}
+        assert sum(held.values()) == first
+
+
+@pytest.mark.parametrize("kind", ["acp", "kfac", "kfac, rank", "ekfac"])
+def test_a_minibatch_of_another_size_has_the_same_stacks(kind):
+    """Where a CUDA graph of the usual ones reads."""
+    model = Alike()
+    optimizer = KINDS[kind](model, lr=0.1, gradients="factored")
+    optimizer.refresh_every = 10
+    places = []
+    for seed, n in enumerate((N, 7, N)):
+        update(model, optimizer, seed, n)
+        places.append([storage.data_ptr() for storage in storages(optimizer, model.chain)])
+    assert places[0] == places[1] == places[2]
 
 
 @pytest.mark.parametrize("kind", ["acp", "kfac", "ekfac"])
@@ -112,3 +234,27 @@ def test_a_step_reads_the_states_as_they_are(kind):
     update(other, loaded, 1)
     assert_same(parameters(other), parameters(model))
     assert not torch.equal(before[2], model.chain[1].weight)
+
+
+@pytest.mark.parametrize("kind", ["centred", "acp", "kfac", "ekfac"])
+@pytest.mark.parametrize("bound", [None, 0.03])
+def test_changes_of_a_large_model_are_not_there_at_once(kind, bound, monkeypatch):
+    monkeypatch.setattr(batches, "SMALL", 0)
+    found = []
+    for at_once in (shell.AT_ONCE, 1):
+        monkeypatch.setattr(shell, "AT_ONCE", at_once)
+        model, changes, alive = Alike(), [], []
+        optimizer = KINDS[kind](model, lr=0.01, max_change=bound, momentum=0.5)
+
+        def watched(one, change=optimizer._change, changes=changes, alive=alive):
+            alive.append(sum(ref() is not None for ref in changes))
+            dw, db = change(one)
+            changes.append(weakref.ref(dw))
+            return dw, db
+
+        optimizer._change = watched
+        for seed in range(3):
+            update(model, optimizer, seed)
+        found.append(parameters(model))
+    assert_same(*found)
+    assert not any(alive)

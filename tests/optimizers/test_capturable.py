@@ -1,5 +1,7 @@
 """``capturable=True``: what a CUDA graph holds of an update has to stay where it is. Here without one."""
 
+import copy
+
 import pytest
 import torch
 from optimizer_list import assert_close, assert_same, batch, network, parameters, train
@@ -9,6 +11,7 @@ from sogrid import watching
 from sogrid.capture import CaptureError
 from sogrid.losses import CrossEntropyAtLogits
 from sogrid.optimizers import ACP, EKFAC, KFAC, CenteredGradientDescent, NaturalNN
+from sogrid.optimizers.adaptive import ADAPTIVE
 
 LOSS = CrossEntropyAtLogits()
 KINDS = {
@@ -62,6 +65,67 @@ def test_two_refreshes_without_a_step_between_draw_other_targets():
         refresh(model, optimizer, 1)
         found.append(optimizer.state[model[0].weight]["b_inverse"].clone())
     assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_state_that_was_loaded_is_written_to_alone(kind):
+    model, other = network(), network()
+    first, second = (KINDS[kind](m, capturable=True, **FREE) for m in (model, other))
+    refresh(model, first, 1)
+    train(model, first)
+    second.load_state_dict(first.state_dict())
+    before = [dict(s) for s in copy.deepcopy(list(first.state.values()))]
+    refresh(other, second, 2)
+    train(other, second)
+    assert_same([dict(s) for s in first.state.values()], before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_refresh_after_the_model_was_moved(kind):
+    model = network(dtype=torch.float32)
+    optimizer = KINDS[kind](model, capturable=True, **FREE)
+    x, y = batch(1, dtype=torch.float32)
+    optimizer.refresh(lambda: LOSS(model(x), y))
+    train(model, optimizer)
+    model.double()
+    refresh(model, optimizer, 1)
+    train(model, optimizer)
+
+
+def test_a_layer_that_is_first_seen_leaves_the_others_where_they_are():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other, self.ask = nn.Linear(4, 3), nn.Linear(4, 3), False
+            self.double()
+
+        def forward(self, x):
+            return self.one(x) + (self.other(x) if self.ask else 0)
+
+    model = Model()
+    optimizer = KINDS["acp"](model, capturable=True, **FREE)
+    refresh(model, optimizer, 1)
+    place = optimizer.state[model.one.weight]["inverse"].data_ptr()
+    model.ask = True
+    refresh(model, optimizer, 2)
+    assert optimizer.state[model.one.weight]["inverse"].data_ptr() == place
+    assert "inverse" in optimizer.state[model.other.weight]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("every", [1, 2, ADAPTIVE])
+def test_outside_a_graph_a_capturable_step_is_any_other(kind, every):
+    found = []
+    for capturable in (False, True):
+        model = network()
+        optimizer = KINDS[kind](model, capturable=capturable, refresh_every=every)
+        for seed in range(12):
+            train(model, optimizer, first=1 + seed % 3)
+        found.append(parameters(model))
+        if every == 1:
+            refresh(model, optimizer, 1)
+            assert not optimizer.refresh_due
+    assert_close(*found, rtol=1e-9)
 
 
 def test_statistics_of_another_shape_are_refused_and_nothing_is_written():

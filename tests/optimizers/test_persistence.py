@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import StepLR
 
 from sogrid.hooks import watched
 from sogrid.losses import CrossEntropyAtLogits
-from sogrid.optimizers import ACP, KFAC
+from sogrid.optimizers import ACP, KFAC, UpdatedBackprop
 
 LOSS = CrossEntropyAtLogits()
 BEFORE, AFTER = 3, 5  # updates; a refresh of those that refresh every second lies on both sides
@@ -212,6 +212,15 @@ def by_deepcopy(pair):
 
 def by_pickle(pair):
     return pickle.loads(pickle.dumps(pair))
+
+
+@each([method for method in LAYERWISE if method.kind is not UpdatedBackprop])
+def test_a_group_added_to_a_copy_has_no_other_keys(method):
+    model = network()
+    optimizer = copy.deepcopy(method(model, params=list(model[0].parameters())))
+    optimizer.add_param_group({"params": list(optimizer.model[2].parameters())})
+    groups = [{"params": list(model[k].parameters())} for k in (0, 2)]
+    method(model, params=groups).load_state_dict(optimizer.state_dict())
 
 
 @each(OPTIMIZERS)

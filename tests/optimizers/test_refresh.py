@@ -214,6 +214,24 @@ def test_sampled_targets_depend_on_the_seed_and_the_update_alone(method):
     assert (optimizer.state[frozen[2].weight]["b_inverse"] != first).any()  # a stream of its own
 
 
+@each(REFRESHING)
+def test_a_layer_that_was_never_used_keeps_no_other_from_a_closure(method):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = network(), nn.Linear(2, 2).double()
+
+        def forward(self, x):
+            return self.used(x)
+
+    model = Model()
+    optimizer = method(model, refresh_every=20)
+    train(model, optimizer, 3)
+    before = states(optimizer, model.used)
+    optimizer.refresh(closure(model, 7))
+    assert all(a is not b for a, b in zip(states(optimizer, model.used), before, strict=True))
+
+
 def test_sampling_does_not_disturb_the_global_stream():
     model = network()
     optimizer = KFAC(model, 0.1, loss=LOSS, refresh_every=1)

@@ -120,6 +120,31 @@ def test_climbing_is_descending_the_negative(method, gradients):
     assert_close(parameters(model), parameters(twin))
 
 
+@pytest.mark.parametrize("name", ["acp", "acp, as it comes", "kfac, as it comes", "ekfac"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_channels_last_is_a_layout_alone(name, groups):
+    """Of such a kernel no matrix is a view."""
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            *(nn.Conv2d(4, 6, 3, groups=groups), nn.Tanh(), nn.Conv2d(6, 6, 3, groups=groups)),
+            *(nn.Tanh(), nn.Conv2d(6, 6, 1), nn.Flatten()),
+        )
+        model = model.double().to(memory_format=layout)
+        before = parameters(model)
+        optimizer = named(name)(model, momentum=0.5, nesterov=True, weight_decay=0.01)
+        for seed in range(3):
+            generator = torch.Generator().manual_seed(seed)
+            x = torch.randn(5, 4, 5, 5, generator=generator, dtype=torch.float64).to(memory_format=layout)
+            optimizer.zero_grad()
+            CrossEntropyAtLogits()(model(x), torch.arange(5)).backward()
+            optimizer.step()
+        assert not any(torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+        found.append(parameters(model))
+    assert_close(*found, rtol=1e-9)
+
+
 @pytest.mark.parametrize("name", ["ubp", "ubp, hessian"])
 def test_updated_backpropagation_does_not_climb(name):
     with pytest.raises(ValueError, match="cannot maximize"):
