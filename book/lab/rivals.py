@@ -113,8 +113,8 @@ class NewtonMuon(MuonAndAdam):
 
     M is a running average of the second moment of the layer's inputs, of which one minibatch in
     ``refresh_every`` is seen; momentum and orthogonalisation are those of ``torch.optim.Muon``, and Adam has
-    what is no matrix. Unlike the authors', whose first refresh is after ``refresh_every`` updates, it takes the
-    first minibatch's M as it is.
+    what is no matrix. Unlike the authors', whose first refresh is after ``refresh_every`` updates, it takes
+    the first minibatch's M as it is.
 
     Args:
         model: Whose matrices are the weights of linear layers.

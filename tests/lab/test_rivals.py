@@ -116,14 +116,15 @@ def test_newton_muon_is_muon_of_the_preconditioned_gradient(layer, ridge):
 
 def test_newton_muon_steps_along_the_formula(layer):
     layer, x, y = layer
-    x = x * torch.tensor([0.1, 0.3, 1.0, 3.0, 9.0], dtype=torch.float64)
     grad_w, _ = gradients(layer, x, y)
-    exact = -msgn(grad_w @ ridged_inverse(second_moment(x)))
-    plain = -msgn(grad_w)
+    exact, plain = -msgn(grad_w @ ridged_inverse(second_moment(x))), -msgn(grad_w)
     dw, _ = step(NewtonMuon(layer, 0.1), layer, x, y)
-    cosine = lambda other: float((dw * other).sum() / (dw.norm() * other.norm()))  # noqa: E731
-    assert cosine(exact) > 0.95  # torch's five Newton-Schulz steps leave singular values about one
-    assert cosine(exact) > cosine(plain) + 0.1
+
+    def cosine(other):
+        return float((dw * other).sum() / (dw.norm() * other.norm()))
+
+    assert cosine(exact) > 0.96  # torch's five Newton-Schulz steps leave singular values about one
+    assert cosine(plain) < 0.93
 
 
 def test_newton_muon_resumes(layer):
