@@ -1,4 +1,4 @@
-r"""Two living relatives of ACP that no package has: FOOF and Newton-Muon, as optimizers to compare with.
+r"""Two living relatives of ACP, FOOF and Newton-Muon, as optimizers to compare with.
 
 Both multiply the gradient of a weight by the inverse of the second moment M = E[h hᵀ] of the layer's inputs,
 where ACP centres the gradient and has their covariance C = M − h̄h̄ᵀ; the bias is no part of it. What that
