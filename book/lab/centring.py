@@ -1,0 +1,235 @@
+"""When does centring pay? ACP against FOOF, page of that name: the same steps but for the mean of the inputs.
+
+Small autoencoders on the embedded digits, which differ in what the layers' inputs have for a mean. Both
+methods step as far as a bound lets them (λ = 10), which leaves no cliff for a search to fall off. Each gets
+the same grid of bounds and dampings on two seeds; the best of each runs from twenty other seeds, the same for
+both. These are pairs, and of the logarithm of their ratio a two-sided t-test has to say p < 0.01
+(:func:`verdict`). Grid and rule come from a pilot with other seeds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import product
+from statistics import fmean
+from typing import Any, NamedTuple
+
+import plotly.graph_objects as go
+import torch
+from scipy.stats import ttest_1samp
+from torch import Tensor, nn
+
+from lab.plotting import COLORS, figure
+from lab.rivals import FOOF
+from sogrid.experiments.benchmarks import Method, Task
+from sogrid.experiments.grid import pooled_digits, train_grid
+from sogrid.factorize import tikhonov_inverse
+from sogrid.optimizers import ACP
+from sogrid.statistics import input_moments
+from sogrid.structured import quadratic_form
+
+__all__ = [
+    "CASES",
+    "DAMPINGS",
+    "METHODS",
+    "Comparison",
+    "by_damping",
+    "compare",
+    "damped_ratios",
+    "distances",
+    "ratios",
+    "verdict",
+]
+
+LR = 10.0
+BOUNDS = (0.02, 0.04, 0.08)
+DAMPINGS = (0.001, 0.004, 0.016, 0.064, 0.25)
+SEARCH_SEEDS, SEEDS = (21, 22), tuple(range(301, 321))
+PLAN: dict[str, Any] = {"batch": 100, "evaluate_on": 1_000}
+LEVEL = 0.01
+TICKS = (0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3)
+
+
+def _method(kind: type[torch.optim.Optimizer]) -> Method:
+    options = {"refresh_every": 20, "gradients": "factored"}
+    settings = ("damping", "max_change")
+    return Method(lambda model, loss, s: kind(model, LR, **s, **options), settings=settings)
+
+
+METHODS = {"centred": _method(ACP), "uncentred": _method(FOOF)}
+"""ACP with the bias term, and FOOF."""
+
+
+def shifted(task: Task, change: Callable[[Tensor], Tensor]) -> Task:
+    """The same task with other inputs; the targets stay."""
+    (x, y), (x_test, y_test) = task.train, task.test
+    return replace(task, train=(change(x), y), test=(change(x_test), y_test))
+
+
+def _tanh() -> Task:
+    return pooled_digits(activation="tanh")
+
+
+def _centred() -> Task:
+    task = _tanh()
+    mean = task.train[0].mean(0)
+    return shifted(task, lambda x: x - mean)
+
+
+CASES: dict[str, tuple[Callable[[], Task], float]] = {
+    "tanh, no mean": (_centred, 4.0),
+    "tanh": (_tanh, 4.0),
+    "tanh, inverted": (lambda: shifted(_tanh(), lambda x: 1 - x), 4.0),
+    "ReLU": (lambda: pooled_digits(activation="relu", init="he"), 2.0),
+    "sigmoid": (pooled_digits, 16.0),
+}
+"""Networks 64-32-16-32-64 by their activation and inputs, each with the scale of its initial weights.
+
+No mean: that of the pixels is subtracted. Inverted: dark on white.
+"""
+
+
+class Comparison(NamedTuple):
+    """What two methods did in one case.
+
+    Attributes:
+        case: Key of :data:`CASES`.
+        settings: κ and ε, by method.
+        losses: Of the last update by seed, by method; infinite if it diverged.
+        by_damping: Of the search, mean loss at the best κ for each ε of the grid, by method.
+    """
+
+    case: str
+    settings: dict[str, dict[str, float]]
+    losses: dict[str, list[float]]
+    by_damping: dict[str, list[float]]
+
+
+def compare(
+    case: str,
+    *,
+    updates: int = 200,
+    bounds: Sequence[float] = BOUNDS,
+    dampings: Sequence[float] = DAMPINGS,
+    seeds: Sequence[int] = SEEDS,
+) -> Comparison:
+    """Search both methods on the same grid, and train both from the same seeds.
+
+    Args:
+        case: Key of :data:`CASES`.
+        updates: Of a run, in the search too.
+        bounds: κ of the grid.
+        dampings: ε of the grid.
+        seeds: Of the runs that count.
+    """
+    build, scale = CASES[case]
+    task, chosen, losses, by_damping = build(), {}, {}, {}
+    grid = [{"max_change": k, "damping": d, "scale": scale} for d, k in product(dampings, bounds)]
+    for name, method in METHODS.items():
+
+        def run(settings: list[dict[str, float]], seeds: list[int], method=method) -> list[float]:
+            curves = train_grid(
+                task, method, settings, seeds=seeds, updates=updates, points=[updates], **PLAN
+            )
+            return [c.train[-1] if c.status == "finished" else math.inf for c in curves]
+
+        found = run(grid * len(SEARCH_SEEDS), [seed for seed in SEARCH_SEEDS for _ in grid])
+        means = [fmean(found[k :: len(grid)]) for k in range(len(grid))]
+        best = grid[means.index(min(means))]
+        chosen[name] = {key: best[key] for key in ("max_change", "damping")}
+        by_damping[name] = [min(means[k : k + len(bounds)]) for k in range(0, len(grid), len(bounds))]
+        losses[name] = run([best] * len(seeds), list(seeds))
+    return Comparison(case, chosen, losses, by_damping)
+
+
+def logs(comparison: Comparison) -> list[float]:
+    """Logarithm of loss uncentred over loss centred, of each seed at which neither diverged."""
+    pairs = zip(comparison.losses["uncentred"], comparison.losses["centred"], strict=True)
+    return [math.log(u / c) for u, c in pairs if math.isfinite(u + c)]
+
+
+def verdict(comparison: Comparison) -> tuple[str, float, float]:
+    """(whether centring pays, mean ratio of uncentred loss to centred, p of a two-sided paired t-test).
+
+    A method that diverged from more seeds than the other cannot be said to be ahead.
+    """
+    found = logs(comparison)
+    mean, p = fmean(found), float(ttest_1samp(found, 0.0).pvalue)
+    lost = {name: sum(map(math.isinf, losses)) for name, losses in comparison.losses.items()}
+    ahead, behind = ("centred", "uncentred") if mean > 0 else ("uncentred", "centred")
+    if p >= LEVEL or lost[ahead] > lost[behind]:
+        return "no difference shown", math.exp(mean), p
+    return ("pays" if mean > 0 else "costs"), math.exp(mean), p
+
+
+@torch.no_grad()
+def distances(case: str, damping: float, seed: int = 0, examples: int = 1_000) -> list[float]:
+    """m² = h̄ᵀ(C + εI)⁻¹h̄ of each layer's inputs at the initial weights."""
+    build, scale = CASES[case]
+    task = build()
+    h, found = task.train[0][:examples].double(), []
+    for module in task.network(scale=scale, generator=torch.Generator().manual_seed(seed)).double():
+        if isinstance(module, nn.Linear):
+            mean, covariance = input_moments(h)
+            found.append(float(quadratic_form(mean[None], tikhonov_inverse(covariance, damping))))
+        h = module(h)
+    return found
+
+
+def ratios(comparisons: Sequence[Comparison]) -> go.Figure:
+    """A dot for each seed, right of one where the centred step did better, and a bar at each mean."""
+    traces, told = [], []
+    dots = {"mode": "markers", "marker": {"color": COLORS["orange"], "opacity": 0.5, "size": 8}}
+    bar = {"color": COLORS["blue"], "symbol": "line-ns-open", "size": 22, "line": {"width": 3}}
+    for comparison in comparisons:
+        word, mean, _ = verdict(comparison)
+        values, name = [math.exp(v) for v in logs(comparison)], comparison.case
+        look = {"showlegend": not traces, "mode": "markers"}
+        traces += [
+            go.Scatter(x=values, y=[name] * len(values), name="a seed", **{**dots, **look}),
+            go.Scatter(x=[mean], y=[name], name="mean", marker=bar, **look),
+        ]
+        told.append(f"{name}: {mean:.2f}, {word}")
+    return figure(
+        traces,
+        alt="Loss of the uncentred method over that of the centred one, a dot for each of twenty seeds, by "
+        f"network. Means: {'; '.join(told)}.",
+        xaxis={"title": "loss, uncentred / centred", "type": "log", "tickvals": TICKS, "tickangle": 0},
+        yaxis={"autorange": "reversed", "ticksuffix": " "},
+        shapes=[_at_one("x")],
+        height=340,
+    )
+
+
+def by_damping(comparisons: Sequence[Comparison], dampings: Sequence[float] = DAMPINGS) -> go.Figure:
+    """The same ratio by damping, at the best bound of each method: a line for each network."""
+    found = {c.case: damped_ratios(c) for c in comparisons}
+    colors = ("grey", "blue", "purple", "brown", "orange")
+    traces = [
+        go.Scatter(x=list(dampings), y=values, name=case, line={"color": COLORS[color]})
+        for (case, values), color in zip(found.items(), colors, strict=False)
+    ]
+    ends = "; ".join(f"{case}: {values[0]:.2f} to {values[-1]:.2f}" for case, values in found.items())
+    return figure(
+        traces,
+        alt="Loss of the uncentred method over that of the centred one, by damping, a line for each network. "
+        f"From the smallest damping to the largest: {ends}.",
+        xaxis={"title": "damping ε", "type": "log", "exponentformat": "power", "dtick": 1},
+        yaxis={"title": "loss, uncentred / centred", "type": "log"},
+        shapes=[_at_one("y")],
+    )
+
+
+def damped_ratios(comparison: Comparison) -> list[float]:
+    """Uncentred loss over centred loss of the search, for each ε of the grid."""
+    pairs = zip(comparison.by_damping["uncentred"], comparison.by_damping["centred"], strict=True)
+    return [u / c for u, c in pairs]
+
+
+def _at_one(axis: str) -> dict[str, Any]:
+    other = "xy".replace(axis, "")
+    line = {"dash": "dot", "width": 1, "color": COLORS["grey"]}
+    ends = {f"{axis}0": 1, f"{axis}1": 1, f"{other}0": 0, f"{other}1": 1, f"{other}ref": "paper"}
+    return {"type": "line", "line": line, **ends}

@@ -1,0 +1,187 @@
+r"""Two living relatives of ACP, FOOF and Newton-Muon, as optimizers to compare with.
+
+Both multiply the gradient of a weight by the inverse of the second moment M = E[h hᵀ] of the layer's inputs,
+where ACP centres the gradient and has their covariance C = M − h̄h̄ᵀ; the bias is no part of it. What that
+does to a step is on the page *When does centring pay?*.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Unpack
+
+import torch
+from torch import Tensor, nn
+
+from sogrid.experiments.muon import MuonAndAdam
+from sogrid.factorize import tikhonov_inverse
+from sogrid.method import LayerMethod
+from sogrid.optimizers.layerwise import Layerwise, StatisticsOptions
+from sogrid.parameters import check_count, check_hyperparameter
+from sogrid.statistics import Statistics, input_rows, second_moment
+from sogrid.structured import Factored, ThinInverse, product, quadratic_form, vectorwise
+
+__all__ = ["FOOF", "FOOFMethod", "NewtonMuon", "foof_update", "msgn", "ridged_inverse"]
+
+
+def foof_update(
+    grad_w: Tensor | Factored,
+    grad_b: Tensor | None,
+    inverse: Tensor | ThinInverse,
+    *,
+    lr: float | Tensor,
+) -> tuple[Tensor | Factored, Tensor | None]:
+    """ΔW = −λ ∇W (M + εI)⁻¹ and Δb = −λ ∇b.
+
+    Args:
+        grad_w: ∇W of the mean loss, ``[..., o, i]``; if it is factored, ΔW may be.
+        grad_b: ∇b, ``[..., o]`` or ``None``.
+        inverse: ``[..., i, i]``.
+        lr: λ, a number or ``[...]``.
+    """
+    return product(-lr, grad_w, inverse), None if grad_b is None else -vectorwise(lr) * grad_b
+
+
+class FOOFMethod(LayerMethod):
+    """FOOF as verbs: ACP's with a mean of zero, and the bias apart."""
+
+    uses_mean = False
+
+    def check(self, group):  # noqa: D102
+        check_hyperparameter("damping (ε)", group["damping"])
+
+    def measure(self, rows, group):  # noqa: D102
+        mean, inputs = input_rows(rows.inputs, centered=False)
+        return Statistics(mean, second_moment(inputs))
+
+    def invert(self, statistics, group, name):  # noqa: D102
+        return {"inverse": tikhonov_inverse(statistics.covariance, group["damping"], name, group["rank"])}
+
+    def quadratic_form(self, h, biased, state, group):  # noqa: D102
+        return quadratic_form(h, state["inverse"])
+
+    def update(self, gradient, state, group):  # noqa: D102
+        return foof_update(gradient.w, gradient.b, state["inverse"], lr=group["lr"])
+
+
+class FOOF(Layerwise):
+    """Gradient descent on neurons (Benzing 2022, arXiv 2201.12250) for the layers of a model.
+
+    The formula is the paper's; statistics come now and then from a minibatch, as ACP's do. For a running
+    average of them there is ``averaging``.
+
+    Args:
+        model: See :class:`~sogrid.shell.LayerOptimizer`.
+        lr: Learning rate λ.
+        damping: ε, added to the second moment of the inputs.
+        **options: Those of :class:`~sogrid.optimizers.layerwise.Layerwise`.
+
+    Raises:
+        TypeError: See :class:`~sogrid.shell.LayerOptimizer`.
+        ValueError: See there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor,
+        damping: float | Tensor = 0.1,
+        **options: Unpack[StatisticsOptions],
+    ) -> None:
+        """See the class."""
+        super().__init__(FOOFMethod(), model, lr, {"damping": damping}, **options)
+
+
+def msgn(matrix: Tensor) -> Tensor:
+    """U Vᵀ of the singular value decomposition U S Vᵀ: the nearest matrix whose singular values are all one.
+
+    Example:
+        >>> msgn(torch.tensor([[3.0, 0.0], [0.0, -0.2]])).round().tolist()
+        [[1.0, 0.0], [0.0, -1.0]]
+    """
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u @ vh
+
+
+def ridged_inverse(moment: Tensor, ridge: float = 0.2) -> Tensor:
+    """(M + γI)⁻¹ of ``moment: [i, i]``, with γ = ``ridge`` times the mean of its diagonal."""
+    return tikhonov_inverse(moment, (ridge * moment.diagonal().mean()).item() + 1e-8)
+
+
+class NewtonMuon(MuonAndAdam):
+    """Newton-Muon (Du & Su 2026, arXiv 2604.01472): Muon of ∇W (M + γI)⁻¹ for every linear layer's weight.
+
+    M is a running average of the second moment of the layer's inputs, of which one minibatch in
+    ``refresh_every`` is seen; momentum and orthogonalisation are those of ``torch.optim.Muon``, and Adam has
+    what is no matrix. Unlike the authors', whose first refresh is after ``refresh_every`` updates, it takes
+    the first minibatch's M as it is.
+
+    Args:
+        model: Whose matrices are the weights of linear layers.
+        lr: Learning rate of both.
+        refresh_every: Updates between two refreshes.
+        averaging: Weight of the old M at a refresh.
+        ridge: γ, in multiples of the mean of M's diagonal.
+
+    Raises:
+        ValueError: If another parameter is a matrix, or a hyperparameter is out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float,
+        *,
+        refresh_every: int = 64,
+        averaging: float = 0.95,
+        ridge: float = 0.2,
+    ) -> None:
+        """See the class."""
+        check_count("refresh_every", refresh_every)
+        check_hyperparameter("averaging", averaging, below=1.0)
+        check_hyperparameter("ridge (γ)", ridge, positive=True)
+        self.layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+        weights = {layer.weight for layer in self.layers}
+        if any(p.dim() == 2 and p not in weights for p in model.parameters()):
+            raise ValueError("Newton-Muon trains the matrices of linear layers, and the model has others")
+        super().__init__(model.parameters(), lr)
+        self.refresh_every, self.averaging, self.ridge = refresh_every, averaging, ridge
+        self.updates, self._seen = 0, {}
+        self.moments: dict[int, Tensor] = {}
+        self.inverses: dict[int, Tensor] = {}
+        for index, layer in enumerate(self.layers):
+            layer.register_forward_pre_hook(lambda layer, inputs, index=index: self._see(index, inputs[0]))
+
+    def _see(self, index: int, h: Tensor) -> None:
+        if self.updates % self.refresh_every == 0 and self.layers[index].training and torch.is_grad_enabled():
+            self._seen[index] = h.detach().flatten(0, -2)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+        """As in torch; ``.grad`` of the weights is preconditioned in place."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for index, h in self._seen.items():
+            moment = h.mT @ h / len(h)
+            moment = torch.lerp(moment, self.moments.get(index, moment), self.averaging)
+            self.moments[index], self.inverses[index] = moment, ridged_inverse(moment, self.ridge)
+        self._seen.clear()
+        for index, inverse in self.inverses.items():
+            if (grad := self.layers[index].weight.grad) is not None:
+                grad.copy_(grad @ inverse)
+        super().step()
+        self.updates += 1
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Those of the two, and the statistics."""
+        own = {"updates": self.updates, "moments": dict(self.moments), "inverses": dict(self.inverses)}
+        return super().state_dict() | own
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As in torch."""
+        super().load_state_dict(state_dict)
+        self.updates = state_dict["updates"]
+        self.moments, self.inverses = dict(state_dict["moments"]), dict(state_dict["inverses"])
