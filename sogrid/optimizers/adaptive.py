@@ -54,7 +54,7 @@ DRIFT = 1.25
 """A layer whose q is so many times what it was fresh, or as many times below, is due."""
 
 WARM, LONGEST, AT_ONCE = 100, 32, 0.5
-"""How many updates have their share at the start, lie between two looks at most, and refreshes of one may cost."""
+"""How many updates have their share at the start, are between two looks at most, and a refresh may cost."""
 
 INVERSE, ON_ACCELERATOR = 10.0, 2.0
 """What a multiplication of a factorisation costs in those of a product, and a refresh there, where launches
