@@ -156,7 +156,8 @@ def _due(older: Sequence[tuple[State, Tensor]]) -> bool:
     """Whether a layer has drifted, of states and the forms now; its state says how far."""
     if not older:
         return False
-    sizes = finite.read(torch.stack([form for state, now in older for form in (state[FRESH], now)]))
+    forms = [form for state, now in older for form in (state[FRESH], now)]
+    sizes = finite.read(torch.stack([form.to(forms[0].device) for form in forms]))
     for (state, _), far in zip(older, drifted(sizes[::2], sizes[1::2]), strict=True):
         state[DUE] = far
     return any(state[DUE] for state, _ in older)
