@@ -382,8 +382,8 @@ def time_to_loss(
 
     From the records of learning curves in ``out``, or else of the book: every method with the best of as many
     trials of a search over the same domain, the bounded ones with λ = 10 and, if they have no search of their
-    own, with what was found without the bound. Between two evaluations the logarithm of the loss is taken to be
-    linear in that of the update.
+    own, with what was found without the bound. Between two evaluations the logarithm of the loss is taken to
+    be linear in that of the update.
 
     Args:
         update_ms: Milliseconds per update, by method.
