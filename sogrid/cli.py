@@ -44,7 +44,7 @@ SEARCH = """\
 Search the hyperparameters of every method of a benchmark by biased random search: the same number of
 trials over the same domain, the criterion being the training risk after a fixed number of updates (laptop:
 3,000 of the autoencoder, 5,000 of the CIFAR-10 network). On its way there the worse half of the trials
-ends at each of four comparisons; then the best three are run twice more, and the best is chosen. The
+ends at each of three comparisons; then the best three are run twice more, and the best is chosen. The
 record is OUT/search_BENCHMARK.PROFILE.json; `reproduce` with the same OUT uses it. Stopped, the same
 command goes on. The studies are Optuna's, in OUT/search_BENCHMARK.PROFILE.sqlite3: look at them with
 `optuna-dashboard sqlite:///OUT/search_BENCHMARK.PROFILE.sqlite3`. With --storage, several machines

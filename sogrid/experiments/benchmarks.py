@@ -306,6 +306,5 @@ ours: of updated backpropagation with the true Hessian in the place of Gauss-New
 term; of all second-order methods with a bound on a step (ACP then with the bias term of eq. 6.2.5; λ is 10,
 as any large one does, see the experiment ``learning_rates``); of the amortised ones with statistics of rank
 100, half that of their minibatches. All are searched over the same domain, bounded ones by their bound in
-the place of λ; Adam's and Muon's ``lr`` is 100
-times what torch calls so, that of momentum ten times.
+the place of λ; Adam's and Muon's ``lr`` is 100 times what torch calls so, that of momentum ten times.
 """
