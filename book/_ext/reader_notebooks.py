@@ -11,10 +11,12 @@ that has no Markdown here is a warning, and so fails the build.
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 import shutil
 from base64 import b64encode
+from collections.abc import Callable
 from functools import cache
 from html import escape
 from mimetypes import guess_type
@@ -28,7 +30,8 @@ from sphinx.environment import BuildEnvironment
 from sphinx.util import logging
 
 FOLDER = "lab"
-HIDDEN = {"hide-input", "remove-input", "remove-cell"}
+PLUMBING = {"remove-input", "remove-cell"}
+BEHIND = "# Behind the scenes: numbers, tables and checks of the text\n"  # the line that JupyterLab shows
 CELL_LINES = 10_000  # by which myst-nb numbers the lines of a cell
 SPECIAL = re.compile(r"([\\`*_\[\]<>$~|&])")
 BLOCK_MARK = re.compile(r"^(\d*)([-+#.)])(?=[\s#]|$)")  # of an item or a heading
@@ -52,13 +55,13 @@ class Markdown:
     """Markdown of resolved nodes, as JupyterLab reads it: GitHub's, with `$` mathematics and some HTML.
 
     Args:
+        folder: Where the names of images begin.
         link: From a reference to its address.
         number: From a figure to what is written before its caption.
     """
 
-    def __init__(self, link, number):
-        self.link, self.number = link, number
-        self.attachments: dict[str, Path] = {}
+    def __init__(self, folder: Path, link: Callable, number: Callable):
+        self.folder, self.link, self.number = folder, link, number
 
     def inline(self, node: nodes.Node) -> str:
         """Of a node inside a paragraph."""
@@ -111,7 +114,7 @@ class Markdown:
     def inline_reference(self, node):
         return f"[{self.children(node)}](<{self.link(node)}>)"
 
-    inline_literal_emphasis, inline_literal_strong = inline_emphasis, inline_strong
+    inline_literal_emphasis, inline_literal_strong = children, inline_literal
     inline_number_reference = inline_reference
 
     # Paragraphs, and what holds them.
@@ -119,7 +122,7 @@ class Markdown:
     block_paragraph = block_compact_paragraph = line
     block_container = block_compound = block_glossary = block_definition = block_desc_content = blocks
     block_field_body = block_desc = blocks
-    block_target = block_index = block_comment = nothing
+    block_target = block_index = block_comment = block_toctree = nothing
 
     def block_PassthroughTextElement(self, node):
         return f"**{self.line(node)}**"
@@ -190,10 +193,9 @@ class Markdown:
         return f"*{self.number(node.parent)}.* {self.line(node)}"
 
     def block_image(self, node):
-        file = Path(node["uri"])
-        self.attachments[file.name] = file
-        alt = escape(node.get("alt", ""))
-        return f'<img class="jp-needs-light-background" src="attachment:{file.name}" alt="{alt}">'
+        data = b64encode((self.folder / node["uri"]).read_bytes()).decode()
+        address = f"data:{guess_type(node['uri'])[0]};base64,{data}"
+        return f'<img class="jp-needs-light-background" src="{address}" alt="{escape(node.get("alt", ""))}">'
 
     def block_dropdown_main(self, node):
         title, body = node
@@ -245,7 +247,7 @@ class Reader:
         Raises:
             NoMarkdownError: If the page has a node of a kind that has no Markdown.
         """
-        writer = Markdown(self.link, self.number)
+        writer = Markdown(Path(self.app.srcdir), self.link, self.number)
         source, texts, captions = Path(self.env.doc2path(self.page)), {}, {}
         for cell, level, node in cells_of(doctree):
             if isinstance(node, nodes.container) and node.get("nb_element") == "cell_code":
@@ -263,7 +265,7 @@ class Reader:
             if cell and cell.cell_type == "code":
                 book.cells += [code_cell(f"{i}", cell), text_cell(f"{i}-caption", captions.get(i, []))]
             else:
-                book.cells.append(text_cell(f"{i}", texts.get(i, []), writer.attachments))
+                book.cells.append(text_cell(f"{i}", texts.get(i, [])))
         book.cells = [cell for cell in book.cells if cell.source]
         return book
 
@@ -298,33 +300,28 @@ class Reader:
             way(root if root not in (self.page, before) else None, "{}"),
             way(after, "{} →"),
         )
-        address = self.app.config.html_theme_options.get("repository_url")
+        title, address = self.app.config.html_title, os.environ.get("SOGRID_REPOSITORY")
         return BANNER.format(
             ways=" · ".join(filter(None, ways)),
             title=writer.children(titles[self.page]),
-            book=f"[{self.app.config.html_title}](<{address}>)" if address else self.app.config.html_title,
+            book=f"[{title}](<{address}>)" if address else title,
             run=RUN if runs else "",
             place=f"_build/{Path(self.app.outdir).name}/{self.page}.html",
         )
 
 
-def text_cell(name: str, blocks: list[str], files: dict[str, Path] | None = None):
-    """A cell of text, with those of the files that it shows."""
-    cell = nbformat.v4.new_markdown_cell("\n\n".join(filter(None, blocks)), id=name)
-    shown = {name: file for name, file in (files or {}).items() if f"attachment:{name}" in cell.source}
-    if shown:
-        cell.attachments = {
-            name: {guess_type(name)[0]: b64encode(file.read_bytes()).decode()} for name, file in shown.items()
-        }
-    return cell
+def text_cell(name: str, blocks: list[str]) -> nbformat.NotebookNode:
+    """A cell of text."""
+    return nbformat.v4.new_markdown_cell("\n\n".join(filter(None, blocks)), id=name)
 
 
-def code_cell(name: str, cell):
-    """The chapter's code, collapsed if the book does not show it."""
-    tags = cell.metadata.get("tags", [])
-    hidden = {"source_hidden": True} if HIDDEN.intersection(tags) else {}
-    hidden |= {"outputs_hidden": True} if "remove-cell" in tags else {}
-    return nbformat.v4.new_code_cell(cell.source, id=name, metadata={"jupyter": hidden} if hidden else {})
+def code_cell(name: str, cell: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """The chapter's code, collapsed where the book does not show it."""
+    tags = set(cell.metadata.get("tags", []))
+    metadata = {"source_hidden": True} if tags & {"hide-input", *PLUMBING} else {}
+    metadata |= {"outputs_hidden": True} if "remove-cell" in tags else {}
+    source = BEHIND * bool(tags & PLUMBING) + cell.source
+    return nbformat.v4.new_code_cell(source, id=name, metadata={"jupyter": metadata} if metadata else {})
 
 
 @cache
@@ -382,7 +379,7 @@ class Notebooks:
 def setup(app: Sphinx) -> dict:
     notebooks = Notebooks()
     app.connect("env-get-outdated", notebooks.missing)
-    app.connect("doctree-resolved", notebooks.write, priority=900)
+    app.connect("doctree-resolved", notebooks.write, priority=100)  # before what is added for HTML alone
     app.connect("html-page-context", notebooks.offer, priority=400)
     app.connect("build-finished", notebooks.publish)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

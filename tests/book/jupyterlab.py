@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.error import URLError
 from urllib.request import urlopen
 
 from book.screenshots import until
@@ -28,7 +29,13 @@ def server(root: Path, folder: Path) -> Iterator[str]:
         file.write_text(json.dumps(settings))
     names = "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR"
     own = {name: str(folder / name) for name in names} | {"JUPYTERLAB_SETTINGS_DIR": str(folder / "settings")}
-    options = "--no-browser", "--allow-root", "--ServerApp.port=0", "--IdentityProvider.token=", "--expose-app-in-browser"
+    options = (
+        "--no-browser",
+        "--allow-root",
+        "--ServerApp.port=0",
+        "--IdentityProvider.token=",
+        "--expose-app-in-browser",
+    )
     command = [sys.executable, "-m", "jupyterlab", *options, f"--ServerApp.root_dir={root}"]
     environment = {k: v for k, v in os.environ.items() if k != "SOGRID_BOOK"} | own
     with (folder / "log").open("w") as log:
@@ -38,8 +45,57 @@ def server(root: Path, folder: Path) -> Iterator[str]:
             until(lambda: process.poll() is not None or list(found.glob("jpserver-*.json")), 60)
             (state,) = found.glob("jpserver-*.json")
             address = json.loads(state.read_text())["url"]
-            until(lambda: urlopen(f"{address}api/status").status == 200, 60)
+            until(lambda: answers(f"{address}api/status"), 60)
             yield address
         finally:
             process.terminate()
             process.wait(30)
+
+
+def answers(address: str) -> bool:
+    """Whether there is a server already."""
+    try:
+        return urlopen(address).status == 200
+    except URLError:
+        return False
+
+
+def enter(driver, address: str) -> None:
+    """Open JupyterLab."""
+    driver.get(f"{address}lab")
+    until(lambda: driver.execute_script("return Boolean(window.jupyterapp)"), 60)
+    driver.execute_async_script("jupyterapp.restored.then(() => arguments[0]())")
+
+
+def open_page(driver, path: str, kernel: bool = False) -> None:
+    """Open a notebook, with a kernel or without, and wait until its text is shown and typeset."""
+    driver.execute_async_script(
+        """
+        const [path, shouldStart, done] = arguments;
+        const kernelPreference = { shouldStart, canStart: shouldStart, autoStartDefault: shouldStart };
+        const ready = async (panel) => {
+          await panel.context.ready;
+          await panel.revealed;
+          if (shouldStart) await panel.sessionContext.ready;
+          const texts = panel.content.widgets.filter((cell) => cell.model.type === "markdown");
+          const shown = (cell) => {
+            const output = cell.node.querySelector(".jp-MarkdownOutput");
+            return output?.children.length && !output.innerText.includes("$");
+          };
+          const patience = performance.now() + 10000;
+          const poll = () => {
+            if (texts.every(shown) || performance.now() > patience) done(texts.length);
+            else setTimeout(poll, 20);
+          };
+          poll();
+        };
+        jupyterapp.commands.execute("docmanager:open", { path, kernelPreference }).then(ready);
+        """,
+        path,
+        kernel,
+    )
+
+
+def close(driver) -> None:
+    """Close the notebook that is open, without saving it."""
+    driver.execute_script("jupyterapp.shell.currentWidget.dispose()")

@@ -44,7 +44,9 @@ def test_cache_depends_on_the_data_folder(extension, project, monkeypatch):
     assert extension.inputs_hash(project) != before
 
 
-@pytest.mark.parametrize("name", ["book/index.md", "sogrid/__pycache__/a.pyc", "sogrid/.hidden"])
+@pytest.mark.parametrize(
+    "name", ["book/index.md", "sogrid/__pycache__/a.pyc", "sogrid/.hidden", "book/lab/.ruff_cache/a"]
+)
 def test_cache_does_not_depend_on_prose_or_leftovers(extension, project, name):
     before = extension.inputs_hash(project)
     (project / name).parent.mkdir(exist_ok=True)
