@@ -36,13 +36,15 @@ CELL_LINES = 10_000  # by which myst-nb numbers the lines of a cell
 SPECIAL = re.compile(r"([\\`*_\[\]<>$~|&])")
 BLOCK_MARK = re.compile(r"^(\d*)([-+#.)])(?=[\s#]|$)")  # of an item or a heading
 BANNER = """\
-{ways}
+**{title}**, a page of *{book}*: `{place}`
 
-*{title}*: a page of **{book}**, as a notebook.{run} In the book this page is `{place}`. Keep what you change
-under another name: this file is written anew with the book."""
-RUN = """ **Run ▸ Run All Cells** draws its figures and brings its sliders to life; a click on
-a bar opens the code that is folded there. Numbers in the text are those of the book."""
+{run}Keep what you change under another name: this file is written anew with the book.
 
+{ways}"""
+RUN = """\
+**Run ▸ Run All Cells** draws the figures and brings sliders to life. A bar is folded code: click it. Numbers in
+the text are those of the book. """
+KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}  # JupyterLab asks otherwise
 
 logger = logging.getLogger(__name__)
 
@@ -256,9 +258,10 @@ class Reader:
                 texts.setdefault(cell, []).append(
                     writer.heading(node, level) if level else writer.block(node)
                 )
-        book = (
-            nbformat.read(source, as_version=4) if source.suffix == ".ipynb" else nbformat.v4.new_notebook()
-        )
+        if source.suffix == ".ipynb":
+            book = nbformat.read(source, as_version=4)
+        else:
+            book = nbformat.v4.new_notebook(metadata={"kernelspec": KERNEL})
         sources = [*book.cells, *[None] * (1 + max(texts) - len(book.cells))]
         book.cells = [text_cell("reader", [self.banner(writer, bool(book.cells))])]
         for i, cell in enumerate(sources):

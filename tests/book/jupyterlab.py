@@ -99,3 +99,52 @@ def open_page(driver, path: str, kernel: bool = False) -> None:
 def close(driver) -> None:
     """Close the notebook that is open, without saving it."""
     driver.execute_script("jupyterapp.shell.currentWidget.dispose()")
+
+
+def current(driver) -> dict:
+    """Path of the notebook that is open, and what of its text is on the screen."""
+    return driver.execute_script(
+        """
+        const panel = jupyterapp.shell.currentWidget;
+        const { top, bottom } = panel.content.node.getBoundingClientRect();
+        const seen = (node) => {
+          const box = node.getBoundingClientRect();
+          return box.bottom > top && box.top < bottom;
+        };
+        const blocks = [...panel.node.querySelectorAll(".jp-MarkdownOutput > *")];
+        return { path: panel.context.path, text: blocks.filter(seen).map((b) => b.innerText).join("\\n") };
+        """
+    )
+
+
+def run_all(driver) -> list[str]:
+    """Run every cell, and give the errors."""
+    return driver.execute_async_script(
+        """
+        const done = arguments[0];
+        const errors = () => jupyterapp.shell.currentWidget.content.widgets
+          .flatMap((cell) => cell.model.outputs?.toJSON() ?? [])
+          .filter((output) => output.output_type === "error" || output.name === "stderr")
+          .map((output) => output.evalue ?? output.text);
+        jupyterapp.commands.execute("notebook:run-all-cells").then(() => done(errors()));
+        """
+    )
+
+
+def drawn(driver) -> list[str]:
+    """What every figure of the notebook shows, as paths, when they no longer change."""
+    return driver.execute_async_script(
+        """
+        const done = arguments[0];
+        const panel = jupyterapp.shell.currentWidget.node;
+        const lines = () => [...panel.querySelectorAll(".js-plotly-plot path[d]")].map(
+          (line) => line.getAttribute("d") + line.getAttribute("style") + line.getAttribute("transform")
+        );
+        const poll = (before) => setTimeout(() => {
+          const now = lines();
+          if (now.join() === before.join()) done(now);
+          else poll(now);
+        }, 500);
+        poll(lines());
+        """
+    )

@@ -11,10 +11,11 @@ from urllib.parse import urlsplit
 
 import nbformat
 import pytest
-from book.screenshots import DESKTOP, HTML, find_chromium, resize
+from book.screenshots import DESKTOP, HTML, find_chromium, resize, until
 from book.test_pages import ROOT, listed_pages
 from markdown_it import MarkdownIt
 from mdit_py_plugins.dollarmath import dollarmath_plugin
+from selenium.webdriver import Keys
 
 from book import jupyterlab
 
@@ -55,6 +56,7 @@ def test_a_notebook_says_first_which_page_it_is(page):
     first = notebook(page).cells[0]
     assert first.id == "reader"
     assert f"_build/html/{page}.html" in first.source
+    assert notebook(page).metadata.kernelspec.name == "python3"  # JupyterLab asks for one otherwise
 
 
 @pytest.mark.parametrize("page", CHAPTERS)
@@ -158,11 +160,50 @@ Promise.all(images.map(broken)).then((lost) => done({
 """
 
 
-@EVERY
-def test_a_page_in_jupyterlab_is_text_formulas_and_drawings(lab, page):
-    jupyterlab.open_page(lab, f"{page}.ipynb")
-    found = lab.execute_async_script(LEFT, RAW.pattern)
+def test_pages_in_jupyterlab_are_text_formulas_and_drawings(lab):
+    """All of them, for one server and one browser."""
+    wrong = {}
+    for page in PAGES:
+        jupyterlab.open_page(lab, f"{page}.ipynb")
+        found = lab.execute_async_script(LEFT, RAW.pattern)
+        jupyterlab.close(lab)
+        wanted = {"raw": [], "lost": [], "errors": [], "open": 0, "cells": len(texts(page))}
+        wanted["images"] = sum(cell.source.count("<img") for cell in texts(page))
+        wrong |= {page: found} if found != wanted else {}
+    assert not wrong
+
+
+def test_references_open_their_cell(lab):
+    """In another page, and in the same. (Without windowing JupyterLab finds only cells of a page that is open.)"""
+    heading = "What differs from the thesis"
+
+    def there():
+        return (
+            jupyterlab.current(lab)["path"] == f"{DRAWN}.ipynb" and heading in jupyterlab.current(lab)["text"]
+        )
+
+    jupyterlab.open_page(lab, f"{DRAWN}.ipynb")
+    assert not there()
+    jupyterlab.open_page(lab, "book/errata.ipynb")
+    lab.find_element("link text", "§2.1.2").click()
+    until(there, 30)
+    link = lab.find_element("link text", "see erratum E1")
+    lab.execute_script("arguments[0].scrollIntoView()", link)
+    until(lambda: not there())
+    link.click()
+    until(there)
     jupyterlab.close(lab)
-    assert found.pop("cells") == len(texts(page))
-    assert found.pop("images") == sum(cell.source.count("<img") for cell in texts(page))
-    assert found == {"raw": [], "lost": [], "errors": [], "open": 0}
+    jupyterlab.close(lab)
+
+
+def test_a_page_runs_to_its_end_and_its_sliders_live(lab):
+    """From a fresh kernel, with figures and explorers drawn."""
+    jupyterlab.open_page(lab, f"{SLIDERS}.ipynb", kernel=True)
+    assert jupyterlab.run_all(lab) == []
+    until(lambda: lab.find_elements("css selector", ".jp-OutputArea .js-plotly-plot .main-svg"))
+    before = jupyterlab.drawn(lab)
+    assert len(before) > 100
+    slider = lab.find_element("css selector", ".jp-OutputArea .widget-slider .noUi-handle")
+    slider.send_keys(Keys.ARROW_RIGHT)
+    until(lambda: jupyterlab.drawn(lab) != before, 30)
+    jupyterlab.close(lab)
