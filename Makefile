@@ -10,6 +10,7 @@ BIN = $(VENV)/bin
 STAMP = $(VENV)/.sogrid-installed
 PEERS = $(VENV)/peers
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+LAB = _build/lab/book/index.ipynb
 NOTEBOOKS = find book -name '*.ipynb' ! -path '*/.ipynb_checkpoints/*'
 
 .PHONY: help install book book-fresh test test-browser test-all claims lint format lab experiments bench clean
@@ -68,8 +69,9 @@ format: $(STAMP) ## Format code and notebooks, and strip outputs
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-lab: $(STAMP) ## Open the chapters in JupyterLab
-	$(BIN)/jupyter lab book
+lab: $(STAMP) ## Open the book in JupyterLab: each page a notebook to run (builds the book if it is not there)
+	@test -e $(LAB) || $(MAKE) book
+	$(BIN)/jupyter lab $(LAB)
 
 experiments: $(STAMP) ## Run the figures' templates: FIG=fig6_2 (default: all) PROFILE=smoke, laptop or thesis
 	@mkdir -p out

@@ -53,7 +53,9 @@ def inputs_hash(root: Path) -> str:
         path = root / name
         files = sorted(path.rglob("*")) if path.is_dir() else [path]
         for file in files:
-            if file.is_file() and "__pycache__" not in file.parts and not file.name.startswith("."):
+            if file.is_file() and not any(
+                p.startswith((".", "__pycache__")) for p in file.relative_to(root).parts
+            ):
                 digest.update(f"{file.relative_to(root).as_posix()}\0".encode())
                 digest.update(hashlib.sha256(file.read_bytes()).digest())
     for name in VERSIONS:

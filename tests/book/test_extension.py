@@ -1,4 +1,4 @@
-"""The book's Sphinx extension: what its cache depends on, and what it takes off a page."""
+"""The book's Sphinx extensions: what the cache depends on, what is taken off a page, what JupyterLab is given."""
 
 import importlib.util
 import os
@@ -6,16 +6,21 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from docutils import nodes
 
-SOURCE = Path(__file__).resolve().parents[2] / "book" / "_ext" / "sogrid_book.py"
+FOLDER = Path(__file__).resolve().parents[2] / "book" / "_ext"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def extension():
-    spec = importlib.util.spec_from_file_location("sogrid_book", SOURCE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("sogrid_book")
 
 
 @pytest.fixture
@@ -44,7 +49,9 @@ def test_cache_depends_on_the_data_folder(extension, project, monkeypatch):
     assert extension.inputs_hash(project) != before
 
 
-@pytest.mark.parametrize("name", ["book/index.md", "sogrid/__pycache__/a.pyc", "sogrid/.hidden"])
+@pytest.mark.parametrize(
+    "name", ["book/index.md", "sogrid/__pycache__/a.pyc", "sogrid/.hidden", "book/lab/.ruff_cache/a"]
+)
 def test_cache_does_not_depend_on_prose_or_leftovers(extension, project, name):
     before = extension.inputs_hash(project)
     (project / name).parent.mkdir(exist_ok=True)
@@ -104,3 +111,40 @@ def test_screen_readers_hear_what_is_there(extension):
 def test_a_missing_package_is_named(extension):
     with pytest.raises(RuntimeError, match="no-such-package"):
         extension.package_folder("no-such-package")
+
+
+@pytest.fixture(scope="module")
+def markdown():
+    """The writer of reader notebooks, with references to `there`."""
+    module = load("reader_notebooks")
+    return module.Markdown(Path(), lambda reference: "there", lambda figure: "Fig. 1"), module.NoMarkdownError
+
+
+def paragraph(*children):
+    return nodes.paragraph("", "", *children)
+
+
+@pytest.mark.parametrize(
+    ("node", "text"),
+    [
+        (paragraph(nodes.Text("a_1 * b $ <c> [d]\n`e`")), r"a\_1 \* b \$ \<c\> \[d\] \`e\`"),
+        (paragraph(nodes.Text("1. no item")), r"1\. no item"),
+        (paragraph(nodes.Text("2.1.2")), "2.1.2"),
+        (paragraph(nodes.math("", "a\n|b|")), "$a |b|$"),
+        (paragraph(nodes.literal("", "a`b")), "`` a`b ``"),
+        (paragraph(nodes.reference("", "", nodes.emphasis("", "a"))), "[*a*](<there>)"),
+        (nodes.bullet_list("", nodes.list_item("", *map(paragraph, map(nodes.Text, "ab")))), "- a\n\n  b"),
+        (nodes.enumerated_list("", nodes.list_item("", paragraph(nodes.Text("a"))), start=3), "3. a"),
+        (nodes.math_block("", "a\n"), "$$\na\n$$"),
+        (nodes.literal_block("", "a = 1", language="python"), "```python\na = 1\n```"),
+        (nodes.block_quote("", paragraph(nodes.Text("a")), paragraph(nodes.Text("b"))), "> a\n> \n> b"),
+    ],
+)
+def test_text_is_written_for_jupyterlab(markdown, node, text):
+    assert markdown[0].block(node) == text
+
+
+def test_a_node_without_markdown_is_named(markdown):
+    writer, error = markdown
+    with pytest.raises(error, match="sidebar"):
+        writer.block(nodes.sidebar())
