@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import plotly.graph_objects as go
@@ -57,6 +58,17 @@ def contrast(a: float, b: float) -> float:
 def test_colours_stand_out_on_both_pages(name, page):
     code = plotting.COLORS[name]
     assert contrast(LUMINANCE @ linear(code), LUMINANCE @ linear(page)) >= 3
+
+
+@pytest.mark.parametrize("name", plotting.COLORS)
+def test_lines_stand_out_on_the_dark_page(name):
+    """Where the style sheet makes them brighter."""
+    css = (Path(plotting.__file__).parents[1] / "_assets/css/sogrid-book.css").read_text(encoding="utf-8")
+    (factor,) = re.findall(r"filter: brightness\(([\d.]+)\)", css)
+    (page,) = re.findall(r'"dark"\] \{[^}]*--sogrid-paper: (#\w+)', css)
+    bright = [min(255, round(float(factor) * v)) for v in bytes.fromhex(plotting.COLORS[name][1:])]
+    line, paper = (LUMINANCE @ linear(code) for code in (f"#{bytes(bright).hex()}", page))
+    assert contrast(line, paper) >= 4.5
 
 
 @pytest.mark.parametrize("vision", VISION)

@@ -11,6 +11,7 @@
 
   const library = new URL("../vendor/plotly/plotly.min.js", document.currentScript.src).href;
   const touch = matchMedia("(hover: none)").matches;
+  const DECADE = 90; // pixels
   const drawn = new Set();
   let loading = null;
 
@@ -39,10 +40,17 @@
     };
   }
 
+  /* Where a logarithmic axis has no room for 2 and 5 between the powers of ten, the powers. */
+  function sparser({ _fullLayout: layout }) {
+    const axes = Object.keys(layout).filter((name) => name.startsWith("xaxis") && layout[name].dtick === "D2");
+    const room = ({ _length: pixels, range: [low, high] }) => pixels / Math.abs(high - low);
+    return Object.fromEntries(axes.filter((name) => room(layout[name]) < DECADE).map((name) => [`${name}.dtick`, 1]));
+  }
+
   /* Gives a figure the colours of the theme, which it then names (`data-drawn`, for whoever waits). */
   async function colour(element) {
     const name = document.documentElement.dataset.theme;
-    await Plotly.relayout(element, theme());
+    await Plotly.relayout(element, { ...theme(), ...sparser(element) });
     element.dataset.drawn = name ?? "true";
   }
 
