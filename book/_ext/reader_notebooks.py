@@ -42,8 +42,8 @@ BANNER = """\
 
 {ways}"""
 RUN = """\
-**Run ▸ Run All Cells** draws the figures and brings sliders to life. A bar is folded code: click it. Numbers in
-the text are those of the book. """
+**Run ▸ Run All Cells** draws the figures and brings sliders to life. A bar is folded code: click it. Numbers
+in the text are those of the book. """
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}  # JupyterLab asks otherwise
 
 logger = logging.getLogger(__name__)
@@ -279,7 +279,7 @@ class Reader:
             return reference["refuri"]
         target = posixpath.normpath(posixpath.join(posixpath.dirname(self.page), file)).removesuffix(".html")
         cell = places(self.env, target if file else self.page).get(anchor)
-        return (self.beside(target) if file else "") + (f"#cell-id={cell}" if cell else "")
+        return (self.beside(target) if file else "") + ("" if cell is None else f"#cell-id={cell}")
 
     def beside(self, page: str) -> str:
         """Address of another page."""
@@ -375,7 +375,7 @@ class Notebooks:
 
     def publish(self, app: Sphinx, exception: Exception | None) -> None:
         """Put them where the button of a page looks for its source."""
-        for page in self.written:
+        for page in self.written if exception is None else ():
             shutil.copyfile(self.file(app, page), Path(app.outdir) / "_sources" / f"{page}.ipynb")
 
 

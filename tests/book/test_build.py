@@ -59,13 +59,13 @@ def builds(tmp_path_factory):
     broken = [build(book), build(book)]
     write(book, "raises", "1 / 1")
     (book / "book/results/r.json").write_text("two")
-    notebook = book / "_build/lab/book/counts.ipynb"
-    first = notebook.read_text()
-    notebook.unlink()
     mended = build(book, SOGRID_REPOSITORY="https://github.com/someone/sogrid")
     page = (book / "_build/html/book/counts.html").read_text()
     links = re.findall(r'href="(https://[^"]+)"', page)
-    return [*broken, mended | {"links": links, "notebooks": [first, notebook.read_text()]}]
+    return [
+        *broken,
+        mended | {"links": links, "notebook": (book / "_build/lab/book/counts.ipynb").read_text()},
+    ]
 
 
 def test_a_page_that_raises_fails_every_build(builds):
@@ -82,9 +82,6 @@ def test_a_published_page_opens_in_binder_and_colab(builds):
     assert set(SERVICES) <= set(builds[-1]["links"])
 
 
-def test_a_page_has_its_notebook_again_where_it_was_removed(builds):
-    """It says where the book is, if that is known."""
-    first, again = builds[-1]["notebooks"]
-    assert "A page" in first
-    assert "github.com" not in first
-    assert "https://github.com/someone/sogrid" in again
+def test_a_notebook_says_where_the_book_is(builds):
+    """If that is known."""
+    assert "https://github.com/someone/sogrid" in builds[-1]["notebook"]

@@ -1,4 +1,4 @@
-"""The book's Sphinx extensions: what the cache depends on, what is taken off a page, what JupyterLab is given."""
+"""The book's Sphinx extensions: what the cache depends on, what a page loses, what JupyterLab is given."""
 
 import importlib.util
 import os
@@ -148,3 +148,13 @@ def test_a_node_without_markdown_is_named(markdown):
     writer, error = markdown
     with pytest.raises(error, match="sidebar"):
         writer.block(nodes.sidebar())
+
+
+def test_a_page_without_its_notebook_is_read_again(tmp_path):
+    notebooks = load("reader_notebooks").Notebooks()
+    app = SimpleNamespace(outdir=tmp_path / "html")
+    env = SimpleNamespace(found_docs={"book/a", "book/b"})
+    assert notebooks.missing(app, env) == ["book/a", "book/b"]
+    notebooks.file(app, "book/a").parent.mkdir(parents=True)
+    notebooks.file(app, "book/a").touch()
+    assert notebooks.missing(app, env) == ["book/b"]

@@ -174,7 +174,7 @@ def test_pages_in_jupyterlab_are_text_formulas_and_drawings(lab):
 
 
 def test_references_open_their_cell(lab):
-    """In another page, and in the same. (Without windowing JupyterLab finds only cells of a page that is open.)"""
+    """In another page, and in the same. (Without windowing JupyterLab finds cells of open pages alone.)"""
     heading = "What differs from the thesis"
 
     def there():
