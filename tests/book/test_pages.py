@@ -128,3 +128,19 @@ def test_figures_of_a_page_are_named_and_captioned(path):
     ]
     assert all(f.get("name") and f.get("caption") for f in figures)
     assert len({f["name"] for f in figures}) == len(figures)
+
+
+CHAPTERS = [p for p in NOTEBOOKS if re.match("(ch[12356]|appendix)", p.relative_to(BOOK).as_posix())]
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in CHAPTERS if p.name != "experiments.ipynb"],
+    ids=lambda p: p.relative_to(BOOK).as_posix(),
+)
+def test_a_chapter_opens_with_a_question_and_its_figure(path):
+    """And nothing between the two: the code of the figure is folded."""
+    text, figure = json.loads(path.read_text(encoding="utf-8"))["cells"][:2]
+    assert re.search(r"^# .+\n\n\*[^*]+\?\*", "".join(text["source"]), re.MULTILINE)
+    assert "hide-input" in figure["metadata"]["tags"]
+    assert figure["metadata"]["mystnb"]["figure"]["caption"]
