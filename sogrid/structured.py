@@ -238,10 +238,11 @@ def add_product(
         c, beta = matrixwise(beta) * c, 1.0
     if isinstance(alpha, Tensor):
         x, alpha = matrixwise(alpha) * x, 1.0
-    dims = {c.dim(), x.dim(), y.dim()}
-    if dims == {2}:
+    dims, most = {c.dim(), x.dim(), y.dim()}, torch.finfo(x.dtype).max
+    fits = abs(beta) <= most and abs(alpha) <= most
+    if dims == {2} and fits:
         return torch.addmm(c, x, y, beta=beta, alpha=alpha)
-    if dims == {3} and len(x) == len(y):
+    if dims == {3} and fits and len(x) == len(y):
         return torch.baddbmm(c, x, y, beta=beta, alpha=alpha)
     product = (x if alpha == 1 else alpha * x) @ y
     return product if beta == 0 else product + (c if beta == 1 else beta * c)

@@ -88,7 +88,7 @@ OPTIMIZERS = [
     Method("acp, averaging", ACP, {**ALGORITHM_4, "averaging": 0.6, "refresh_every": 2}),
     Method("acp, rank 2", ACP, {**ALGORITHM_4, "rank": 2, "averaging": 0.6}),
     Method("acp, as it comes", ACP, {"lr": 10.0}),
-    Method("acp, adaptive", ACP, {**HALF, "refresh_every": "adaptive", "momentum": 0.5}),
+    Method("acp, adaptive", ACP, {**HALF, "refresh_every": "adaptive"}),
     Method("kfac, exact fisher", KFAC, {**SHARED, "curvature": "fisher_exact"}),
     Method("kfac, sampled fisher", KFAC, {**SHARED, "curvature": "fisher_sampled", "refresh_every": 2}),
     Method("kfac, gauss-newton", KFAC, {**SHARED, "curvature": "gauss_newton_probabilities"}),

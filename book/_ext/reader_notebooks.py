@@ -149,6 +149,8 @@ class Markdown:
     def block_block_quote(self, node):
         return indent(self.blocks(node), "> ", lambda line: True)
 
+    block_sidebar = block_block_quote  # a margin note
+
     def items(self, node, marks):
         items = [
             indent(self.blocks(item), " " * (len(mark) + 1))[len(mark) + 1 :]

@@ -186,9 +186,8 @@ def test_two_optimizers_of_the_package_share_a_model(method):
         x, y = batch(seed)
         model.zero_grad()
         LOSS(model(x), y).backward()
-        two.refresh(
-            lambda: LOSS(model(batch(1)[0]), batch(1)[1])
-        ) if seed == 1 and not method.samples else None
+        if seed == 1 and not (method.samples or "adaptive" in method.name):  # which looks at what comes after
+            two.refresh(lambda: LOSS(model(batch(1)[0]), batch(1)[1]))
         one.step()
         two.step()
     assert_close(parameters(model), parameters(reference))
