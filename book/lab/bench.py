@@ -147,14 +147,14 @@ NETWORKS = {
 BESIDE = {
     SGD: lambda model, lr, **_: torch.optim.SGD(model.parameters(), lr),
     "adam": lambda model, lr, **_: torch.optim.Adam(model.parameters(), lr),
-    "acp unbounded": lambda model, loss, **o: ACP(model, **o, max_change=None),
+    "acp_fixedalpha unbounded": lambda model, loss, **o: ACP(model, **o, max_change=None),
     "acp_bounded": lambda model, loss, **o: ACP(model, **o),
     "kfac unbounded": lambda model, **o: KFAC(model, **o, max_change=None),
     "kfac_bounded": lambda model, **o: KFAC(model, **o),
-    "kfac reduced": lambda model, **o: KFAC(model, **o, shared="reduce"),
-    "ekfac": lambda model, **o: EKFAC(model, **o),
-    "acp factored": lambda model, loss, **o: ACP(model, **o, gradients="factored"),
-    "kfac factored": lambda model, **o: KFAC(model, **o, gradients="factored"),
+    "kfac_bounded reduced": lambda model, **o: KFAC(model, **o, shared="reduce"),
+    "EKFAC": lambda model, **o: EKFAC(model, **o),
+    "acp_bounded factored": lambda model, loss, **o: ACP(model, **o, gradients="factored"),
+    "kfac_bounded factored": lambda model, **o: KFAC(model, **o, gradients="factored"),
 }
 """Optimizers of these, by row; ours bounded, as they come, and refreshed as in the benchmarks."""
 
@@ -164,7 +164,7 @@ AIMS = {
         **{"acp_fixedalpha": 1.25, "acp_bounded": 1.25, "acp": 1.30, "nnn2": 1.30, "nnn2_bounded": 1.30},
         **{"kfac": 1.55, "kfac_bounded": 1.55, "jaco_update": 3.6, "jaco_update_bounded": 3.6},
     },
-    "narrow": {"acp unbounded": 1.4, "kfac unbounded": 1.5},
+    "narrow": {"acp_fixedalpha unbounded": 1.4, "kfac unbounded": 1.5},
     CIFAR: {
         **{"acp_fixedalpha": 1.60, "acp_bounded": 1.60, "acp": 1.60, "nnn2": 1.70, "nnn2_bounded": 1.70},
         **{"kfac": 1.90, "kfac_bounded": 1.90},

@@ -146,8 +146,8 @@ def test_text_is_written_for_jupyterlab(markdown, node, text):
 
 def test_a_node_without_markdown_is_named(markdown):
     writer, error = markdown
-    with pytest.raises(error, match="sidebar"):
-        writer.block(nodes.sidebar())
+    with pytest.raises(error, match="topic"):
+        writer.block(nodes.topic())
 
 
 def test_a_page_without_its_notebook_is_read_again(tmp_path):
