@@ -94,7 +94,7 @@ class LayerMethod:
 
         Args:
             h: ``[..., n, i]``.
-            mean_h: h̄ of the whole minibatch, as in :class:`Gradient`.
+            mean_h: h̄ of the whole minibatch, as in :class:`sogrid.method.Gradient`.
             biased: Whether the layer has a bias that is trained.
             state: As for :meth:`update`.
             group: Likewise.

@@ -32,7 +32,7 @@ from sogrid.watching import GROUP_KEYS, MOMENTUM, Watching
 __all__ = ["AT_ONCE", "LayerOptimizer", "LayerOptions", "Ready", "near"]
 
 AT_ONCE = 2**24
-"""Weights, about, whose changes are there at once: fewer operations, for some memory."""
+"""The changes of about so many weights are there at once; more take fewer operations, and more memory."""
 
 View = Callable[[Tensor], Tensor]
 

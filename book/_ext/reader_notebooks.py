@@ -131,6 +131,10 @@ class Markdown:
 
     block_rubric = block_field_name = block_PassthroughTextElement
 
+    def block_title(self, node):
+        """Of a margin note, if it has one; those of sections are headings."""
+        return self.block_PassthroughTextElement(node) if node.astext() else ""
+
     def block_math_block(self, node):
         tag = rf" \tag{{{node['number']}}}" if node.get("label") else ""
         return f"$$\n{node.astext().strip()}{tag}\n$$"
