@@ -18,7 +18,7 @@ import plotly.graph_objects as go
 import torch
 from tqdm.auto import tqdm
 
-from lab.plotting import COLORS, color, figure, style
+from lab.plotting import COLORS, color, figure
 from sogrid.experiments import data
 from sogrid.experiments.benchmarks import BATCH, BENCHMARKS, Task
 from sogrid.experiments.records import Record, provenance
@@ -277,7 +277,7 @@ def curves(content: dict[str, Any], method: str) -> go.Figure:
         zip(map(str, SCHEDULES), ("dot", "dashdot", "dash", "longdash", "longdashdot"), strict=False)
     )
     for every, runs in by_schedule(content, method).items():
-        look = style(method)
+        look = {"line": {"color": color(method)}}
         if every != ADAPTIVE:
             look = {"line": {"color": COLORS["grey"], "dash": dashes[every], "width": 1.2}}
         name = "adaptive" if every == ADAPTIVE else f"every {every} updates"
