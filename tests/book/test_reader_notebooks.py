@@ -32,7 +32,6 @@ RAW = re.compile(r"\{[\w:.-]+\}`|\([\w:.-]+\)=\s|```|:::|\\begin\b|\\[a-z]{2,}\b
 """What is left of a role, a label, a directive, of LaTeX, of Markdown, of HTML."""
 
 SLIDERS = "book/ch4_experimental_setup/biased_random_search"
-DRAWN = "book/ch2_optimization/gradient_descent"
 
 
 @cache
@@ -175,19 +174,18 @@ def test_pages_in_jupyterlab_are_text_formulas_and_drawings(lab):
 
 def test_references_open_their_cell(lab):
     """In another page, and in the same. (Without windowing JupyterLab finds cells of open pages alone.)"""
-    heading = "What differs from the thesis"
+    page = "book/ch6_factorized_second_order/centered_gradient_descent.ipynb"
 
     def there():
-        return (
-            jupyterlab.current(lab)["path"] == f"{DRAWN}.ipynb" and heading in jupyterlab.current(lab)["text"]
-        )
+        now = jupyterlab.current(lab)
+        return now["path"] == page and "The missing −λ (erratum E15)" in now["text"]
 
-    jupyterlab.open_page(lab, f"{DRAWN}.ipynb")
+    jupyterlab.open_page(lab, page)
     assert not there()
     jupyterlab.open_page(lab, "book/errata.ipynb")
-    lab.find_element("link text", "§2.1.2").click()
+    lab.find_element("link text", "§6.3.1").click()
     until(there, 30)
-    link = lab.find_element("link text", "see erratum E1")
+    link = lab.find_element("link text", "below")
     lab.execute_script("arguments[0].scrollIntoView()", link)
     until(lambda: not there())
     link.click()
