@@ -25,20 +25,18 @@ def bounded(
     db: Tensor | None,
     h: Tensor,
     max_change: float | Tensor | None,
-    positions: int = 1,
 ) -> Change:
     """(ΔW, Δb), shrunk if need be until the pre-activations change by κ at most, in root mean square.
 
     Args:
         dw: ΔW, ``[..., o, i]``, to be written to, as is Δb.
         db: Δb, ``[..., o]`` or ``None``.
-        h: Inputs of the layer, ``[..., n·s, i]``, of which the first 16 examples count.
+        h: Inputs of the layer, ``[..., n, i]``, of which the first 16 count.
         max_change: κ, or κ ``[...]``; ``None`` for no bound.
-        positions: s, rows of an example.
     """
     if max_change is None:
         return dw, db
-    (change,) = shrunk([(dw, db)], [moved(dw, db, h[..., : BOUND_EXAMPLES * positions, :])], [max_change])
+    (change,) = shrunk([(dw, db)], [moved(dw, db, h[..., :BOUND_EXAMPLES, :])], [max_change])
     return change
 
 

@@ -214,12 +214,11 @@ class LayerRecord:
         h = [use.input.tensor.flatten(0, -2) for use in self._uses]
         return join(h), join([g.flatten(0, -2) for g in self._uses.values()])
 
-    def some_inputs(self, examples: int) -> tuple[Tensor, int]:
-        """Rows ``[·, i]`` of the first examples at least, in all uses, and how many rows an example has."""
+    def some_inputs(self, examples: int) -> Tensor:
+        """Rows ``[·, i]`` of the first examples at least, in all uses."""
         if len(self._uses) == 1:
             (use,) = self._uses
-            h = use.rule.inputs(use.layer, use.first[:examples])
-            return h.flatten(-3, -2), h.shape[-2]
+            return use.rule.inputs(use.layer, use.first[:examples]).flatten(-3, -2)
         seen, passes = 0, []
         for uses in self._kept("first").values():
             if seen < examples:
@@ -227,8 +226,7 @@ class LayerRecord:
                 passes.append(some)
                 seen += some[0].shape[-3]
         h, _ = _stack(passes)
-        h = h.flatten(-3, -2)
-        return h, -(-h.shape[-2] // seen)
+        return h.flatten(-3, -2)
 
     def preactivations(self) -> Tensor:
         """The outputs of all uses; computed again where they were not kept or are changed."""

@@ -7,8 +7,9 @@ on a GPU, which has a record of its own. Its parts:
 * *costs* of the two benchmarks' networks: milliseconds per update with the share of the refresh, the ratio to
   SGD, memory, and the share of the machine's GEMM rate that a step reaches on its own FLOPs; and a third such
   table, *low rank*, of the methods with and without the option ``rank``;
-* *costs* of two small networks of other layers, *convolutions* and *transformer* (characters, tokens are
-  examples): our rows with ``other="sgd"`` and the bound that they come with, no share of a GEMM rate;
+* *costs* of three small networks, *convolutions*, *narrow* (eight layers of 64) and *transformer*
+  (characters, tokens are examples): our rows with ``other="sgd"`` and, unless they say otherwise, the bound
+  that they come with, no share of a GEMM rate;
 * *growth* of ACP's and KFAC's ratio to SGD with width, depth, batch and statistics batch, or on an
   accelerator with the width alone, which there has to be larger;
 * *compile*: whether ``torch.compile`` of the update pays;
@@ -156,7 +157,8 @@ BESIDE = {
     "acp_bounded factored": lambda model, loss, **o: ACP(model, **o, gradients="factored"),
     "kfac_bounded factored": lambda model, **o: KFAC(model, **o, gradients="factored"),
 }
-"""Optimizers of these, by row; ours bounded, as they come, and refreshed as in the benchmarks."""
+"""Optimizers of these, by row; ours bounded, as they come, if they do not say otherwise, and refreshed as in
+the benchmarks."""
 
 AIMS = {
     AE: {

@@ -53,7 +53,9 @@ LOSSES = (40.0, 18.9, 12.0, 10.0)
 SCALE, SEEDS, UPDATES, EVALUATE_ON = 30.0, (1, 2, 3), 500, 2_000
 
 
-def _made(task: Task, method: str, every: int | str, seed: int) -> tuple[torch.nn.Module, LayerOptimizer]:
+def _made(
+    task: Task, method: str, every: int | str | None, seed: int
+) -> tuple[torch.nn.Module, LayerOptimizer]:
     model = task.network(scale=SCALE, generator=torch.Generator().manual_seed(seed))
     names = {"ACP": ACP, "KFAC": KFAC, "model": model, "loss": task.loss}
     return model, eval(METHODS[method][:-1] + f", refresh_every={every!r})", names)
@@ -175,8 +177,7 @@ def drift(updates: int = 60, seed: int = 1) -> dict[str, Any]:
         ``"traces"`` by layer, ``"last"``: their last values, and ``"alt"``.
     """
     task = BENCHMARKS["mnist_small_autoencoder"].task(data.load("mnist", source="embedded"))
-    model = task.network(scale=SCALE, generator=torch.Generator().manual_seed(seed))
-    optimizer = eval(METHODS["acp_bounded"][:-1] + ", refresh_every=None)", {"ACP": ACP, "model": model})
+    model, optimizer = _made(task, "acp_bounded", None, seed)
     batches = Minibatches(len(task.train[0]), BATCH, torch.Generator().manual_seed(seed))
     x, y = (part[next(batches)] for part in task.train)
     optimizer.refresh(lambda: task.loss(model(x), y))

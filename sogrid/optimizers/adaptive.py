@@ -126,7 +126,7 @@ class Adaptive(Joint):
 
     def _quadratic(self, one: Ready) -> Tensor:
         """The quadratic form of a layer's inputs."""
-        layer, (h, _) = one.layer, one.record.some_inputs(BOUND_EXAMPLES)
+        layer, h = one.layer, one.record.some_inputs(BOUND_EXAMPLES)
         self._check_state(layer)
         state, group = packed(self.state[layer.weight]), self.param_groups[layer.home]
         return self.method.quadratic_form(h, one.mean_h, layer.trained_bias is not None, state, group).mean()

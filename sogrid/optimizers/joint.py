@@ -229,15 +229,15 @@ def _moved(batch: Batch, change: Change, ranks: Ranks) -> tuple[Tensor, int]:
     if examples <= 0:
         return change[0].new_zeros(change[0].shape[:-2]), 0
     first, *others = batch.ready
-    rows = first.record.some_inputs(examples)[0]
+    rows = first.record.some_inputs(examples)
     if not others:
         return moved(*change, rows)
     if is_small(rows.numel(), first.layer.weight):
-        return moved(*change, torch.stack([rows, *(one.record.some_inputs(examples)[0] for one in others)]))
+        return moved(*change, torch.stack([rows, *(one.record.some_inputs(examples) for one in others)]))
     del rows  # patches, which are made for one layer at a time
     sizes, counts = zip(
         *(
-            moved(*own, one.record.some_inputs(examples)[0])
+            moved(*own, one.record.some_inputs(examples))
             for one, (_, own) in zip(batch.ready, batch.split(change), strict=True)
         ),
         strict=True,
