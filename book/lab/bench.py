@@ -71,6 +71,7 @@ from sogrid.experiments.reproduce import (
     record_path,
     tuned_methods,
 )
+from sogrid.experiments.training import updates_to
 from sogrid.losses import CrossEntropyAtLogits, Quadratic
 from sogrid.networks import MLP
 from sogrid.optimizers import ACP, EKFAC, KFAC
@@ -554,7 +555,7 @@ def time_to_loss(
         )
     loss, rows = sum(losses) / len(losses), []
     for method in (m for m in methods if m in runs):
-        updates = [_updates_to(run, loss) for run in runs[method].values()]
+        updates = [updates_to(run["update"], run["train"], loss) for run in runs[method].values()]
         row = {"method": method, "updates": updates, "seconds": None, "sooner": None}
         if None not in updates:
             row["seconds"] = sum(updates) / len(updates) * update_ms[method] / 1e3
@@ -575,14 +576,6 @@ def _loss_at(run: dict[str, Any], update: int) -> float | None:
     for (u, v), (u_next, v_next) in _segments(run):
         if u <= log(update) <= u_next:
             return exp(v + (v_next - v) * (log(update) - u) / (u_next - u))
-    return None
-
-
-def _updates_to(run: dict[str, Any], loss: float) -> float | None:
-    """Updates until the training loss is that for the first time; ``None`` if it never is."""
-    for (u, v), (u_next, v_next) in _segments(run):
-        if v_next <= log(loss):
-            return exp(u_next if v <= v_next else u + (u_next - u) * max(0, v - log(loss)) / (v - v_next))
     return None
 
 

@@ -48,6 +48,12 @@ half an hour on one thread. With --clock, on an idle machine, measure what updat
 The record is OUT/adaptive_refresh.json; what it holds is not run again.
 """
 
+CONTEST = """\
+Search and train the thesis's methods and today's to one training loss of the thesis's autoencoder: hours on
+one thread; stopped, the same command goes on. With --clock, on an idle machine, measure what their updates
+cost. The record is OUT/contest.json. SOAP needs the packages of `make bench`.
+"""
+
 LABORATORY = """\
 Write down what the page "Laboratory" has to compute: the losses of sogrid's optimizers from its weights, on
 its minibatches. Some seconds on one thread.
@@ -98,6 +104,14 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--clock", action="store_true", help="measure prices in the place of losses")
     add_options(command, "out", "quiet")
     command.set_defaults(action=_refreshing, parser=command)
+
+    text = "the thesis's methods against today's, to one loss"
+    command = commands.add_parser("contest", help=text, description=CONTEST, **LAYOUT)
+    command.add_argument("--methods", nargs="+", metavar="METHOD", help="only these (default: all)")
+    command.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="only these of the ten")
+    command.add_argument("--clock", action="store_true", help="measure prices in the place of losses")
+    add_options(command, "out", "quiet")
+    command.set_defaults(action=_contest, parser=command)
 
     text = "what the Laboratory's engine has to compute"
     command = commands.add_parser("laboratory", help=text, description=LABORATORY, **LAYOUT)
@@ -168,6 +182,25 @@ def _refreshing(options: argparse.Namespace) -> int:
         ):
             print(table(report(content, method)))
     print(f"record: {Path(options.out) / 'adaptive_refresh.json'}")
+    return OK
+
+
+def _contest(options: argparse.Namespace) -> int:
+    from lab.contest import METHODS, SEEDS, clock, contest
+
+    fail, methods, seeds = options.parser.error, options.methods or METHODS, options.seeds or SEEDS
+    for method in methods:
+        if method not in METHODS:
+            fail(f"--methods: there are {', '.join(METHODS)}, got {method!r}")
+    for seed in seeds:
+        if seed not in SEEDS:
+            fail(f"--seeds: there are {', '.join(map(str, SEEDS))}, got {seed}")
+    if options.clock:
+        for row in clock(out=options.out, progress=not options.quiet):
+            print(f"  {row['method']}: {row['update_ms']:.2f} ms")
+    else:
+        contest(methods=methods, seeds=seeds, out=options.out, progress=not options.quiet)
+    print(f"record: {Path(options.out) / 'contest.json'}")
     return OK
 
 

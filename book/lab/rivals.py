@@ -122,6 +122,7 @@ class NewtonMuon(MuonAndAdam):
         refresh_every: Updates between two refreshes.
         averaging: Weight of the old M at a refresh.
         ridge: γ, in multiples of the mean of M's diagonal.
+        momentum: Muon's.
 
     Raises:
         ValueError: If another parameter is a matrix, or a hyperparameter is out of range.
@@ -135,6 +136,7 @@ class NewtonMuon(MuonAndAdam):
         refresh_every: int = 64,
         averaging: float = 0.95,
         ridge: float = 0.2,
+        momentum: float = 0.95,
     ) -> None:
         """See the class."""
         check_count("refresh_every", refresh_every)
@@ -144,7 +146,7 @@ class NewtonMuon(MuonAndAdam):
         weights = {layer.weight for layer in self.layers}
         if any(p.dim() == 2 and p not in weights for p in model.parameters()):
             raise ValueError("Newton-Muon trains the matrices of linear layers, and the model has others")
-        super().__init__(model.parameters(), lr)
+        super().__init__(model.parameters(), lr, momentum)
         self.refresh_every, self.averaging, self.ridge = refresh_every, averaging, ridge
         self.updates, self._seen = 0, {}
         self.moments: dict[int, Tensor] = {}

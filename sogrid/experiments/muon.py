@@ -20,14 +20,17 @@ class MuonAndAdam(torch.optim.Optimizer):
     Args:
         params: Parameters, among them at least one matrix and one that is none.
         lr: Learning rate of both.
+        momentum: Muon's, which is Nesterov's.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], lr: float) -> None:
+    def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         """See the class."""
         params = list(params)
         matrices = [p for p in params if p.dim() == 2]
         rest = [p for p in params if p.dim() != 2]
-        muon = torch.optim.Muon(matrices, lr=lr, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+        muon = torch.optim.Muon(
+            matrices, lr=lr, momentum=momentum, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+        )
         self.parts = [muon, torch.optim.Adam(rest, lr=lr)]
         super().__init__(params, {"lr": lr})
         self.param_groups = [group for part in self.parts for group in part.param_groups]

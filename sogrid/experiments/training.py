@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import signal
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sogrid.experiments.benchmarks import BATCH, METHODS, Task
+from sogrid.experiments.benchmarks import BATCH, METHODS, Method, Task
 from sogrid.experiments.checkpoints import Checkpoint, Interrupted, StopSignals, source_digest
 from sogrid.experiments.records import provenance
 from sogrid.factorize import FactorizationError
 from sogrid.losses import Loss
 
-__all__ = ["Curve", "Minibatches", "evaluation_points", "run", "train"]
+__all__ = ["Curve", "Minibatches", "evaluation_points", "run", "train", "updates_to"]
 
 PARTS = ("model", "optimizer", "order", "statistics_order")
 """Of a run under way: what has a state of its own."""
@@ -66,6 +66,25 @@ def evaluation_points(updates: int, per_decade: int = 8, also: Iterable[int] = (
     steps = max(1, round(decades * per_decade))
     spaced = (round(10 ** (decades * i / steps)) for i in range(steps + 1))
     return sorted({0, updates, *(p for p in (*spaced, *also) if p <= updates)})
+
+
+def updates_to(updates: Sequence[int], losses: Sequence[float], loss: float) -> float | None:
+    """Updates until a curve first comes down to a loss; ``None`` if it never does.
+
+    Between two evaluations the logarithm of the loss is taken to be linear in that of the update; what is
+    there at update 0 has no logarithm, so that a curve that comes down at once does so at its next point.
+
+    Example:
+        >>> round(updates_to([0, 10, 40], [90.0, 80.0, 20.0], 40.0), 6)
+        20.0
+    """
+    for k, (update, value) in enumerate(zip(updates, losses, strict=True)):
+        if value <= loss:
+            if k == 0 or updates[k - 1] == 0:
+                return float(update)
+            share = math.log(losses[k - 1] / loss) / math.log(losses[k - 1] / value)
+            return updates[k - 1] * (update / updates[k - 1]) ** share
+    return None
 
 
 class Minibatches:
@@ -336,27 +355,29 @@ def run(
     seed: int,
     progress: str | None = "",
     checkpoint: Checkpoint | None = None,
+    methods: Mapping[str, Method] = METHODS,
     **options,
 ) -> dict[str, Any]:
     """Build one of the thesis's methods, train it, and return the run as a record keeps it.
 
     Args:
         task: The benchmark, its data on the device to use.
-        method: Key of :data:`~sogrid.experiments.benchmarks.METHODS`.
+        method: Key of ``methods``.
         settings: Its hyperparameters and the initialisation's ``scale``.
         seed: Of weights, data order and everything else.
         progress: Title of the progress bar, by default the method; ``None`` for no bar.
         checkpoint: See :func:`train`. A run that was taken up says so under ``"resumed"``.
+        methods: The table that it is a row of.
         **options: Passed to :func:`train`.
 
     Raises:
         ValueError: For an unknown method or settings it does not take.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {list(METHODS)}, got {method!r}")
+    if method not in methods:
+        raise ValueError(f"method must be one of {list(methods)}, got {method!r}")
     device = task.train[0].device
     generator = torch.Generator().manual_seed(seed)
-    model, optimizer = METHODS[method].build(task, settings, generator, device)
+    model, optimizer = methods[method].build(task, settings, generator, device)
     if checkpoint is not None:
         checkpoint.identity |= {"method": method, "settings": settings}
     options |= {"progress": method if progress == "" else progress, "checkpoint": checkpoint}

@@ -8,6 +8,9 @@ compared, at the same update, with all that came as far, and goes on only if it 
 it had reached when it was stopped is its cost to Algorithm 1: a pessimistic one, so that trials rank first
 by how far they got. The setting that is chosen is the best of a few finalists, run again with other seeds.
 
+A search for a target asks how soon: a trial ends where its loss is that, and its cost is the updates until
+then. One that never gets there costs more than all its updates, by as much as its loss is above the target.
+
 The study lives in Optuna's storage, so that a search that was stopped goes on, and several processes or
 machines may share it; what is kept for good is its record.
 """
@@ -19,7 +22,7 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass, replace
@@ -41,10 +44,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 from tqdm.auto import tqdm
 
-from sogrid.experiments.benchmarks import Task
+from sogrid.experiments.benchmarks import METHODS, Method, Task
 from sogrid.experiments.records import provenance
 from sogrid.experiments.search import BiasedRandomSampler
-from sogrid.experiments.training import run
+from sogrid.experiments.training import evaluation_points, run, updates_to
 
 __all__ = [
     "SAMPLERS",
@@ -74,7 +77,7 @@ class Search:
     """What a search does.
 
     Attributes:
-        method: Key of :data:`~sogrid.experiments.benchmarks.METHODS`.
+        method: Key of :data:`~sogrid.experiments.benchmarks.METHODS`, or of another table.
         domain: ``{hyperparameter: (low, high)}``, on a log scale.
         trials: How many runs; a grid needs a power of the number of hyperparameters.
         updates: Of each run; the criterion is the training loss after them.
@@ -84,6 +87,7 @@ class Search:
         halvings: How often a trial is compared on its way, after updates / 2ᵏ for k = ``halvings``, …, 2, 1.
         finalists: How many of the best, those that got farthest first, are run twice more, with seeds of
             their own.
+        target: A training loss, if the criterion is the updates until then.
     """
 
     method: str
@@ -95,6 +99,7 @@ class Search:
     seed: int = 0
     halvings: int = 0
     finalists: int = 0
+    target: float | None = None
 
     @property
     def rungs(self) -> list[int]:
@@ -175,6 +180,7 @@ def search(
     name: str,
     alone: bool = False,
     progress: str | None = None,
+    methods: Mapping[str, Method] = METHODS,
 ) -> dict[str, Any]:
     """Make, continue or join a search, and return it as a record keeps it.
 
@@ -185,13 +191,14 @@ def search(
         name: Of the study in the storage.
         alone: Nobody else is at this study, so that trials which never ended are tried again at once.
         progress: Title of a progress bar over the trials, or ``None``.
+        methods: The table that has the plan's method.
 
     Returns:
         The plan's entries but for the number of trials; ``"trials"``, one list for each hyperparameter, the
-        trials' ``loss`` (``None`` where it diverged), ``second`` (of training) and ``seed``, in the order
-        they began, with halvings also the ``update`` at which each ended; ``"finals"`` if there are any: the
-        number of each finalist among the trials (``trial``), the best first, and the ``loss`` of its other
-        runs; and ``"provenance"``.
+        trials' ``loss`` (with a target, the cost in updates; ``None`` where it diverged), ``second`` (of
+        training) and ``seed``, in the order they began, with halvings also the ``update`` at which each
+        ended; ``"finals"`` if there are any: the number of each finalist among the trials (``trial``), the
+        best first, and the ``loss`` of its other runs; and ``"provenance"``.
 
     Raises:
         SearchError: If the study is of another plan, or its storage fails.
@@ -200,17 +207,16 @@ def search(
         raise SearchError(f"{plan.updates} updates cannot be halved {plan.halvings} times")
     enter = partial(_enter, storage, task, plan, alone)
     blind = replace(task, test=tuple(part[:1] for part in task.test))  # a search does not look there
-    found = {key: value for key, value in asdict(plan).items() if key != "trials"}
+    found = {key: value for key, value in asdict(plan).items() if key != "trials" and value is not None}
+    fit = lambda settings, **options: run(blind, plan.method, settings, methods=methods, **options)  # noqa: E731
     try:
         with _quiet():
             study = enter(name, plan.rungs)
             sampler = partial(SAMPLERS[plan.sampler], plan)
-            _optimize(
-                study, plan.trials, sampler, partial(_trial, blind, plan), 100_003 * plan.seed, progress
-            )
+            _optimize(study, plan.trials, sampler, partial(_trial, fit, plan), 100_003 * plan.seed, progress)
             found["trials"] = _columns(study, plan)
             if best := _ranked(found)[: plan.finalists]:
-                found["finals"] = _finals(enter(f"{name}.finalists"), blind, plan, found, best, progress)
+                found["finals"] = _finals(enter(f"{name}.finalists"), fit, plan, found, best, progress)
     except (SQLAlchemyError, OptunaError) as error:
         raise SearchError(
             f"the storage of the study {name!r} failed: {_first_line(error)}. The trials it holds are kept: "
@@ -303,37 +309,52 @@ def _optimize(
             bar.set_postfix_str(state)
 
 
-def _trial(task: Task, plan: Search, trial: Trial) -> float:
+def _trial(fit: Callable, plan: Search, trial: Trial) -> float:
     settings = {k: trial.suggest_float(k, *ends, log=True) for k, ends in plan.domain.items()}
-    return _loss(task, plan, settings, trial, 1000 * (plan.seed + 1) + trial.number, plan.rungs)
+    return _cost(fit, plan, settings, trial, 1000 * (plan.seed + 1) + trial.number, plan.rungs)
 
 
-def _loss(
-    task: Task, plan: Search, settings: dict[str, float], trial: Trial, seed: int, rungs: list[int]
+def _cost(
+    fit: Callable, plan: Search, settings: dict[str, float], trial: Trial, seed: int, rungs: list[int]
 ) -> float:
-    """The criterion; a trial that was stopped on its way is of the loss that it reported last."""
+    """The criterion; a trial that was stopped on its way is of what it reported last."""
+    target = -math.inf if plan.target is None else plan.target
+    if plan.target is None:
+        points, so_far = [*rungs, plan.updates], lambda loss: loss
+    else:
+        points = evaluation_points(plan.updates, per_decade=16, also=rungs)[1:]
+        so_far = lambda loss: plan.updates * loss / target  # noqa: E731
 
     def go_on(update: int, loss: float) -> bool:
-        if update == plan.updates:
+        if loss <= target:
+            return False
+        if update not in rungs:
             return True
-        trial.report(loss, update)
+        trial.report(so_far(loss), update)
         return not trial.should_prune()
 
-    options = {"updates": plan.updates, "points": [*rungs, plan.updates], "evaluate_on": plan.evaluate_on}
-    options |= {"go_on": go_on} if rungs else {}
-    curve = run(task, plan.method, settings, seed=seed, progress=None, **options)
+    options = {"updates": plan.updates, "points": points, "evaluate_on": plan.evaluate_on}
+    curve = fit(settings, seed=seed, progress=None, go_on=go_on, **options)
     trial.set_user_attr("second", (curve["second"] or [None])[-1])
     trial.set_user_attr("seed", seed)
     if rungs:
         trial.set_user_attr("update", (curve["update"] or [None])[-1])
+    if curve["status"] == "diverged":
+        return math.inf
+    if curve["train"][-1] <= target:
+        cost = updates_to(curve["update"], curve["train"], target)
+        if rungs:  # it is compared where it will not be seen: it is the better half
+            trial.report(cost, rungs[-1])
+            trial.should_prune()
+        return cost
     if curve["status"] == "stopped":
         raise TrialPruned
-    return curve["train"][-1] if curve["status"] == "finished" else math.inf
+    return so_far(curve["train"][-1])
 
 
 def _finals(
     study: optuna.Study,
-    task: Task,
+    fit: Callable,
     plan: Search,
     found: dict[str, Any],
     best: list[int],
@@ -345,7 +366,7 @@ def _finals(
     def objective(trial: Trial) -> float:
         k, again = (trial.suggest_int(name, 0, values[-1]) for name, values in grid.items())
         seed = 1000 * (plan.seed + 1) + 500 + RUNS_AGAIN * k + again
-        return _loss(task, plan, _settings(found, best[k]), trial, seed, [])
+        return _cost(fit, plan, _settings(found, best[k]), trial, seed, [])
 
     def sampler(seed: int) -> optuna.samplers.BaseSampler:
         return optuna.samplers.GridSampler(grid, seed=plan.seed)
@@ -390,9 +411,16 @@ def _ends(found: dict[str, Any]) -> list[int | None]:
     return found["trials"].get("update") or [found.get("updates", 0)] * len(found["trials"]["loss"])
 
 
+def _reached(found: dict[str, Any]) -> list[int | None]:
+    """The same, but that what got to a target has got to the end."""
+    last, soon = found.get("updates", 0), "target" in found
+    pairs = zip(_ends(found), found["trials"]["loss"], strict=True)
+    return [last if soon and cost is not None and cost <= last else end for end, cost in pairs]
+
+
 def _ranked(found: dict[str, Any]) -> list[int]:
     """The trials that did not diverge: those that got farther first, and the better of these."""
-    ends, losses = _ends(found), found["trials"]["loss"]
+    ends, losses = _reached(found), found["trials"]["loss"]
     return sorted(
         (i for i, loss in enumerate(losses) if loss is not None), key=lambda i: (-ends[i], losses[i])
     )
@@ -422,12 +450,14 @@ def chosen(found: dict[str, Any]) -> dict[str, float]:
 
 def best_so_far(found: dict[str, Any]) -> list[float]:
     """The best loss among a search's first 1, 2, … trials; infinite until one has got to the last update."""
-    pairs = zip(found["trials"]["loss"], _ends(found), strict=True)
+    pairs = zip(found["trials"]["loss"], _reached(found), strict=True)
     arrived = (math.inf if loss is None or end < found.get("updates", 0) else loss for loss, end in pairs)
     return list(accumulate(arrived, min))
 
 
 def updates_spent(found: dict[str, Any]) -> int:
     """The updates of all trials of a search, as far as they were evaluated, and of its finalists' runs."""
-    finals = sum(map(len, found.get("finals", {}).get("loss", [])))
-    return sum(end or 0 for end in _ends(found)) + finals * found["updates"]
+    last, soon = found.get("updates", 0), "target" in found
+    finals = (cost for some in found.get("finals", {}).get("loss", []) for cost in some)
+    again = sum(round(min(cost, last)) if soon and cost is not None else last for cost in finals)
+    return sum(end or 0 for end in _ends(found)) + again

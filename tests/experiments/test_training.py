@@ -6,7 +6,7 @@ from torch import nn
 
 from sogrid.experiments import training
 from sogrid.experiments.benchmarks import METHODS, Task
-from sogrid.experiments.training import Minibatches, evaluation_points, run, train
+from sogrid.experiments.training import Minibatches, evaluation_points, run, train, updates_to
 from sogrid.losses import CrossEntropyAtLogits, Quadratic
 from sogrid.networks import MLP
 from sogrid.optimizers import ACP
@@ -28,6 +28,14 @@ def test_evaluation_points_hold_both_ends_and_what_else_is_asked():
     assert 5000 not in points
     assert points == sorted(set(points))
     assert evaluation_points(1) == [0, 1]
+
+
+def test_the_first_crossing_counts_even_if_the_loss_rises_again():
+    updates, losses = [0, 1, 10, 100], [9.0, 8.0, 1.0, 5.0]
+    assert 1 < updates_to(updates, losses, 2.0) < 10
+    assert updates_to(updates, losses, 0.5) is None
+    assert updates_to(updates, losses, 9.0) == 0
+    assert updates_to([0, 1, 10], [9.0, 1.0, 0.5], 2.0) == 1
 
 
 def test_every_epoch_shows_each_example_once_in_a_new_order():

@@ -416,6 +416,38 @@ def test_a_finalist_that_diverges_comes_last(falling, task, memory, monkeypatch)
     )
 
 
+def test_a_search_for_a_target_asks_how_soon(falling, task, memory):
+    """A trial ends where it gets there, at the cost of its updates; what does not get there costs more."""
+    plan = replace(HALVED, updates=320, halvings=2, target=2.5)
+    found = search(task, plan, storage=memory, name="s")
+    costs, ends = found["trials"]["loss"], found["trials"]["update"]
+    for run_, cost, end in zip(falling, costs, ends, strict=False):
+        assert run_["update"][-1] == end
+        if run_["train"][-1] <= plan.target:
+            assert min(run_["train"][:-1]) > plan.target
+            assert run_["update"][-2] < cost <= end
+        else:
+            assert cost == pytest.approx(plan.updates * run_["train"][-1] / plan.target, rel=1e-5)
+            assert end in (*plan.rungs, plan.updates)
+    soon = sorted((cost, i) for i, cost in enumerate(costs) if cost <= plan.updates)
+    assert 3 < len(soon) < plan.trials
+    assert sorted(found["finals"]["trial"]) == sorted(i for _, i in soon[:3])
+    assert best_so_far(found)[-1] == soon[0][0]
+    assert updates_spent(found) == sum(ends) + sum(round(c) for some in found["finals"]["loss"] for c in some)
+    (first, *_), best = found["finals"]["loss"], chosen(found)
+    assert best["lr"] == found["trials"]["lr"][found["finals"]["trial"][0]]
+    assert max(first) < plan.updates
+
+
+def test_what_is_already_there_is_in_the_better_half_at_every_later_comparison(falling, task, memory):
+    plan = replace(HALVED, updates=320, halvings=2, target=2.5)
+    search(task, plan, storage=memory, name="s")
+    study = optuna.load_study(study_name="s", storage=memory)
+    for trial in study.trials:
+        if trial.state == TrialState.COMPLETE and trial.value <= plan.updates:
+            assert trial.intermediate_values[plan.rungs[-1]] == trial.value
+
+
 def test_a_search_without_anything_to_choose_from_has_no_finals(task, memory):
     plan = replace(HALVED, domain={"lr": (1e30, 1e38), "scale": (1.0, 2.0)}, trials=3)
     task = replace(task, network=lambda **options: MLP([6, 5, 6], "relu", **options))

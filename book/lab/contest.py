@@ -1,0 +1,246 @@
+"""Does it hold in 2026? The thesis's methods against today's, to one loss, by the rules below.
+
+These were committed before any of the runs:
+
+1. The task is the thesis's autoencoder on the whole of MNIST; the target is the training loss 18.9, which SGD
+   as our first search tuned it has after about 2,000 updates. Losses are of the first 2,000 examples.
+2. Every method gets the same search: :data:`TRIALS` trials of at most 2,000 updates by biased random search,
+   whose criterion is the updates until the target; the worse half ends at each of three comparisons, and the
+   best of three finalists, each run twice more, is chosen. Every range of a method is as wide as that of the
+   same name of any other: three decades for a rate and a damping, two for a bound, one and a half for the
+   scale of the initial weights, and for 1 − m, m the momentum. Rates are constant, and no weight decays.
+3. The setting runs from ten fresh seeds, all for 2,000 updates, whether it gets there or not. A method that
+   misses the target from one seed has no time.
+4. Seconds are updates times what one costs, clocked interleaved on an idle machine.
+5. "A needs fewer updates than B" is said if a one-sided Welch test of the logarithms says p < 0.01, "is
+   sooner" likewise of seconds.
+
+``python -m lab contest`` searches and runs what is missing, ``--clock`` measures what updates cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from math import log
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from scipy.stats import ttest_ind
+from torch import Tensor
+
+from lab.rivals import FOOF, NewtonMuon
+from lab.timing import Contestant, minibatch, race
+from sogrid.experiments import data
+from sogrid.experiments.benchmarks import BATCH, BENCHMARKS, Method, Task
+from sogrid.experiments.muon import MuonAndAdam
+from sogrid.experiments.records import Record, provenance
+from sogrid.experiments.training import evaluation_points, run, updates_to
+from sogrid.experiments.tuning import Search, chosen, open_storage, search
+from sogrid.optimizers import ACP, KFAC, CenteredGradientDescent, NaturalNN
+
+__all__ = ["LOSSES", "METHODS", "contest", "times", "verdict"]
+
+BENCHMARK, TARGET, UPDATES = "mnist_autoencoder", 18.9, 2_000
+LOSSES = (18.9, 10.0, 5.0)
+TRIALS, HALVINGS, FINALISTS = 40, 3, 3
+SEEDS = tuple(range(401, 411))
+EVALUATE_ON, REFRESH_EVERY = 2_000, 20
+LEVEL = 0.01
+DOMAIN = {
+    "damping": (1e-3, 1.0),
+    "max_change": (3e-3, 0.3),
+    "friction": (0.03, 1.0),
+    "scale": (4.0, 128.0),
+}
+"""``friction`` is 1 − m. A rate's range is that of :data:`RATES`, around where such rates are in use."""
+
+
+def _ours(kind: Callable) -> Callable:
+    """As far as its bound lets it, with a heavy ball."""
+    options = {"lr": 10.0, "refresh_every": REFRESH_EVERY, "gradients": "factored"}
+
+    def build(model, loss, s):
+        own = {"damping": s["damping"], "max_change": s["max_change"], "momentum": 1 - s["friction"]}
+        return kind(model, **own, **options, **({"loss": loss} if kind is KFAC else {}))
+
+    return build
+
+
+def _theirs(kind: Callable, second: float | None = None, **fixed: Any) -> Callable:
+    """One that takes parameters, and has a momentum or, as Adam's kin, two β."""
+
+    def build(model, loss, s):
+        momentum = 1 - s["friction"]
+        own = {"momentum": momentum} if second is None else {"betas": (momentum, second)}
+        return kind(model.parameters(), lr=s["lr"], **own, **fixed)
+
+    return build
+
+
+def _sgd(model, loss, s):
+    return torch.optim.SGD(model.parameters(), s["lr"])
+
+
+def _centred(model, loss, s):
+    options = {"max_change": None, "momentum": 1 - s["friction"], "gradients": "factored"}
+    return CenteredGradientDescent(model, s["lr"], **options)
+
+
+def _newton_muon(model, loss, s):
+    options = {"momentum": 1 - s["friction"], "ridge": s["damping"], "refresh_every": REFRESH_EVERY}
+    return NewtonMuon(model, s["lr"], **options)
+
+
+def _soap_of_a_package(parameters, **options):
+    from pytorch_optimizer import SOAP  # of the extra `bench`
+
+    return SOAP(parameters, weight_decay=0.0, **options)
+
+
+_momentum, _muon = _theirs(torch.optim.SGD), _theirs(MuonAndAdam)
+_adamw = _theirs(torch.optim.AdamW, 0.999, weight_decay=0.0)
+_soap = _theirs(_soap_of_a_package, 0.95)
+BALL, BOUNDED = ("lr", "friction"), ("damping", "max_change", "friction")
+METHODS = {
+    "sgd": Method(_sgd, "SGD"),
+    "momentum": Method(_momentum, "momentum", dash="dash", settings=BALL),
+    "acp": Method(_ours(ACP), "ACP", "orange", settings=BOUNDED),
+    "kfac": Method(_ours(KFAC), "KFAC", "blue", settings=BOUNDED),
+    "muon": Method(_muon, "Muon", "brown", settings=BALL),
+    "nnn": Method(_ours(NaturalNN), "NNN", "green", settings=BOUNDED),
+    "adamw": Method(_adamw, "AdamW", dash="dot", settings=BALL),
+    "foof": Method(_ours(FOOF), "FOOF", "orange", "dash", settings=BOUNDED),
+    "newton_muon": Method(_newton_muon, "Newton-Muon", "brown", "dash", settings=("damping", *BALL)),
+    "centred": Method(_centred, "centred gradient", "purple", settings=BALL),
+    "soap": Method(_soap, "SOAP", "pink", settings=BALL),
+}
+"""Who takes part. Ours and FOOF have λ = 10: the bound is what is searched."""
+
+REFRESH_THEMSELVES = {"newton_muon", "soap"}
+SMALL, LARGE = (3e-5, 3e-2), (3e-3, 3.0)
+RATES = {"sgd": LARGE, "momentum": (1e-3, 1.0), "centred": LARGE}
+RATES |= dict.fromkeys(("muon", "adamw", "newton_muon", "soap"), SMALL)
+
+
+def _plan(method: str) -> Search:
+    domain = {**DOMAIN, "lr": RATES.get(method)}
+    own = {name: domain[name] for name in METHODS[method].searched}
+    options = {"halvings": HALVINGS, "finalists": FINALISTS, "target": TARGET}
+    return Search(method, own, TRIALS, UPDATES, EVALUATE_ON, **options)
+
+
+def contest(
+    *,
+    methods: Sequence[str] = tuple(METHODS),
+    seeds: Sequence[int] = SEEDS,
+    out: str | Path = "out",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Search and run what is missing, and return the content of ``<out>/contest.json``.
+
+    What was begun of a search is in ``<out>/contest.sqlite3``; with the same ``out`` it goes on.
+
+    Raises:
+        DataError: If MNIST is not there.
+        ModuleNotFoundError: If a method's package is not.
+        RecordError: If the record is damaged, of other settings, or cannot be written.
+        SearchError: If the storage cannot be used, or holds a search of other rules.
+    """
+    task, record = _task(), _record(out)
+    for method in methods:
+        key = {"part": "search", "method": method}
+        if record.find(**key) is None:
+            storage = open_storage(f"sqlite:///{Path(out) / 'contest.sqlite3'}")
+            wanted = {"storage": storage, "name": method, "methods": METHODS, "alone": True}
+            found = search(task, _plan(method), progress=method if progress else None, **wanted)
+            record.add({**key, **found}, once=key)
+    points = evaluation_points(UPDATES, per_decade=16)
+    for seed in seeds:
+        for method in methods:
+            key = {"part": "run", "method": method, "seed": seed}
+            if record.find(**key) is None:
+                settings = chosen(record.find(part="search", method=method))
+                options = {"updates": UPDATES, "points": points, "evaluate_on": EVALUATE_ON}
+                title = f"{method}, seed {seed}" if progress else None
+                found = run(task, method, settings, seed=seed, progress=title, methods=METHODS, **options)
+                record.add({**key, **found}, once=key)
+    return record.content
+
+
+def _task() -> Task:
+    task = BENCHMARKS[BENCHMARK].task(data.load("mnist"))
+    return replace(task, test=tuple(part[:EVALUATE_ON] for part in task.test))
+
+
+def _record(out: str | Path) -> Record:
+    settings = {"benchmark": BENCHMARK, "target": TARGET, "updates": UPDATES, "trials": TRIALS}
+    settings |= {"evaluate_on": EVALUATE_ON, "batch": BATCH, "refresh_every": REFRESH_EVERY}
+    return Record(Path(out) / "contest.json", "contest", settings)
+
+
+class _Amortised(Contestant):
+    """One whose updates differ, since it refreshes what it keeps by itself."""
+
+    amortised = True
+
+
+class _Float32Muon(Contestant):
+    """Muon without bfloat16, which some processors have no unit for."""
+
+    def update(self, x: Tensor, y: Tensor) -> None:
+        with mock.patch.object(Tensor, "bfloat16", lambda tensor: tensor):
+            super().update(x, y)
+
+
+def clock(
+    *, out: str | Path = "out", rounds: int = 2 * REFRESH_EVERY, progress: bool = True
+) -> list[dict[str, Any]]:
+    """Measure what an update of each method that has been searched costs, at its setting, into the record."""
+    task, record, contestants = _task(), _record(out), {}
+    for found in (entry for entry in record.content["runs"] if entry["part"] == "search"):
+        name = found["method"]
+        make = partial(METHODS[name].build, task, chosen(found))
+        kind = _Amortised if name in REFRESH_THEMSELVES else Contestant
+        contestants[name] = kind(*make(torch.Generator().manual_seed(0)), task.loss)
+        if name == "muon":
+            contestants["muon float32"] = _Float32Muon(*make(torch.Generator().manual_seed(0)), task.loss)
+    batch = minibatch(next(iter(contestants.values())))
+    rows = race(contestants, batch, rounds=rounds, progress=progress, refresh_every=REFRESH_EVERY)
+    record.set_clock({"rounds": rounds, "rows": rows, "provenance": provenance()})
+    return rows
+
+
+def prices(content: dict[str, Any]) -> dict[str, float]:
+    """Seconds of an update by method; of Muon in the cheaper of two precisions."""
+    found = {row["method"]: row["update_ms"] / 1e3 for row in content["clock"]["rows"]}
+    if "muon float32" in found:
+        found["muon"] = min(found["muon"], found.pop("muon float32"))
+    return found
+
+
+def runs(content: dict[str, Any], method: str) -> list[dict[str, Any]]:
+    """Those of a method's fresh seeds."""
+    return [run for run in content["runs"] if run["part"] == "run" and run["method"] == method]
+
+
+def times(content: dict[str, Any], method: str, loss: float) -> list[float | None]:
+    """Updates until a training loss, of each seed; ``None`` where it is not reached."""
+    return [updates_to(run["update"], run["train"], loss) for run in runs(content, method)]
+
+
+def verdict(content: dict[str, Any], a: str, b: str, loss: float = TARGET, *, seconds: bool = False) -> float:
+    """The p of the one-sided test that ``a`` needs less than ``b``; 1 where a seed of ``a`` is lost.
+
+    A lost seed of ``b`` counts with all of its updates, which is less than it needs.
+    """
+    ours, theirs = (times(content, method, loss) for method in (a, b))
+    if None in ours:
+        return 1.0
+    cost = prices(content) if seconds else {a: 1.0, b: 1.0}
+    ours = [log(cost[a] * t) for t in ours]
+    theirs = [log(cost[b] * (UPDATES if t is None else t)) for t in theirs]
+    return float(ttest_ind(ours, theirs, equal_var=False, alternative="less").pvalue)

@@ -1,0 +1,107 @@
+"""The contest of 2026: who takes part, at what domain, and what its rules say of a record."""
+
+import math
+
+import pytest
+import torch
+
+from lab import contest as contest_module
+from lab.contest import BOUNDED, METHODS, RATES, TARGET, UPDATES, _plan, _theirs, prices, times, verdict
+from sogrid.experiments.benchmarks import Task
+from sogrid.experiments.training import run
+from sogrid.losses import Quadratic
+from sogrid.networks import MLP
+
+
+@pytest.fixture(scope="module")
+def task():
+    x = torch.rand(300, 12, generator=torch.Generator().manual_seed(0))
+    build = lambda **options: MLP([12, 6, 12], "sigmoid", "sigmoid", **options)  # noqa: E731
+    return Task("tiny", None, (x, x), (x[:20], x[:20]), build, Quadratic())
+
+
+DECADES = {"lr": 3, "damping": 3, "max_change": 2, "friction": 1.5, "scale": 1.5}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_has_the_same_trials_and_ranges_as_wide(method):
+    plan = _plan(method)
+    assert (plan.trials, plan.updates, plan.target) == (40, 2000, 18.9)
+    assert set(plan.domain) == {*METHODS[method].settings, "scale"}
+    for name, (low, high) in plan.domain.items():
+        assert math.log10(high / low) == pytest.approx(DECADES[name], abs=0.03)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_and_is_given_what_was_searched(task, method):
+    if method == "soap":
+        pytest.importorskip("pytorch_optimizer", reason="needs the packages of `make bench`")
+    settings = {name: math.sqrt(low * high) for name, (low, high) in _plan(method).domain.items()}
+    settings["scale"] = 4.0
+    options = {"updates": 4, "points": [0, 4], "evaluate_on": 100, "progress": None}
+    found = run(task, method, settings, seed=1, methods=METHODS, **options)
+    assert found["status"] == "finished"
+    assert found["train"][1] != found["train"][0]
+    model, optimizer = METHODS[method].build(task, settings, torch.Generator().manual_seed(0))
+    group = optimizer.param_groups[0]
+    momentum = group["momentum"] if "momentum" in group else group.get("betas", (0.0,))[0]
+    assert momentum == pytest.approx(1 - settings.get("friction", 1.0))
+    if method in RATES:
+        assert group["lr"] == pytest.approx(settings["lr"])
+    if set(BOUNDED) <= set(settings):
+        assert group["lr"] == 10
+        assert [group[name] for name in ("damping", "max_change")] == [
+            settings[name] for name in ("damping", "max_change")
+        ]
+
+
+def test_two_betas_are_for_those_who_have_them():
+    model = torch.nn.Linear(2, 2)
+    adam = _theirs(torch.optim.AdamW, 0.99)(model, None, {"lr": 0.1, "friction": 0.25})
+    assert adam.param_groups[0]["betas"] == (0.75, 0.99)
+
+
+def record(ends, cost=None):
+    """Curves that halve the loss from 40 to 20 at update 10 and are at the target at the updates given."""
+    runs = []
+    for method, updates in ends.items():
+        for seed, end in enumerate(updates):
+            at = {0: 80.0, 10: 40.0, UPDATES if end is None else end: 40.0 if end is None else TARGET}
+            curve = {"update": list(at), "train": list(at.values())}
+            runs.append({"part": "run", "method": method, "seed": seed, **curve})
+    rows = [{"method": method, "update_ms": ms} for method, ms in (cost or {}).items()]
+    return {"runs": runs, "clock": {"rows": rows}}
+
+
+def test_who_is_sooner_is_a_one_sided_test_of_all_seeds():
+    scipy_stats = pytest.importorskip("scipy.stats")
+    ends = {"acp": [100, 110, 120, 105], "muon": [150, 160, 140, 155], "sgd": [1500, None, 1700, 1600]}
+    content = record(ends, {"acp": 40.0, "muon": 20.0, "muon float32": 19.0, "sgd": 10.0})
+    assert times(content, "acp", TARGET) == pytest.approx(ends["acp"])
+    assert times(content, "sgd", TARGET)[1] is None
+    ours, theirs = (torch.tensor(ends[m], dtype=torch.float64).log() for m in ("acp", "muon"))
+    expected = scipy_stats.ttest_ind(ours, theirs, equal_var=False, alternative="less").pvalue
+    assert verdict(content, "acp", "muon") == pytest.approx(expected)
+    assert verdict(content, "acp", "muon") < 0.01 < verdict(content, "muon", "acp")
+    assert verdict(content, "sgd", "acp") == 1.0
+    assert verdict(content, "acp", "sgd") < 1e-3
+    assert prices(content)["muon"] == pytest.approx(0.019)
+    assert verdict(content, "acp", "muon", seconds=True) > 0.99
+
+
+def test_what_was_made_is_not_made_again(task, tmp_path, monkeypatch):
+    small = lambda: task  # noqa: E731
+    monkeypatch.setattr(contest_module, "_task", small)
+    for name, value in (("TRIALS", 2), ("UPDATES", 16), ("EVALUATE_ON", 50), ("TARGET", 1e-9)):
+        monkeypatch.setattr(contest_module, name, value)
+    options = {"methods": ["sgd", "acp"], "out": tmp_path, "progress": False}
+    first = contest_module.contest(seeds=[1, 2], **options)
+    assert [(r["part"], r["method"]) for r in first["runs"]] == [
+        *(("search", m) for m in options["methods"]),
+        *(("run", m) for _ in range(2) for m in options["methods"]),
+    ]
+    monkeypatch.setattr(contest_module, "run", None)
+    monkeypatch.setattr(contest_module, "search", None)
+    assert contest_module.contest(seeds=[1, 2], **options) == first
+    rows = contest_module.clock(out=tmp_path, rounds=2, progress=False)
+    assert [row["method"] for row in rows] == ["sgd", "acp"]
