@@ -89,6 +89,14 @@ def test_who_is_sooner_is_a_one_sided_test_of_all_seeds():
     assert verdict(content, "acp", "muon", seconds=True) > 0.99
 
 
+def test_all_go_as_far_and_those_who_are_late_go_on():
+    soon, late = contest_module._Until(), contest_module._Until()
+    assert all(soon(update, loss) for update, loss in ((10, 30.0), (90, 18.0), (400, 20.0)))
+    assert not soon(500, 20.0)
+    assert all(late(update, 30.0) for update in (400, 500, 1900))
+    assert not late(1950, 18.9)
+
+
 def test_what_was_made_is_not_made_again(task, tmp_path, monkeypatch):
     small = lambda: task  # noqa: E731
     monkeypatch.setattr(contest_module, "_task", small)
