@@ -21,18 +21,21 @@ These were committed before any of the runs:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from math import log
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 from unittest import mock
 
+import plotly.graph_objects as go
 import torch
 from scipy.stats import ttest_ind
 from torch import Tensor
 
+from lab.plotting import COLORS, figure
 from lab.rivals import FOOF, NewtonMuon
 from lab.timing import Contestant, minibatch, race
 from sogrid.experiments import data
@@ -43,7 +46,22 @@ from sogrid.experiments.training import evaluation_points, run, updates_to
 from sogrid.experiments.tuning import Search, chosen, open_storage, search
 from sogrid.optimizers import ACP, KFAC, CenteredGradientDescent, NaturalNN
 
-__all__ = ["METHODS", "clock", "contest", "prices", "runs", "times", "verdict"]
+__all__ = [
+    "METHODS",
+    "clock",
+    "contest",
+    "curves",
+    "dots",
+    "ends_of",
+    "mean_time",
+    "prices",
+    "report",
+    "runs",
+    "setting_words",
+    "taking_part",
+    "times",
+    "verdict",
+]
 
 BENCHMARK, TARGET, UPDATES, ALL = "mnist_autoencoder", 18.9, 2_000, 500
 TRIALS, HALVINGS, FINALISTS = 40, 3, 3
@@ -237,7 +255,7 @@ def runs(content: dict[str, Any], method: str) -> list[dict[str, Any]]:
     return [run for run in content["runs"] if run["part"] == "run" and run["method"] == method]
 
 
-def times(content: dict[str, Any], method: str, loss: float) -> list[float | None]:
+def times(content: dict[str, Any], method: str, loss: float = TARGET) -> list[float | None]:
     """Updates until a training loss, of each seed; ``None`` where it is not reached."""
     return [updates_to(run["update"], run["train"], loss) for run in runs(content, method)]
 
@@ -251,6 +269,101 @@ def verdict(content: dict[str, Any], a: str, b: str, loss: float = TARGET, *, se
     if None in ours:
         return 1.0
     cost = prices(content) if seconds else {a: 1.0, b: 1.0}
-    ours = [log(cost[a] * t) for t in ours]
-    theirs = [log(cost[b] * (UPDATES if t is None else t)) for t in theirs]
+    ours = [math.log(cost[a] * t) for t in ours]
+    theirs = [math.log(cost[b] * (UPDATES if t is None else t)) for t in theirs]
     return float(ttest_ind(ours, theirs, equal_var=False, alternative="less").pvalue)
+
+
+def taking_part(content: dict[str, Any]) -> list[str]:
+    """The methods that have run from every seed, the soonest first, and then those without a time."""
+    methods = [method for method in METHODS if len(runs(content, method)) == len(SEEDS)]
+    return sorted(methods, key=lambda method: mean_time(content, method) or math.inf)
+
+
+def mean_time(content: dict[str, Any], method: str, *, seconds: bool = False) -> float | None:
+    """Mean over seeds of the updates until the target, or of their seconds; ``None`` if a seed is lost."""
+    found = times(content, method)
+    if None in found:
+        return None
+    return fmean(found) * (prices(content)[method] if seconds else 1)
+
+
+def dots(content: dict[str, Any], *, seconds: bool = False) -> go.Figure:
+    """When each method is at the target: a dot for each seed, a bar at the mean."""
+    traces, told = [], []
+    for method in taking_part(content):
+        row, mean = METHODS[method], mean_time(content, method, seconds=seconds)
+        price = prices(content)[method] if seconds else 1
+        there = [price * t for t in times(content, method) if t is not None]
+        look = {"showlegend": False, "mode": "markers"}
+        dot = {"color": COLORS[row.color], "opacity": 0.5, "size": 9}
+        traces.append(go.Scatter(x=there, y=[row.name] * len(there), name=row.name, marker=dot, **look))
+        if mean is not None:
+            bar = {"color": COLORS[row.color], "symbol": "line-ns-open", "size": 22, "line": {"width": 3}}
+            traces.append(go.Scatter(x=[mean], y=[row.name], name=f"{row.name}, mean", marker=bar, **look))
+        told.append(f"{row.name} {'not from every seed' if mean is None else f'{mean:.3g}'}")
+    unit = "seconds" if seconds else "updates"
+    return figure(
+        traces,
+        alt=f"{unit.capitalize()} until a training loss of {TARGET:g}, a dot for each of {len(SEEDS)} seeds. "
+        f"Means: {', '.join(told)}.",
+        xaxis={"title": f"{unit} to {TARGET:g}", "type": "log"},
+        yaxis={"autorange": "reversed", "ticksuffix": " "},
+        height=120 + 34 * len(told),
+    )
+
+
+def curves(content: dict[str, Any]) -> go.Figure:
+    """The training loss by update, a line for each seed."""
+    traces, told = [], []
+    for method in taking_part(content):
+        row, ends = METHODS[method], ends_of(content, method)
+        for k, run_ in enumerate(runs(content, method)):
+            look = {"color": COLORS[row.color], "dash": row.dash, "width": 1}
+            own = {"name": row.name, "legendgroup": method, "showlegend": k == 0, "line": look}
+            traces.append(go.Scatter(x=run_["update"][1:], y=run_["train"][1:], mode="lines", **own))
+        told.append(f"{row.name} {fmean(ends):.3g}")
+    return figure(
+        traces,
+        alt=f"Training loss by update, a line for each seed. After {ALL} updates, means: {', '.join(told)}.",
+        xaxis={"title": "updates", "type": "log"},
+        yaxis={"title": "training loss", "type": "log"},
+    )
+
+
+def ends_of(content: dict[str, Any], method: str) -> list[float]:
+    """The losses of a method's seeds after the updates that all make; infinite where one diverged."""
+    pairs = (dict(zip(run["update"], run["train"], strict=True)) for run in runs(content, method))
+    return [pair.get(ALL, math.inf) for pair in pairs]
+
+
+def report(content: dict[str, Any], rival: str = "muon") -> list[tuple[str, ...]]:
+    """Rows of a table, the first one the head; means over seeds ± standard deviations."""
+    sgd, cost = mean_time(content, "sgd", seconds=True), prices(content)
+    head = ("", "updates", "of SGD's price", "sooner than SGD", f"loss at {ALL}", "p: updates", "p: seconds")
+    rows = [head]
+    for method in taking_part(content):
+        found, ends = times(content, method), ends_of(content, method)
+        lost = found.count(None)
+        reached = f"{lost} of {len(found)} lost" if lost else f"{fmean(found):.0f} ± {stdev(found):.0f}"
+        own = mean_time(content, method, seconds=True)
+        sooner = "" if own is None or sgd is None else f"{sgd / own:.1f} times"
+        tests = ["", ""]
+        if method != rival and rival in taking_part(content):
+            tests = [p_words(verdict(content, method, rival, seconds=seconds)) for seconds in (False, True)]
+        loss = "diverged" if math.inf in ends else f"{fmean(ends):.2f} ± {stdev(ends):.2f}"
+        price = f"{cost[method] / cost['sgd']:.2f}"
+        rows.append((METHODS[method].name, reached, price, sooner, loss, *tests))
+    return rows
+
+
+def p_words(p: float) -> str:
+    """A p, or that it is tiny."""
+    return f"{p:.2g}" if p >= 1e-6 else "< 10⁻⁶"
+
+
+def setting_words(content: dict[str, Any], method: str) -> str:
+    """The chosen setting in the book's letters."""
+    found = next(r for r in content["runs"] if r["part"] == "search" and r["method"] == method)
+    letters = {"lr": "λ", "damping": "ε", "max_change": "κ", "friction": "1 − m", "scale": "scale"}
+    return ", ".join(f"{letters[name]} {value:.3g}" for name, value in chosen(found).items())

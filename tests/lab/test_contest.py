@@ -113,3 +113,43 @@ def test_what_was_made_is_not_made_again(task, tmp_path, monkeypatch):
     assert contest_module.contest(seeds=[1, 2], **options) == first
     rows = contest_module.clock(out=tmp_path, rounds=2, progress=False)
     assert [row["method"] for row in rows] == ["sgd", "acp"]
+
+
+@pytest.fixture
+def whole():
+    """Ten seeds of four methods; SGD is late, and AdamW misses the target from one seed."""
+    ends = {"acp": range(90, 100), "muon": range(130, 140), "sgd": range(1500, 1510)}
+    ends["adamw"] = [None, *range(501, 510)]
+    return record(ends, {"acp": 40.0, "muon": 80.0, "sgd": 10.0, "adamw": 20.0, "kfac": 1.0})
+
+
+def test_those_who_have_run_from_every_seed_take_part_the_soonest_first(whole):
+    assert contest_module.taking_part(whole) == ["acp", "muon", "sgd", "adamw"]
+    whole["runs"].pop(0)
+    assert contest_module.taking_part(whole) == ["muon", "sgd", "adamw"]
+
+
+def test_the_table_has_means_prices_and_tests(whole):
+    rows = {row[0]: row[1:] for row in contest_module.report(whole)}
+    assert rows["ACP"][:3] == ("94 ± 3", "4.00", f"{1504.5 * 10 / (94.5 * 40):.1f} times")
+    assert rows["ACP"][4:] == ("< 10⁻⁶", "< 10⁻⁶")
+    assert rows["AdamW"][0] == "1 of 10 lost"
+    assert rows["AdamW"][2] == ""
+    assert rows["AdamW"][4:] == ("1", "1")
+    assert rows["Muon"][4:] == ("", "")
+
+
+@pytest.mark.parametrize("seconds", [False, True])
+def test_every_seed_is_a_dot_and_a_mean_needs_all(whole, seconds):
+    found = contest_module.dots(whole, seconds=seconds)
+    dots = {t.name: t.x for t in found.data if len(t.x) > 1}
+    assert {name: len(x) for name, x in dots.items()} == {"ACP": 10, "Muon": 10, "SGD": 10, "AdamW": 9}
+    assert min(dots["ACP"]) == pytest.approx(90 * (0.04 if seconds else 1))
+    assert {t.name for t in found.data if len(t.x) == 1} == {"ACP, mean", "Muon, mean", "SGD, mean"}
+    assert "AdamW not from every seed" in found.layout.meta["alt"]
+
+
+def test_every_seed_is_a_curve(whole):
+    found = contest_module.curves(whole)
+    assert len(found.data) == 40
+    assert [t.name for t in found.data if t.showlegend] == ["ACP", "Muon", "SGD", "AdamW"]
