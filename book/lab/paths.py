@@ -1,8 +1,8 @@
 """Paths in a plane of two parameters: the valley of the introduction, and page 3.2's one model in two charts.
 
 A *chart* is a way to name the functions of a model by two numbers. The model of page 3.2 says "one" with
-probability σ(w₂ tanh(w₁x)): by its weights, or by the logarithms of two numbers that can be read off its logit,
-the slope w₁w₂ at zero and the height w₂ at which it saturates.
+probability σ(w₂ tanh(w₁x)): by its weights, or by the logarithms of two numbers that can be read off its
+logit, the slope w₁w₂ at zero and the height w₂ at which it saturates.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 import torch
-from plotly.subplots import make_subplots
 from torch import Tensor
 
 from lab.plotting import color, figure
@@ -50,7 +49,7 @@ DASHES = ("solid", "dot")
 
 
 def predictions(theta: Tensor, x: Tensor) -> Tensor:
-    """Probability of class one, ``[..., n]``, at inputs ``x``, ``[n]``, for weights ``theta``, ``[..., 2]``."""
+    """Probabilities of one, ``[..., n]``, at inputs ``x``, ``[n]``, of weights ``theta``, ``[..., 2]``."""
     return (theta[..., 1:] * torch.tanh(theta[..., :1] * x)).sigmoid()
 
 
@@ -141,7 +140,7 @@ def by_chart(paths: dict[str, dict[str, Tensor]], at: tuple[float, float]) -> go
     )
     return figure(
         traces,
-        alt="Predictions at two inputs along four paths from one start. The two paths of gradient descent part "
+        alt="Predictions at two inputs along four paths from one start. The two of gradient descent part "
         "at once; the two of the natural gradient lie on each other.",
         xaxis={"title": f"probability at x = {at[0]:g}"},
         yaxis={"title": f"probability at x = {at[1]:g}"},
@@ -167,24 +166,20 @@ def valley(h: Tensor, start: tuple[float, float], *, share: float = 0.9, steps: 
     for _ in range(steps):
         weights.append(weights[-1] - lr * hessian @ weights[-1])
     newton = [weights[0], weights[0] + newton_update(hessian @ weights[0], hessian)]
-    grid = make_subplots(rows=1, cols=2, horizontal_spacing=0.14)
-    grid.add_trace(_cloud(h), 1, 1)
-    grid.add_trace(_contours(hessian / 2, 1.2 * max(map(abs, start))), 1, 2)
+    reach = 1.2 * max(map(abs, start))
+    traces = [_contours(hessian / 2, reach), _cloud(h)]
     for name, path, shade in (("gradient descent", weights, "grey"), ("Newton's step", newton, "blue")):
         look = {"line": {"color": color(shade)}, "marker": {"color": color(shade), "size": 5}}
-        grid.add_trace(_line(torch.stack(path), name=name, mode="lines+markers", **look), 1, 2)
-    titles = {"xaxis": "input h₁", "yaxis": "input h₂", "xaxis2": "weight w₁", "yaxis2": "weight w₂"}
-    axes = {axis: {"title": title} for axis, title in titles.items()}
-    for one, other in (("yaxis", "x"), ("yaxis2", "x2")):
-        axes[one] |= {"scaleanchor": other, "constrain": "domain", "constraintoward": "top"}
-        axes[other.replace("x", "xaxis")] |= {"constrain": "domain"}
+        traces.append(_line(torch.stack(path), name=name, mode="lines+markers", **look))
+    axis = {"range": [-reach, reach], "constrain": "domain"}
     return figure(
-        grid,
-        alt="Left: a long thin cloud of inputs that rises to the right. Right: the contours of the loss, a "
-        "long narrow valley at a right angle to the cloud; gradient descent jumps from side to side of it and "
-        "creeps along it, Newton's step goes to the minimum at once.",
-        height=420,
-        **axes,
+        traces,
+        alt="A long thin cloud of inputs that rises to the right, and at a right angle to it the contours of "
+        "the loss, a long narrow valley. Gradient descent jumps from side to side of the valley and creeps "
+        "along it, Newton's step goes to the minimum at once.",
+        height=440,
+        xaxis={"title": "weight w₁, input h₁", **axis},
+        yaxis={"title": "weight w₂, input h₂", "scaleanchor": "x", **axis},
     )
 
 
@@ -194,7 +189,7 @@ def _line(points: Tensor, **look: Any) -> go.Scatter:
 
 def _cloud(h: Tensor) -> go.Scatter:
     marker = {"color": color("orange", 0.6), "size": 6}
-    return _line(h, mode="markers", name="inputs", marker=marker, showlegend=False, hoverinfo="skip")
+    return _line(h, mode="markers", name="inputs", marker=marker, hoverinfo="skip")
 
 
 def _contours(form: Tensor, reach: float) -> go.Contour:
@@ -204,7 +199,7 @@ def _contours(form: Tensor, reach: float) -> go.Contour:
         x=axis.tolist(),
         y=axis.tolist(),
         z=((plane @ form) * plane).sum(1).view(61, 61).mT.sqrt().tolist(),
-        ncontours=14,
+        ncontours=24,
         contours_coloring="lines",
         line_width=1,
         colorscale=[[0, "#999"], [1, "#999"]],

@@ -112,6 +112,13 @@ def test_notation_names_code_that_exists():
         assert target is not None, name
 
 
+def test_every_reference_has_a_link():
+    entries = re.split(r"\n(?=@)", (BOOK / "references.bib").read_text(encoding="utf-8"))
+    assert len(entries) > 40
+    bare = [entry.split(",")[0] for entry in entries if not re.search(r"^  (doi|eprint|url) ", entry, re.M)]
+    assert not bare, "add a DOI, an arXiv number (eprint) or an address"
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.relative_to(BOOK).as_posix())
 def test_notebook_stores_no_outputs(path):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
