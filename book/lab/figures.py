@@ -16,12 +16,14 @@ from sogrid.experiments.reference import thesis_facts, thesis_values
 from sogrid.experiments.tuning import best_so_far, chosen
 
 __all__ = [
+    "bars",
     "best_losses",
     "by_learning_rate",
     "by_point",
     "caption",
     "carried_on",
     "comparison_table",
+    "cost_growth",
     "cost_table",
     "good_learning_rates",
     "landscape",
@@ -320,6 +322,74 @@ def cost_table(record: dict[str, Any], figure_key: str) -> str:
             f"| {row['update_ms'] / sgd:.2f} | {'' if ratio is None else f'{ratio:.3g}'} |"
         )
     return "\n".join(lines)
+
+
+def bars(series: dict[str, dict[str, float]], *, xlabel: str, alt: str) -> go.Figure:
+    """Horizontal bars, the first at the top, a colour for each series, and a dotted line at one.
+
+    Args:
+        series: What the bars are of → name → value; a series may lack some names.
+        xlabel: Title of the axis of values.
+        alt: What the figure shows, before its numbers.
+    """
+    names = list(dict.fromkeys(name for values in series.values() for name in values))
+    traces = [
+        go.Bar(
+            x=[values.get(name) for name in names],
+            y=names,
+            orientation="h",
+            name=title,
+            marker={"color": color(shade)},
+            hovertemplate="%{y}: %{x:.2f}<extra>" + title + "</extra>",
+        )
+        for (title, values), shade in zip(series.items(), ("blue", "orange", "green"), strict=False)
+    ]
+    told = "; ".join(
+        f"{title}: {', '.join(f'{name} {value:.2f}' for name, value in values.items())}"
+        for title, values in series.items()
+    )
+    return figure(
+        traces,
+        alt=f"{alt} {told}.",
+        barmode="group",
+        bargap=0.25,
+        xaxis={"title": xlabel, "rangemode": "tozero"},
+        yaxis={"autorange": "reversed", "ticks": "", "showgrid": False},
+        shapes=[
+            {"type": "line", "x0": 1, "x1": 1, "yref": "paper", "y0": 0, "y1": 1, "line": {"dash": "dot"}}
+        ],
+        showlegend=len(series) > 1,
+        height=80 + (14 + 13 * len(series)) * len(names),
+    )
+
+
+def cost_growth(rows: list[dict[str, Any]]) -> go.Figure:
+    """What an update costs, as a multiple of SGD's, along each axis of a bench's part ``"growth"``."""
+    axes = list(dict.fromkeys(row["axis"] for row in rows))
+    traces, layout = [], {}
+    for i, axis in enumerate(axes):
+        number, left = "" if i == 0 else str(i + 1), i * 0.26
+        along = [row for row in rows if row["axis"] == axis]
+        at = [row["at"] for row in along]
+        for method in rows[0]["ratio"]:
+            look = {"xaxis": f"x{number}", "yaxis": "y", "mode": "lines+markers", "showlegend": i == 0}
+            traces.append(
+                go.Scatter(x=at, y=[row["ratio"][method] for row in along], **look, **style(method))
+            )
+        shape = {"type": "log", "domain": [left, left + 0.22], "anchor": "y"}
+        layout[f"xaxis{number}"] = {"title": axis, "tickvals": at[::2], "tickangle": 0, **shape}
+    told = (
+        f"{row['axis']} {row['at']}: {' and '.join(f'{v:.2f}' for v in row['ratio'].values())}"
+        for row in rows
+    )
+    names = " and ".join(looks(method).name for method in rows[0]["ratio"])
+    return figure(
+        traces,
+        alt=f"Ratio of the time of an update to SGD's, for {names}, along {len(axes)} axes. {'; '.join(told)}.",
+        yaxis={"title": "ratio to SGD", "rangemode": "tozero"},
+        height=360,
+        **layout,
+    )
 
 
 # Learning rates

@@ -6,10 +6,12 @@ from itertools import product
 import pytest
 
 from lab.figures import (
+    bars,
     best_losses,
     by_learning_rate,
     caption,
     comparison_table,
+    cost_growth,
     cost_table,
     good_learning_rates,
     landscape,
@@ -186,6 +188,24 @@ def test_tables(record):
         cost_table(with_clock(record), "fig6_2").splitlines()[2]
         == "| ACP, fixed α | 40.0 | 0.50 | 2.00 | 2.03 |"
     )
+
+
+def test_bars_are_told_and_drawn_from_the_top():
+    figure = bars({"one": {"ACP": 1.25, "KFAC": 2}, "two": {"KFAC": 3}}, xlabel="times", alt="Costs.")
+    assert figure.data[1].x == (None, 3)
+    assert figure.layout.yaxis.autorange == "reversed"
+    assert figure.layout.meta["alt"] == "Costs. one: ACP 1.25, KFAC 2.00; two: KFAC 3.00."
+
+
+def test_growth_has_an_axis_for_each_that_was_followed():
+    rows = [
+        {"axis": axis, "at": at, "ratio": {"acp": 1.5, "kfac": 2.0}}
+        for axis, at in product(("width", "depth"), (8, 16))
+    ]
+    figure = cost_growth(rows)
+    assert [trace.xaxis for trace in figure.data] == ["x", "x", "x2", "x2"]
+    assert [trace.showlegend for trace in figure.data] == [True, True, False, False]
+    assert "depth 16: 1.50 and 2.00" in figure.layout.meta["alt"]
 
 
 @pytest.fixture
