@@ -385,7 +385,7 @@ def cost_growth(rows: list[dict[str, Any]]) -> go.Figure:
     names = " and ".join(looks(method).name for method in rows[0]["ratio"])
     return figure(
         traces,
-        alt=f"Ratio of the time of an update to SGD's, for {names}, along {len(axes)} axes. {'; '.join(told)}.",
+        alt=f"Time of an update over SGD's, for {names}, along {len(axes)} axes. {'; '.join(told)}.",
         yaxis={"title": "ratio to SGD", "rangemode": "tozero"},
         height=360,
         **layout,
