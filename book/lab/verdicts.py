@@ -480,7 +480,7 @@ def _heuristic_is_unstable(record: Record, longer: Record | None) -> tuple[str, 
     ends = [run["update"][-1] for run in runs if run["status"] != "finished"]
     lost = [u for u in ends if u >= _last(record) / 20]  # before that, gradients are not small
     heuristic, fixed = rise("acp"), rise("acp_fixedalpha")
-    words = [f"{ratio:.2g}-fold" if ratio > 1.005 else "none" for ratio in (heuristic, fixed)]
+    words = [f"{ratio:.2g}-fold" if ratio > 1.05 else "none" for ratio in (heuristic, fixed)]
     early = f", and at the very start {len(ends) - len(lost)}" * (len(ends) > len(lost))
     when = f" (at update {', '.join(f'{u:,}' for u in lost)})" * bool(lost)
     return HOLDS if lost or heuristic > 1.5 * fixed else FAILS, (
