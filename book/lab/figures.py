@@ -180,7 +180,12 @@ def _band(method: str, at: list[float], columns: list[list[float]], mean: list[f
 
 
 def _marker(method: str, x: list[float], y: list[float], symbol: str, name: str) -> go.Scatter:
-    marker = {"symbol": symbol, "size": 9, "color": color(method), "line": {"width": 2}}
+    marker = {
+        "symbol": symbol,
+        "size": 9,
+        "color": color(method),
+        "line": {"width": 2, "color": color(method)},
+    }
     look = {"mode": "markers", "legendgroup": method, "showlegend": False, "name": name}
     return go.Scatter(x=x, y=y, marker=marker, **look)
 
@@ -356,7 +361,15 @@ def bars(series: dict[str, dict[str, float]], *, xlabel: str, alt: str) -> go.Fi
         xaxis={"title": xlabel, "rangemode": "tozero"},
         yaxis={"autorange": "reversed", "ticks": "", "showgrid": False},
         shapes=[
-            {"type": "line", "x0": 1, "x1": 1, "yref": "paper", "y0": 0, "y1": 1, "line": {"dash": "dot"}}
+            {
+                "type": "line",
+                "x0": 1,
+                "x1": 1,
+                "yref": "paper",
+                "y0": 0,
+                "y1": 1,
+                "line": {"dash": "dot", "color": color("grey")},
+            }
         ],
         showlegend=len(series) > 1,
         height=80 + (14 + 13 * len(series)) * len(names),

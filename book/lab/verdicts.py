@@ -90,10 +90,10 @@ def verdicts(record: Record, longer: Record | None = None) -> list[Verdict]:
 
 def verdict_table(record: Record, longer: Record | None = None, where: str = "") -> str:
     """The same as a Markdown table, or of it what is said at ``where`` in the thesis."""
-    lines = ["| the thesis says | where | verdict | measured |", "|---|---|---|---|"]
+    lines = ["| the thesis says | verdict | measured |", "|---|---|---|"]
     for v in verdicts(record, longer):
         if where in v.where:
-            lines.append(f"| {v.claim} | {v.where} | **{v.verdict}** | {v.numbers} |")
+            lines.append(f"| {v.claim} ({v.where}) | **{v.verdict}** | {v.numbers} |")
     return "\n".join(lines)
 
 
