@@ -7,7 +7,7 @@
 * ``plotly.min.js`` and MathJax are copied from the installed wheels into the site, so that a built page
   needs no network and no large file is in git.
 * Where ``SOGRID_REPOSITORY`` names the book's home on GitHub, as when it is published, pages have launch
-  buttons for Binder and Colab.
+  buttons for Binder and Colab, and the first page links to it (``{{ home }}``).
 * Kernels see ``SOGRID_BOOK=1``: a figure or an explorer gives its static view.
 * A page's text stays hidden until its formulas are typeset, so that it does not move under the reader.
 * sphinx-thebe writes its script twice on every page, although the book does not use it: it is removed.
@@ -96,12 +96,15 @@ def execute_pages(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> No
 
 
 def set_launch_buttons(app: Sphinx, config: Config) -> None:
-    """Launch buttons that open a page's notebook where the book lives; none if it is not known."""
+    """Launch buttons that open a page's notebook where the book lives, if that is known, and a link there."""
+    home = "in the folder that this book was built from"
     if repository := os.environ.get("SOGRID_REPOSITORY"):
         options = config.html_theme_options
         options |= {"repository_url": repository, "repository_branch": "main"}
         services = {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com"}
         options["launch_buttons"] = {**options.get("launch_buttons", {}), **services}
+        home = f"on [GitHub]({repository})"
+    config.myst_substitutions = {**config.myst_substitutions, "home": home}
 
 
 def copy_vendor(app: Sphinx) -> None:

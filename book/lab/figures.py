@@ -11,15 +11,19 @@ from typing import Any
 import plotly.graph_objects as go
 
 from lab.plotting import color, figure, looks, style
+from sogrid.experiments.benchmarks import METHODS
 from sogrid.experiments.reference import thesis_facts, thesis_values
 from sogrid.experiments.tuning import best_so_far, chosen
 
 __all__ = [
+    "bars",
     "best_losses",
     "by_learning_rate",
     "by_point",
     "caption",
+    "carried_on",
     "comparison_table",
+    "cost_growth",
     "cost_table",
     "good_learning_rates",
     "landscape",
@@ -27,6 +31,7 @@ __all__ = [
     "learning_rate_table",
     "loss_at",
     "milliseconds",
+    "provenance_table",
     "runs_by_method",
     "search_caption",
     "search_scatter",
@@ -56,12 +61,13 @@ def learning_curves(
     figure_key: str | None = None,
     ylabel: str = "loss",
     longer: dict[str, Any] | None = None,
+    methods: Sequence[str] = (),
 ) -> go.Figure:
     """Learning curves of every method of a record, both axes logarithmic, from update (second) one.
 
-    Lines are ours, the mean over seeds with a band of one standard deviation where there are several; if
-    one diverged (a cross), the line goes on with the others. Open markers are the thesis's values up to
-    the end of our axis. Seconds are updates times what an update costs, if the record has that (``clock``).
+    A line is one seed, and a cross is where it diverged: nothing is averaged, so that a seed that is lost is
+    seen as such. Open markers are the thesis's values up to the end of our axis. Seconds are updates times
+    what an update costs, if the record has that (``clock``).
 
     Args:
         record: Content of a record.
@@ -69,40 +75,68 @@ def learning_curves(
         y: ``"train"``, ``"test"``, ``"train_error"`` or ``"test_error"``.
         figure_key: The thesis's figure to set beside ours, e.g. ``"fig6_2"``.
         ylabel: Title of the vertical axis.
-        longer: A record of the same methods, or some, with more updates: thin lines from where ours end.
+        longer: A record of some of these runs with more updates: their lines go on where ours end.
+        methods: Those to draw, if not all.
     """
+    shown = {m: runs for m, runs in runs_by_method(record).items() if m in (methods or (m,))}
+    late = runs_by_method(carried_on(record, longer) or {"runs": []})
     traces, last, ends = [], 1.0, []
-    for method, runs in runs_by_method(record).items():
-        at, columns = _columns(record, method, runs, x, y)
-        mean = [fmean(column) for column in columns]
-        if len(runs) > 1:
-            traces.append(_band(method, at, columns, mean))
-        traces.append(go.Scatter(x=at, y=mean, mode="lines", **style(method)))
-        for lost in (len(run[y]) - 1 for run in runs if run["status"] != "finished"):
-            where = slice(lost, lost + 1)
-            traces.append(
-                _marker(method, at[where], mean[where], "x", f"{looks(method).name}, a seed diverged")
-            )
-        ends.append(f"{looks(method).name} {mean[-1]:.3g}")
-        last = max(last, at[-1])
-    for method, runs in runs_by_method(longer or {"runs": []}).items():
-        at, columns = _columns(longer, method, runs, x, y)
-        values = [column[0] for column in columns]
-        beyond = [i for i, run_update in enumerate(runs[0]["update"]) if run_update >= _updates(record)]
-        line = {**style(method)["line"], "width": 1}
-        kept = {"x": [at[i] for i in beyond], "y": [values[i] for i in beyond], "line": line}
-        look = {"name": f"{looks(method).name}, one seed", "legendgroup": method, "showlegend": False}
-        traces.append(go.Scatter(**kept, **look, mode="lines"))
-        last = max(last, at[-1])
+    for method, runs in shown.items():
+        ours = [(record, run, 0) for run in runs]
+        ours += [(longer, run, _updates(record)) for run in late.get(method, ())]
+        for i, (source, run, since) in enumerate(ours):
+            at = [
+                v
+                for v, update in zip(_abscissae(source, run, x), run["update"], strict=True)
+                if update >= since
+            ]
+            traces += _seed(method, run, at, run[y][len(run[y]) - len(at) :], first=i == 0)
+            last = max(last, *at[-1:], 1.0)
+        found = [f"{run[y][-1]:.3g}" if run["status"] == "finished" else "diverged" for run in runs]
+        ends.append(f"{looks(method).name} {', '.join(found)}")
     if figure_key is not None:
-        traces += _thesis_markers(figure_key, x, y, runs_by_method(record), last)
+        traces += _thesis_markers(figure_key, x, y, shown, last)
     return figure(
         traces,
-        alt=f"Learning curves: {ylabel} by {AXES[x]}, both axes logarithmic. At the end: {', '.join(ends)}.",
+        alt=f"Learning curves, a line for each seed: {ylabel} by {AXES[x]}, both axes logarithmic. At the "
+        f"end: {'; '.join(ends)}.",
         xaxis={"title": AXES[x], **TICKS},
         yaxis={"title": ylabel, **TICKS, **(_down_to_one_error(traces) if y.endswith("error") else {})},
         height=460,
     )
+
+
+def carried_on(record: dict[str, Any], longer: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Of a longer record, the runs that go on with one of a record: same method, seed and settings.
+
+    A search that was made again chooses other settings, and what was carried on before is of the old ones.
+    """
+    if longer is None:
+        return None
+    known = [(run["method"], run["seed"], run["settings"]) for run in record["runs"]]
+    runs = [run for run in longer["runs"] if (run["method"], run["seed"], run["settings"]) in known]
+    return {**longer, "runs": runs} if runs else None
+
+
+def _seed(
+    method: str, run: dict[str, Any], at: list[float], values: list[float], first: bool
+) -> list[go.Scatter]:
+    """A line of one seed, the first of a method in the legend, and a cross where it diverged."""
+    look, name = style(method), f"{looks(method).name}, seed {run['seed']}"
+    more = {"line": {**look["line"], "width": 1.5}, "showlegend": first}
+    text = f"%{{x:.4g}}: %{{y:.4g}}<extra>{name}</extra>"
+    traces = [go.Scatter(x=at, y=values, mode="lines", hovertemplate=text, **(look | more))]
+    if run["status"] != "finished" and at:
+        traces.append(_marker(method, at[-1:], values[-1:], "x", f"{name}, diverged"))
+    return traces
+
+
+def _abscissae(record: dict[str, Any], run: dict[str, Any], x: str) -> list[float]:
+    """Where a run was evaluated, from one on."""
+    cost = milliseconds(record).get(run["method"])
+    if x == "second" and cost is not None:
+        return [1 + update * cost / 1000 for update in run["update"]]
+    return [1 + v for v in run[x]]
 
 
 def _down_to_one_error(traces: Sequence[Any]) -> dict[str, Any]:
@@ -130,18 +164,6 @@ def _updates(record: dict[str, Any]) -> int:
     return record["settings"]["updates"]
 
 
-def _columns(
-    record: dict[str, Any], method: str, runs: list[dict[str, Any]], x: str, y: str
-) -> tuple[list[float], list[list[float]]]:
-    """Abscissae, from one on, and at each the values of all seeds that got there."""
-    cost = milliseconds(record).get(method)
-    if x == "second" and cost is not None:
-        at = [values[0] * cost / 1000 for values in by_point(runs, "update")]
-    else:
-        at = [fmean(values) for values in by_point(runs, x)]
-    return [v + 1 for v in at], by_point(runs, y)
-
-
 def by_point(runs: list[dict[str, Any]], key: str) -> list[list[float]]:
     """At each evaluation, one after the other, the values of all seeds that got there."""
     return [[v for v in values if v is not None] for values in zip_longest(*(run[key] for run in runs))]
@@ -158,7 +180,12 @@ def _band(method: str, at: list[float], columns: list[list[float]], mean: list[f
 
 
 def _marker(method: str, x: list[float], y: list[float], symbol: str, name: str) -> go.Scatter:
-    marker = {"symbol": symbol, "size": 9, "color": color(method), "line": {"width": 2}}
+    marker = {
+        "symbol": symbol,
+        "size": 9,
+        "color": color(method),
+        "line": {"width": 2, "color": color(method)},
+    }
     look = {"mode": "markers", "legendgroup": method, "showlegend": False, "name": name}
     return go.Scatter(x=x, y=y, marker=marker, **look)
 
@@ -216,50 +243,72 @@ def thesis_loss_at(figure_key: str, update: int) -> dict[str, float]:
 
 
 def caption(record: dict[str, Any]) -> str:
-    """One sentence on what a record holds: data, scale, seeds, time axis, machines and their last dates."""
+    """One sentence on what a record holds: data, scale, seeds, settings, time axis.
+
+    Machines and dates are on the page "How this companion is made", see :func:`provenance_table`.
+    """
     settings, runs = record["settings"], record["runs"]
     seeds = sorted({run["seed"] for run in runs})
     updates = max((run["update"][-1] for run in runs if run["update"]), default=0)
-    several = f"mean and standard deviation over seeds {', '.join(map(str, seeds))}"
     text = (
-        f"{settings['data']['variant']} (sha256 {settings['data']['checksum'][:8]}), "
-        f"{updates:,} updates of {settings['batch']} examples, "
-        f"{several if len(seeds) > 1 else f'seed {seeds[0]}'}, "
-        f"hyperparameters chosen {settings['hyperparameters']}; {_origin(run['provenance'] for run in runs)}"
+        f"{settings['data']['variant']}, {updates:,} updates of {settings['batch']} examples, "
+        f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}, "
+        f"hyperparameters chosen {settings['hyperparameters']}"
     )
+    if "evaluate_on" in settings:
+        text += f"; training loss and error are of {settings['evaluate_on']:,} training images"
     if "clock" in record:
-        text += (
-            ". Seconds are updates times the cost of one, measured on its own, interleaved: "
-            f"{_origin([record['clock']['provenance']])}"
-        )
+        text += "; seconds are updates times the cost of one, measured on its own"
     return text
 
 
-def _origin(provenances: Iterable[dict[str, Any]]) -> str:
+def provenance_table(records: dict[str, dict[str, Any]]) -> str:
+    """Markdown table of where records come from: data, machines, dates.
+
+    Args:
+        records: Name of each, and its content.
+    """
+    lines = ["| record | data | made on | until |", "|---|---|---|---|"]
+    for name, record in records.items():
+        data = record.get("settings", {}).get("data", "")
+        if isinstance(data, dict):
+            data = f"{data['variant']}, sha256 {data['checksum'][:8]}"
+        parts = [*record.get("runs", ()), record.get("clock", {})]
+        for where, date in _origins(part["provenance"] for part in parts if "provenance" in part).items():
+            lines.append(f"| {name} | {data} | {where} | {date} |")
+            name = data = ""
+    return "\n".join(lines)
+
+
+def _origins(provenances: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Machine → the last date on it."""
     last: dict[str, str] = {}
     for provenance in provenances:
         machine = provenance["machine"]
         threads = f"{machine['threads']} thread{'s' * (machine['threads'] > 1)}"
-        where = f"{machine['processor']}, {threads}, {machine['device']}"
+        device = "" if machine["device"] == "cpu" else f", {machine['device']}"
+        where = f"{machine['processor']}, {threads}{device}"
         last[where] = max(last.get(where, ""), provenance["date"])
-    return " and ".join(f"{where}, {date}" for where, date in last.items())
+    return last
 
 
 def comparison_table(record: dict[str, Any], update: int, figure_key: str) -> str:
-    """Markdown table of the training loss at one update: ours over seeds, the thesis's, settings."""
+    """Markdown table of the training loss at one update: ours of every seed, the thesis's, settings."""
     thesis = thesis_loss_at(figure_key, update)
     lines = [f"| method | at update {update:,} | thesis 2017 | settings |", "|---|---|---|---|"]
     for method, runs in runs_by_method(record).items():
-        values = values_at(record, method, update)
-        spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
+        ours = ", ".join(f"{value:.3g}" for value in values_at(record, method, update))
         theirs = f"{thesis[method]:.3g}" if thesis.get(method) is not None else ""
-        ours = f"{fmean(values):.3g}{spread}"
-        lines.append(f"| {looks(method).name} | {ours} | {theirs} | {_settings(runs[0]['settings'])} |")
+        lines.append(
+            f"| {looks(method).name} | {ours} | {theirs} | {_settings(method, runs[0]['settings'])} |"
+        )
     return "\n".join(lines)
 
 
-def _settings(settings: dict[str, float]) -> str:
-    return ", ".join(f"{WORDS[key]} {value:.3g}" for key, value in settings.items())
+def _settings(method: str, settings: dict[str, float]) -> str:
+    """Hyperparameters, the learning rate as its optimizer takes it."""
+    own = METHODS[method].own(settings)
+    return ", ".join(f"{WORDS[key]} {value:.3g}" for key, value in own.items())
 
 
 def cost_table(record: dict[str, Any], figure_key: str) -> str:
@@ -278,6 +327,82 @@ def cost_table(record: dict[str, Any], figure_key: str) -> str:
             f"| {row['update_ms'] / sgd:.2f} | {'' if ratio is None else f'{ratio:.3g}'} |"
         )
     return "\n".join(lines)
+
+
+def bars(series: dict[str, dict[str, float]], *, xlabel: str, alt: str) -> go.Figure:
+    """Horizontal bars, the first at the top, a colour for each series, and a dotted line at one.
+
+    Args:
+        series: What the bars are of → name → value; a series may lack some names.
+        xlabel: Title of the axis of values.
+        alt: What the figure shows, before its numbers.
+    """
+    names = list(dict.fromkeys(name for values in series.values() for name in values))
+    traces = [
+        go.Bar(
+            x=[values.get(name) for name in names],
+            y=names,
+            orientation="h",
+            name=title,
+            marker={"color": color(shade)},
+            hovertemplate="%{y}: %{x:.2f}<extra>" + title + "</extra>",
+        )
+        for (title, values), shade in zip(series.items(), ("blue", "orange", "green"), strict=False)
+    ]
+    told = "; ".join(
+        f"{title}: {', '.join(f'{name} {value:.2f}' for name, value in values.items())}"
+        for title, values in series.items()
+    )
+    return figure(
+        traces,
+        alt=f"{alt} {told}.",
+        barmode="group",
+        bargap=0.25,
+        xaxis={"title": xlabel, "rangemode": "tozero"},
+        yaxis={"autorange": "reversed", "ticks": "", "showgrid": False},
+        shapes=[
+            {
+                "type": "line",
+                "x0": 1,
+                "x1": 1,
+                "yref": "paper",
+                "y0": 0,
+                "y1": 1,
+                "line": {"dash": "dot", "color": color("grey")},
+            }
+        ],
+        showlegend=len(series) > 1,
+        height=80 + (14 + 13 * len(series)) * len(names),
+    )
+
+
+def cost_growth(rows: list[dict[str, Any]]) -> go.Figure:
+    """What an update costs, as a multiple of SGD's, along each axis of a bench's part ``"growth"``."""
+    axes = list(dict.fromkeys(row["axis"] for row in rows))
+    traces, layout = [], {}
+    for i, axis in enumerate(axes):
+        number, left = "" if i == 0 else str(i + 1), i * 0.26
+        along = [row for row in rows if row["axis"] == axis]
+        at = [row["at"] for row in along]
+        for method in rows[0]["ratio"]:
+            look = {"xaxis": f"x{number}", "yaxis": "y", "mode": "lines+markers", "showlegend": i == 0}
+            traces.append(
+                go.Scatter(x=at, y=[row["ratio"][method] for row in along], **look, **style(method))
+            )
+        shape = {"type": "log", "domain": [left, left + 0.22], "anchor": "y"}
+        layout[f"xaxis{number}"] = {"title": axis, "tickvals": at[::2], "tickangle": 0, **shape}
+    told = (
+        f"{row['axis']} {row['at']}: {' and '.join(f'{v:.2f}' for v in row['ratio'].values())}"
+        for row in rows
+    )
+    names = " and ".join(looks(method).name for method in rows[0]["ratio"])
+    return figure(
+        traces,
+        alt=f"Time of an update over SGD's, for {names}, along {len(axes)} axes. {'; '.join(told)}.",
+        yaxis={"title": "ratio to SGD", "rangemode": "tozero"},
+        height=360,
+        **layout,
+    )
 
 
 # Learning rates
@@ -470,9 +595,8 @@ def search_caption(record: dict[str, Any]) -> str:
     count = sum(len(run["trials"]["loss"]) for run in record["runs"])
     length = f"{'up to ' if settings.get('halvings') else ''}{settings['updates']:,}"
     return (
-        f"{settings['data']['variant']} (sha256 {settings['data']['checksum'][:8]}), "
-        f"{settings['benchmark'].replace('_', ' ')}, {count:,} runs of {length} updates; "
-        f"{_origin(run['provenance'] for run in record['runs'])}"
+        f"{settings['data']['variant']}, {settings['benchmark'].replace('_', ' ')}, "
+        f"{count:,} runs of {length} updates"
     )
 
 
@@ -506,6 +630,6 @@ def settings_table(record: dict[str, Any]) -> str:
         diverged = sum(loss is None for loss in losses)
         lines.append(
             f"| {looks(run['method']).name} | {len(losses)} | {diverged} | {best_so_far(run)[-1]:.3g} "
-            f"| {_settings(chosen(run))} |"
+            f"| {_settings(run['method'], chosen(run))} |"
         )
     return "\n".join(lines)

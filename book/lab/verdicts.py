@@ -7,6 +7,8 @@ testable at this scale*. That one method is below another is settled by all the 
    nothing; a method that diverges with any seed is above one that does not);
 2. over the last half of the updates the curves of the means do not cross;
 3. the longer runs, where both have one, end in the same order.
+
+A longer run is of one seed. It settles nothing alone, but may unsettle what the shorter ones show.
 """
 
 from __future__ import annotations
@@ -20,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from lab.figures import best_losses, milliseconds, runs_by_method, values_at
+from lab.figures import best_losses, carried_on, milliseconds, runs_by_method, values_at
 from lab.plotting import SAMPLERS, looks
 from sogrid.experiments.reference import thesis_facts, thesis_values
 
-__all__ = ["Verdict", "verdict_table", "verdicts"]
+__all__ = ["Verdict", "answer_table", "verdict_table", "verdicts"]
 
 HOLDS, CAVEAT, FAILS, OPEN, UNTESTED = (
     "holds",
@@ -52,6 +54,9 @@ class Verdict:
     numbers: str
 
 
+FEW = 5
+"""So many values or fewer are told by their ends; of more, a standard deviation says something."""
+
 Record = dict[str, Any]
 Judge = Callable[[Record, Record | None], tuple[str, str]]
 
@@ -70,22 +75,41 @@ def verdicts(record: Record, longer: Record | None = None) -> list[Verdict]:
 
     Args:
         record: Content of one of the six figures' records.
-        longer: Of a record of the same figure with one seed and more updates.
+        longer: Of a record of the same figure with one seed and more updates; what does not go on with a run
+            of ``record`` does not count.
 
     Raises:
         ValueError: If the record is of none of the figures.
     """
+    longer = carried_on(record, longer)
     found = next((claims for key, claims in CLAIMS.items() if record["experiment"].startswith(key)), None)
     if found is None:
         raise ValueError(f"there are no claims about {record['experiment']!r}, only about {list(CLAIMS)}")
     return [Verdict(claim.text, claim.where, *_judged(claim, record, longer)) for claim in found]
 
 
-def verdict_table(record: Record, longer: Record | None = None) -> str:
-    """The same as a Markdown table."""
-    lines = ["| the thesis says | where | verdict | measured |", "|---|---|---|---|"]
+def verdict_table(record: Record, longer: Record | None = None, where: str = "") -> str:
+    """The same as a Markdown table, or of it what is said at ``where`` in the thesis."""
+    lines = ["| the thesis says | verdict | measured |", "|---|---|---|"]
     for v in verdicts(record, longer):
-        lines.append(f"| {v.claim} | {v.where} | **{v.verdict}** | {v.numbers} |")
+        if where in v.where:
+            lines.append(f"| {v.claim} ({v.where}) | **{v.verdict}** | {v.numbers} |")
+    return "\n".join(lines)
+
+
+def answer_table(questions: dict[str, str], *pairs: tuple[Record, Record | None]) -> str:
+    """Markdown table of questions, what the thesis says to each, and what became of it.
+
+    Args:
+        questions: Section of the thesis, as claims name it → the question.
+        pairs: Records, and longer ones of the same figures, or ``None``.
+    """
+    found = [v for record, longer in pairs for v in verdicts(record, longer)]
+    lines = ["| question | the thesis says | here |", "|---|---|---|"]
+    for section, question in questions.items():
+        for v in (v for v in found if section in v.where):
+            lines.append(f"| {question} | {v.claim} ({v.where.split(', ')[-1]}) | **{v.verdict}** |")
+            question = ""
     return "\n".join(lines)
 
 
@@ -140,7 +164,9 @@ def _value(values: list[float]) -> str:
     lost = values.count(math.inf)
     if lost:
         return f"diverged in {lost} of {len(values)} runs"
-    return f"{fmean(values):.3g}" + (f" ± {stdev(values):.1g}" if len(values) > 1 else "")
+    if len(values) > FEW:
+        return f"{fmean(values):.3g} ± {stdev(values):.1g}"
+    return f"{fmean(values):.3g}" + f" ({min(values):.3g} to {max(values):.3g})" * (len(values) > 1)
 
 
 def _last(record: Record) -> int:
@@ -183,9 +209,11 @@ def _updates_to(record: Record, method: str, level: float, curve: str = "train")
     return float(np.exp(np.interp(-math.log(level), -np.log(best[pair]), np.log(updates[pair]))))
 
 
-def _at_second(record: Record, method: str, second: float) -> list[float]:
+def _at_second(
+    record: Record, method: str, second: float, costs: dict[str, float] | None = None
+) -> list[float]:
     """The training losses of its seeds at a second of the clock, between evaluations on log scales."""
-    cost, at = milliseconds(record)[method] / 1000, math.log(second)
+    cost, at = (costs or milliseconds(record))[method] / 1000, math.log(second)
     return [
         float(np.exp(np.interp(at, np.log(np.array(run["update"][1:]) * cost), np.log(run["train"][1:]))))
         for run in runs_by_method(record)[method]
@@ -343,10 +371,21 @@ def _best_per_update(method: str) -> Judge:
         points = [u for u in curves[rival] if u >= _last(record) / 50]
         leads = [u for u in points if min(curves, key=lambda m: curves[m].get(u, math.inf)) == method]
         verdict = _below(record, longer, method, rival)
-        return CAVEAT if verdict == HOLDS and len(leads) < len(points) else verdict, (
+        numbers = (
             f"{_value(ends[method])} against {_value(ends[rival])} of {_name(rival)} after {_last(record):,} "
             f"updates; it leads at {len(leads)} of {len(points)} evaluations from update {points[0]:,.0f} on"
         )
+        late = _ends(longer or {"runs": []})
+        if method in late and len(late) > 1:
+            other = _best(late, set(late) - {method})
+            gap = [fmean(late[m]) for m in (method, other)]
+            if gap[0] != gap[1] and (gap[0] < gap[1]) != (verdict == HOLDS):
+                verdict = OPEN
+            numbers += (
+                f"; of {len(late)} methods carried on to {_last(longer):,} updates with one seed, it ends at "
+                f"{_value(late[method])}, {_name(other)} at {_value(late[other])}"
+            )
+        return CAVEAT if verdict == HOLDS and len(leads) < len(points) else verdict, numbers
 
     return judge
 
@@ -357,27 +396,38 @@ def _acp_keeps_up_in_time(record: Record, longer: Record | None) -> tuple[str, s
     second = _last(record) * min(costs[acp], costs["kfac"]) / 1000
     a, b = (_at_second(record, m, second) for m in (acp, "kfac"))
     spread = 2 * (_error(a, b) or math.inf)
-    low, high = (
-        HOLDS if loss <= 1.1 * fmean(b) else CAVEAT if loss <= 1.25 * fmean(b) else FAILS
-        for loss in (fmean(a) - spread, fmean(a) + spread)
-    )
-    return low if low == high else OPEN, (
+    found = {_keeps_up(loss, fmean(b)) for loss in (fmean(a) - spread, fmean(a) + spread)}
+    numbers = (
         f"after {second:.0f} s {_name(acp)} is at {_value(a)}, KFAC at {_value(b)} (an update costs "
         f"{costs[acp]:.0f} and {costs['kfac']:.0f} ms, SGD's {costs['standard_sgd']:.0f})"
     )
+    late = _ends(longer or {"runs": []})
+    ours = [m for m in ("acp", "acp_fixedalpha") if m in late]
+    if ours and "kfac" in late and math.inf not in late["kfac"]:
+        acp = _best(late, ours)
+        second = _last(longer) * min(costs[acp], costs["kfac"]) / 1000
+        a, b = (_at_second(longer, m, second, costs) for m in (acp, "kfac"))
+        found.add(_keeps_up(fmean(a), fmean(b)))
+        numbers += f"; carried on, after {second:.0f} s {_name(acp)} is at {_value(a)}, KFAC at {_value(b)}"
+    return found.pop() if len(found) == 1 else OPEN, numbers
+
+
+def _keeps_up(a: float, b: float) -> str:
+    return HOLDS if a <= 1.1 * b else CAVEAT if a <= 1.25 * b else FAILS
 
 
 def _best_test_error(record: Record, longer: Record | None) -> tuple[str, str]:
-    source, best = longer or record, {}
-    for method in runs_by_method(source):
-        updates, values = _mean_curve(source, method, "test")
+    best, far = {}, runs_by_method(longer or {"runs": []})
+    for method in runs_by_method(record):
+        curves = [_mean_curve(r, method, "test") for r in (record, *([longer] if method in far else []))]
+        updates, values = (np.concatenate(parts) for parts in zip(*curves, strict=True))
         at = int(values.argmin())
-        best[method] = float(values[at]), float(updates[at]), at == len(values) - 1
-    numbers = "; ".join(f"{_name(m)} {v:.3g} at update {u:,.0f}" for m, (v, u, _) in best.items())
-    falling = [_name(m) for m, (*_, last) in best.items() if last]
+        best[method] = float(values[at]), float(updates[at]), updates[at] == updates.max()
+    winner, *_ = order = sorted(best, key=lambda m: best[m][0])
+    numbers = "; ".join(f"{_name(m)} {best[m][0]:.3g} at update {best[m][1]:,.0f}" for m in order[:3])
+    falling = [_name(m) for m in order if best[m][2]]
     if falling:
-        return UNTESTED, f"{numbers}; still falling at the end: {', '.join(falling)}"
-    winner = min(best, key=lambda m: best[m][0])
+        return UNTESTED, f"lowest: {numbers}; still falling at the end: {', '.join(falling)}"
     soonest = min(best, key=lambda m: best[m][1] * milliseconds(record)[m])
     return FAILS if not winner.startswith("acp") else HOLDS if soonest == winner else CAVEAT, numbers
 
@@ -394,8 +444,10 @@ def _fisher_beats_gauss_newton(record: Record, longer: Record | None) -> tuple[s
             f"{_name(m)} {f'gets to 1% training error at {u:,.0f}' if u else 'does not get to 1%'}"
             for m, u in (("kfac_nat", nat), ("kfac", gn))
         )
-    if longer:
-        late = (_updates_to(longer, m, 0.01, "train_error") for m in ("kfac_nat", "kfac"))
+    if longer and {"kfac_nat", "kfac"} <= runs_by_method(longer).keys():
+        late = [_updates_to(longer, m, 0.01, "train_error") for m in ("kfac_nat", "kfac")]
+        if nat and gn and all(late) and (late[0] < late[1]) != (nat < gn):
+            verdict = OPEN
         late = " and ".join("not" if u is None else f"at {u:,.0f}" for u in late)
         reached += f", in the longer runs {late} of {_last(longer):,}"
     return verdict, (
@@ -415,22 +467,25 @@ def _fisher_refresh_is_dear(record: Record, longer: Record | None) -> tuple[str,
 
 
 def _heuristic_is_unstable(record: Record, longer: Record | None) -> tuple[str, str]:
+    both = record, longer or {"runs": []}
+
     def rise(method: str) -> float:
         ratios = [1.0]
-        for run in runs_by_method(record)[method]:
+        for run in (run for each in both for run in runs_by_method(each).get(method, [])):
             late = [v for u, v in zip(run["update"], run["train"], strict=True) if u >= _last(record) / 20]
             ratios += [after / before for before, after in pairwise(late)]
         return max(ratios)
 
-    runs = [run for each in (record, longer or {"runs": []}) for run in runs_by_method(each).get("acp", [])]
+    runs = [run for each in both for run in runs_by_method(each).get("acp", [])]
     ends = [run["update"][-1] for run in runs if run["status"] != "finished"]
     lost = [u for u in ends if u >= _last(record) / 20]  # before that, gradients are not small
     heuristic, fixed = rise("acp"), rise("acp_fixedalpha")
+    words = [f"{ratio:.2g}-fold" if ratio > 1.05 else "none" for ratio in (heuristic, fixed)]
     early = f", and at the very start {len(ends) - len(lost)}" * (len(ends) > len(lost))
     when = f" (at update {', '.join(f'{u:,}' for u in lost)})" * bool(lost)
     return HOLDS if lost or heuristic > 1.5 * fixed else FAILS, (
-        f"the largest rise of the training loss from one evaluation to the next is {heuristic:.2g}-fold, "
-        f"with a fixed α {fixed:.2g}-fold; runs that diverged: {len(lost)} of {len(runs)}{when}{early}"
+        f"the largest rise of the training loss from one evaluation to the next is {words[0]}, "
+        f"with a fixed α {words[1]}; runs that diverged: {len(lost)} of {len(runs)}{when}{early}"
     )
 
 

@@ -72,14 +72,16 @@ def test_old_caches_are_removed(extension, project):
 
 def test_only_a_book_with_a_home_has_launch_buttons(extension, monkeypatch):
     buttons = {"notebook_interface": "jupyterlab", "thebe": False}
-    config = SimpleNamespace(html_theme_options={"launch_buttons": buttons})
+    config = SimpleNamespace(html_theme_options={"launch_buttons": buttons}, myst_substitutions={})
     monkeypatch.delenv("SOGRID_REPOSITORY", raising=False)
     extension.set_launch_buttons(None, config)
     assert config.html_theme_options == {"launch_buttons": buttons}
+    assert "github" not in config.myst_substitutions["home"].lower()
     monkeypatch.setenv("SOGRID_REPOSITORY", "https://github.com/someone/sogrid")
     extension.set_launch_buttons(None, config)
     assert config.html_theme_options["repository_url"] == "https://github.com/someone/sogrid"
     assert buttons.items() < config.html_theme_options["launch_buttons"].items()
+    assert "https://github.com/someone/sogrid" in config.myst_substitutions["home"]
 
 
 def test_thebe_is_taken_off_the_page(extension):

@@ -215,7 +215,8 @@ def test_momentum_s_learning_rate_means_what_it_does_for_sgd():
     """Of a gradient that never changes, each step is λ times it in the end, and the first a tenth of that."""
     weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
     holder = torch.nn.ParameterList([weight])
-    optimizer, slope, path = METHODS["momentum"].optimizer(holder, None, {"lr": 0.5}), torch.ones(3), []
+    method, slope, path = METHODS["momentum"], torch.ones(3), []
+    optimizer = method.optimizer(holder, None, method.own({"lr": 0.5}))
     for _ in range(400):
         before = weight.detach().clone()
         weight.grad = slope.double()

@@ -1,22 +1,24 @@
 """Figures and tables from made-up records: what is drawn, and what the captions say."""
 
 import math
-import re
 from itertools import product
 
 import pytest
 
 from lab.figures import (
+    bars,
     best_losses,
     by_learning_rate,
     caption,
     comparison_table,
+    cost_growth,
     cost_table,
     good_learning_rates,
     landscape,
     learning_curves,
     learning_rate_table,
     loss_at,
+    provenance_table,
     search_caption,
     search_scatter,
     search_table,
@@ -63,18 +65,18 @@ def lines(figure, name):
     return [trace for trace in figure.data if trace.mode == "lines" and trace.name == name]
 
 
-def test_lines_are_means_and_bands_standard_deviations(record):
+def test_a_line_is_a_seed(record):
     figure = learning_curves(record, x="update", y="train")
-    (sgd,) = lines(figure, "SGD")
-    assert list(sgd.x) == [1, 301, 1001, 3001]
-    assert list(sgd.y) == [100, 42, 20, 10]
-    band = figure.data[0]
-    assert band.fill == "toself"
-    assert band.y[1] == pytest.approx(42 + math.sqrt(2))
-    assert band.y[-2] == pytest.approx(42 - math.sqrt(2))
-    assert "SGD 10" in figure.layout.meta["alt"]
-    single = {**record, "runs": record["runs"][:1]}
-    assert all(trace.fill is None for trace in learning_curves(single, x="update", y="train").data)
+    one, three = lines(figure, "SGD")
+    assert list(one.x) == [1, 301, 1001, 3001]
+    assert list(one.y) == [100, 41, 20, 10]
+    assert list(three.y) == [100, 43, 20, 10]
+    assert (one.showlegend, three.showlegend) == (True, False)
+    assert "seed 3" in three.hovertemplate
+    assert all(trace.fill is None for trace in figure.data)
+    assert "SGD 10, 10." in figure.layout.meta["alt"]
+    some = learning_curves(record, x="update", y="train", methods=["acp_fixedalpha"])
+    assert not lines(some, "SGD")
 
 
 def test_seconds_are_updates_times_their_cost(record):
@@ -107,19 +109,25 @@ def test_methods_that_the_thesis_lacks_have_no_marks(record):
 def test_a_longer_run_goes_on_where_ours_end(record):
     run = {**record["runs"][2], "update": [0, 1000, 3000, 9000], "train": [100.0, 21.0, 11.0, 6.0]}
     figure = learning_curves(record, x="update", y="train", longer={**record, "runs": [run]})
-    (thin,) = (trace for trace in figure.data if trace.name == "SGD, one seed")
-    assert (list(thin.x), list(thin.y)) == ([3001, 9001], [11, 6])
-    assert thin.line.width == 1
+    *_, late = lines(figure, "SGD")
+    assert (list(late.x), list(late.y)) == ([3001, 9001], [11, 6])
+    other = {**run, "settings": {"lr": 0.25, "scale": 32.0}}  # it goes on with none of ours
+    assert (
+        len(lines(learning_curves(record, x="update", y="train", longer={**record, "runs": [other]}), "SGD"))
+        == 2
+    )
 
 
-def test_a_cross_is_where_a_seed_diverged_and_the_others_go_on(record):
+def test_a_cross_is_where_a_seed_diverged(record):
     last = record["runs"][3]
     last |= {"status": "diverged", **{k: last[k][:2] for k in ("update", "second", "train", "test")}}
     figure = learning_curves(record, x="update", y="train")
-    assert list(lines(figure, "SGD")[0].x) == [1, 301, 1001, 3001]
-    assert list(lines(figure, "SGD")[0].y) == [100, 42, 20, 10]
+    assert [len(trace.x) for trace in lines(figure, "SGD")] == [4, 2]
     (cross,) = (trace for trace in figure.data if trace.marker.symbol == "x")
-    assert (cross.x, cross.y) == ((301,), (42,))
+    assert (cross.x, cross.y) == ((301,), (43,))
+    assert "SGD 10, diverged" in figure.layout.meta["alt"]
+    record["runs"][3] |= {key: [] for key in ("update", "second", "train", "test")}  # before it was evaluated
+    assert len(lines(learning_curves(record, x="update", y="train"), "SGD")) == 2
 
 
 @pytest.mark.parametrize(("low", "end"), [(2e-5, -4), (2e-3, None)])
@@ -148,35 +156,56 @@ def test_values_at_a_point(record):
     assert thesis_loss_at("fig6_3", 1000)["kfac_nat"] == 1.21
 
 
-def test_captions_say_what_where_and_when(record):
+def test_captions_say_what_and_how(record):
     text = caption(record)
-    for part in (
-        "MNIST, full (sha256 01234567)",
-        "3,000 updates of 200",
-        "seeds 1, 3",
-        "by lot",
-        "Z80, 1 thread",
-    ):
+    for part in ("MNIST, full", "3,000 updates of 200", "seeds 1, 3", "by lot"):
         assert part in text
-    assert "Seconds" not in text
-    assert "Seconds are updates times the cost of one" in caption(with_clock(record))
+    assert "seconds" not in text
+    assert "seconds are updates times the cost of one" in caption(with_clock(record))
     assert "seed 1," in caption({**record, "runs": record["runs"][:1]})
+    some = {**record, "settings": {**record["settings"], "evaluate_on": 10_000}}
+    assert "of 10,000 training images" in caption(some)
     lost = {**record["runs"][0], "status": "diverged", "update": [], "train": [], "test": []}
     assert "3,000 updates of 200" in caption({**record, "runs": [lost, *record["runs"]]})
     assert "0 updates of 200" in caption({**record, "runs": [lost]})
+
+
+def test_where_records_come_from(record):
     first, *others = record["runs"]
-    machine = {**first["provenance"]["machine"], "processor": "6502"}
-    other = {**first, "provenance": {**first["provenance"], "machine": machine}}
-    assert re.search(r"6502, 1 thread, .* and Z80, 1 thread", caption({**record, "runs": [other, *others]}))
+    machine = {**first["provenance"]["machine"], "processor": "6502", "device": "TPU"}
+    other = {**first, "provenance": {"date": "2026-11-25", "machine": machine}}
+    rows = provenance_table({"fig6_2": {**record, "runs": [other, *others]}, "claims": {}}).splitlines()
+    assert rows[2:] == [
+        "| fig6_2 | MNIST, full, sha256 01234567 | 6502, 1 thread, TPU | 2026-11-25 |",
+        "|  |  | Z80, 1 thread | 2026-11-24 |",
+    ]
 
 
 def test_tables(record):
     table = comparison_table(record, 300, "fig6_2").splitlines()
-    assert table[2] == "| ACP, fixed α | 42 ± 1.4 | 87.8 | λ 0.125, s 32 |"
+    assert table[2] == "| ACP, fixed α | 41, 43 | 87.8 | λ 0.125, s 32 |"
     assert (
         cost_table(with_clock(record), "fig6_2").splitlines()[2]
         == "| ACP, fixed α | 40.0 | 0.50 | 2.00 | 2.03 |"
     )
+
+
+def test_bars_are_told_and_drawn_from_the_top():
+    figure = bars({"one": {"ACP": 1.25, "KFAC": 2}, "two": {"KFAC": 3}}, xlabel="times", alt="Costs.")
+    assert figure.data[1].x == (None, 3)
+    assert figure.layout.yaxis.autorange == "reversed"
+    assert figure.layout.meta["alt"] == "Costs. one: ACP 1.25, KFAC 2.00; two: KFAC 3.00."
+
+
+def test_growth_has_an_axis_for_each_that_was_followed():
+    rows = [
+        {"axis": axis, "at": at, "ratio": {"acp": 1.5, "kfac": 2.0}}
+        for axis, at in product(("width", "depth"), (8, 16))
+    ]
+    figure = cost_growth(rows)
+    assert [trace.xaxis for trace in figure.data] == ["x", "x", "x2", "x2"]
+    assert [trace.showlegend for trace in figure.data] == [True, True, False, False]
+    assert "depth 16: 1.50 and 2.00" in figure.layout.meta["alt"]
 
 
 @pytest.fixture
@@ -227,6 +256,11 @@ def test_the_table_of_searches(searches):
     rows = search_table(searches).splitlines()
     assert rows[4] == "| biased random search | 2 | 30.50 ± 0.71 | 26.61 ± 0.13 |"
     assert settings_table(searches).splitlines()[2] == "| SGD | 4 | 1 | 30 | λ 0.1, s 10 |"
+    for run in searches["runs"]:
+        run["method"] = "adam"
+    assert (
+        settings_table(searches).splitlines()[2] == "| Adam | 4 | 1 | 30 | λ 0.001, s 10 |"
+    )  # as torch takes it
     assert "24 runs of 300 updates" in search_caption(searches)
     halved = {**searches, "settings": {**searches["settings"], "halvings": 2}}
     assert "24 runs of up to 300 updates" in search_caption(halved)

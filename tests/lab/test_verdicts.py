@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lab.verdicts import CLAIMS, Verdict, verdict_table, verdicts
+from lab.verdicts import CLAIMS, Verdict, answer_table, verdict_table, verdicts
 
 UPDATES = [0, 100, 300, 1000, 5000]
 
@@ -22,6 +22,7 @@ def curves(experiment, ends, *, profile="laptop", clock=None, last=5000, **more)
             kept = slice(None) if finished else slice(4)
             run = {"method": method, "seed": seed, "update": UPDATES[kept], "train": shape[kept]}
             run |= {"test": [2 * v for v in run["train"]], "status": "finished" if finished else "diverged"}
+            run["settings"] = {"lr": 0.1}
             run["train_error"] = [min(v / 100, 0.9) for v in run["train"]]
             runs.append(run | more)
     record = {"experiment": experiment, "settings": {"profile": profile, "updates": last}, "runs": runs}
@@ -108,6 +109,22 @@ def test_longer_runs_may_unsettle_what_shorter_ones_show(late, expected):
     assert verdict(record, "best per update", longer).verdict == expected
 
 
+def test_a_method_that_only_longer_runs_have_counts_too():
+    """Whoever is ahead at the end of the longer runs."""
+    record = curves("fig6_2_mnist_autoencoder", {"kfac": FAR, "acp": CLEAR, "nnn2": FAR})
+    assert verdict(record, "best per update").verdict == "does not hold"
+    longer = curves("fig6_2_mnist_autoencoder", {"kfac": [1.0], "nnn2": [2.0]})
+    found = verdict(record, "best per update", longer)
+    assert found.verdict == "not settled at this length"
+    assert "with one seed, it ends at 1, NNN at 2" in found.numbers
+
+
+def test_runs_of_other_settings_are_no_continuation():
+    record = curves("fig6_2_mnist_autoencoder", {"kfac": CLEAR, "acp": FAR})
+    longer = curves("fig6_2_mnist_autoencoder", {"kfac": [6.0], "acp": [3.0]}, settings={"lr": 0.2})
+    assert verdict(record, "best per update", longer).verdict == "holds"
+
+
 def test_a_lead_that_came_late_is_a_caveat():
     record = curves("fig6_2_mnist_autoencoder", {"kfac": CLEAR, "acp": FAR})
     for run in record["runs"]:
@@ -142,9 +159,13 @@ def test_time_is_updates_times_their_cost(acp_ms, expected):
     found = verdict(curves("fig6_2_x", ends, clock=clock), "in time")
     assert found.verdict == expected
     if acp_ms == 10:
-        assert "after 50 s ACP, heuristic α is at 3 ± 0.1, KFAC at 4.24 ± 0.1" in found.numbers
+        assert "after 50 s ACP, heuristic α is at 3 (2.9 to 3.1), KFAC at 4.24 (4.1 to 4.38)" in found.numbers
         wide = {**ends, "acp": [3.0, 6.0, 5.0]}  # on either side of KFAC's and a tenth, within two errors
         assert verdict(curves("fig6_2_x", wide, clock=clock), "in time").verdict.startswith("not settled")
+        slow = curves("fig6_2_x", {"acp": [4.0], "kfac": [2.0]})  # carried on, KFAC is ahead
+        late = verdict(curves("fig6_2_x", ends, clock=clock), "in time", slow)
+        assert late.verdict.startswith("not settled")
+        assert "carried on, after 50 s ACP, heuristic α is at 4, KFAC at 2.83" in late.numbers
         alone = {method: values[:1] for method, values in ends.items()}
         assert verdict(curves("fig6_2_x", alone, clock=clock), "in time").verdict.startswith("not settled")
 
@@ -281,6 +302,12 @@ def test_instability_is_a_rise_of_the_loss():
     found = verdict(lost, "unstable")
     assert found.verdict == "does not hold"
     assert "diverged: 0 of 2, and at the very start 1" in found.numbers
+    longer = curves("fig6_3_x", {"acp": [3.0], "acp_fixedalpha": [3.0]})
+    assert verdict(lost, "unstable", longer).verdict == "does not hold"
+    longer["runs"][0]["train"][3] = 40.0
+    found = verdict(lost, "unstable", longer)
+    assert found.verdict == "holds"
+    assert "evaluation to the next is 3.3-fold, with a fixed α none" in found.numbers
     found = verdict(lost, "unstable", longer=curves("fig6_3_x", {"acp": [math.inf]}))
     assert found.verdict == "holds"
     assert "diverged: 1 of 3 (at update 1,000), and at the very start 1" in found.numbers
@@ -298,5 +325,10 @@ def test_natural_neural_networks_are_dear_above_ten(ms, expected):
 def test_a_table_has_a_line_for_each_claim():
     record = curves("fig6_1_centering", {"standard_sgd": CLEAR})
     assert len(verdict_table(record).splitlines()) == 2 + len(CLAIMS["fig6_1"])
+    assert len(verdict_table(record, where="6.5.3.2, Fig. 6.1").splitlines()) == 2 + 2
+    rows = answer_table({"§6.5.3.2": "What helps?", "§6.5.3.9": "And this?"}, (record, None)).splitlines()
+    assert len(rows) == 2 + len(CLAIMS["fig6_1"])
+    assert rows[2].startswith("| What helps? | ACP with a fixed α beats")
+    assert rows[3].startswith("|  | early in training")
     with pytest.raises(ValueError, match="no claims about 'fig9'"):
         verdicts({**record, "experiment": "fig9"})

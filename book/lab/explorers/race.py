@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,7 @@ def within(at: np.ndarray, budget: float) -> int:
 
 
 def race(record: dict[str, Any], figure_key: str | None = None) -> Explorer:
-    """Learning curves up to a budget, means over the seeds that got there. Axes begin at one.
+    """Learning curves up to a budget, medians over the seeds that got there. Axes begin at one.
 
     Args:
         record: Content of a record of learning curves; seconds are updates times what one costs.
@@ -106,7 +106,7 @@ class _Curves:
     Attributes:
         methods: Those that have curves.
         measures: Keys of ``CURVES`` that all of them have.
-        means: Method → a curve for each measure, a mean over seeds.
+        middles: Method → a curve for each measure, a median over seeds.
         update: Method → where it was evaluated.
         cost: Method → seconds of an update.
         priced: Methods whose cost the reader changes.
@@ -123,8 +123,8 @@ class _Curves:
             raise ValueError("this record holds no learning curves")
         self.methods, self.cost = list(runs), seconds_per_update(record)
         self.measures = [c for c in CURVES if all(run.get(c) for of in runs.values() for run in of)]
-        self.means = {
-            m: [[fmean(v) for v in by_point(of, c)] for c in self.measures] for m, of in runs.items()
+        self.middles = {
+            m: [[median(v) for v in by_point(of, c)] for c in self.measures] for m, of in runs.items()
         }
         self.update = {m: np.array([v[0] for v in by_point(of, "update")]) for m, of in runs.items()}
         self.priced = [m for m in PRICED if m in runs]
@@ -151,7 +151,7 @@ class _Curves:
 
 def _lines(curves: _Curves, method: str) -> list[dict[str, Any]]:
     """A method's curve: all of it, faint, and what is within the budget."""
-    x, y = At(curves.at[method] + 1, "axis", "cost"), At(np.array(curves.means[method]), "curve")
+    x, y = At(curves.at[method] + 1, "axis", "cost"), At(np.array(curves.middles[method]), "curve")
     count, look = At(curves.reached[method], "axis", "cost", "budget"), style(method)
     base = {"type": "scatter", "legendgroup": method, "name": look["name"], "line": look["line"]}
     return [
@@ -166,7 +166,7 @@ def _layout(curves: _Curves, names: list[str], last: list[float]) -> dict[str, A
     line = {"type": "line", "yref": "paper", "y0": 0, "y1": 1, "line": look}
     edge = At(np.array(curves.budgets) + 1, "axis", "budget")
     power = {"type": "log", "exponentformat": "power"}
-    heights = [_range(columns) for columns in zip(*curves.means.values(), strict=True)]
+    heights = [_range(columns) for columns in zip(*curves.middles.values(), strict=True)]
     return {
         "xaxis": {
             "title": {"text": At(["update + 1", "second of training + 1"], "axis")},
@@ -231,7 +231,7 @@ def _markers(method: str, curves: list[str], theirs: dict[str, Any], last: float
 
 def _ranking(curves: _Curves) -> list[Any]:
     """The first few methods at a budget, and where they are."""
-    methods, means = curves.methods, curves.means
+    methods, means = curves.methods, curves.middles
     length = max(len(means[m][0]) for m in methods)
     pad = lambda v: [*v, *[math.nan] * (length - len(v))]  # noqa: E731
     values = np.array([[pad(v) for v in means[m]] for m in methods])  # [method, curve, n]
@@ -248,7 +248,7 @@ def _ranking(curves: _Curves) -> list[Any]:
 
 def _verdict(curves: _Curves) -> list[Any]:
     """How cheap KFAC must be to lead in time."""
-    priced, means, cost = curves.priced, curves.means, curves.cost
+    priced, means, cost = curves.priced, curves.middles, curves.cost
     rivals = [m for m in curves.methods if m not in priced]
     if not priced or not rivals:
         return []
