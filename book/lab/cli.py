@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 
 from sogrid.cli import (
@@ -53,6 +54,18 @@ Search and train the thesis's methods and today's to one training loss of the th
 one thread; stopped, the same command goes on. With --clock, on an idle machine, measure what their updates
 cost. The record is OUT/contest.json. SOAP needs the packages of `make bench`.
 """
+
+STUDY = """\
+Search methods of a study on one grid, run the best of each from twenty other seeds, and leave the record:
+OUT/NAME.json; what it holds is not run again. Minutes each on one thread.
+"""
+
+STUDIES = {
+    "newton-muon": ("lab.centring", "NEWTON_MUON"),
+    "better-blocks": ("lab.blocks", "BETTER_BLOCKS"),
+    "gan": ("lab.gan", "GAN"),
+    "architectures": ("lab.architectures", "ARCHITECTURES"),
+}
 
 LABORATORY = """\
 Write down what the page "Laboratory" has to compute: the losses of sogrid's optimizers from its weights, on
@@ -112,6 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--clock", action="store_true", help="measure prices in the place of losses")
     add_options(command, "out", "quiet")
     command.set_defaults(action=_contest, parser=command)
+
+    text = f"a study of the book: {', '.join(STUDIES)}"
+    command = commands.add_parser("study", help=text, description=STUDY, **LAYOUT)
+    command.add_argument("name", metavar="NAME", help=f"one of {', '.join(STUDIES)}")
+    add_options(command, "out", "quiet")
+    command.set_defaults(action=_study, parser=command)
 
     text = "what the Laboratory's engine has to compute"
     command = commands.add_parser("laboratory", help=text, description=LABORATORY, **LAYOUT)
@@ -201,6 +220,16 @@ def _contest(options: argparse.Namespace) -> int:
     else:
         contest(methods=methods, seeds=seeds, out=options.out, progress=not options.quiet)
     print(f"record: {Path(options.out) / 'contest.json'}")
+    return OK
+
+
+def _study(options: argparse.Namespace) -> int:
+    if options.name not in STUDIES:
+        options.parser.error(f"there are {', '.join(STUDIES)}, got {options.name!r}")
+    module, study = STUDIES[options.name]
+    found = getattr(import_module(module), study)
+    found.record(options.out, not options.quiet)
+    print(f"record: {Path(options.out) / found.name}.json")
     return OK
 
 

@@ -1,4 +1,4 @@
-r"""Two living relatives of ACP, FOOF and Newton-Muon, as optimizers to compare with.
+r"""Two living relatives of ACP, FOOF and Newton-Muon, as optimizers to compare with; and some in a grid.
 
 Both multiply the gradient of a weight by the inverse of the second moment M = E[h hᵀ] of the layer's inputs,
 where ACP centres the gradient and has their covariance C = M − h̄h̄ᵀ; the bias is no part of it. What that
@@ -16,12 +16,32 @@ from torch import Tensor, nn
 from sogrid.experiments.muon import MuonAndAdam
 from sogrid.factorize import tikhonov_inverse
 from sogrid.method import LayerMethod
+from sogrid.optimizers.centered import bias_update, centered_gradient
 from sogrid.optimizers.layerwise import Layerwise, StatisticsOptions
 from sogrid.parameters import check_count, check_hyperparameter
 from sogrid.statistics import Statistics, input_rows, second_moment
-from sogrid.structured import Factored, ThinInverse, product, quadratic_form, vectorwise
+from sogrid.structured import (
+    Factored,
+    ThinInverse,
+    matrixwise,
+    mean_eigenvalue,
+    product,
+    quadratic_form,
+    vectorwise,
+)
 
-__all__ = ["FOOF", "FOOFMethod", "NewtonMuon", "foof_update", "msgn", "ridged_inverse"]
+__all__ = [
+    "FOOF",
+    "AdamMethod",
+    "FOOFMethod",
+    "InGrid",
+    "NewtonMuon",
+    "NewtonMuonMethod",
+    "foof_update",
+    "msgn",
+    "newton_schulz",
+    "ridged_inverse",
+]
 
 
 def foof_update(
@@ -187,3 +207,106 @@ class NewtonMuon(MuonAndAdam):
         super().load_state_dict(state_dict)
         self.updates = state_dict["updates"]
         self.moments, self.inverses = dict(state_dict["moments"]), dict(state_dict["inverses"])
+
+
+# -- in a grid -------------------------------------------------------------------------------------------
+
+
+def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
+    """About msgn of ``matrix: [..., o, i]``, by the iteration of ``torch.optim.Muon``, in its own precision.
+
+    Singular values end between a half and one and a half.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
+    x = x / matrixwise(torch.linalg.matrix_norm(x).clamp(min=1e-7))
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT if matrix.shape[-2] > matrix.shape[-1] else x
+
+
+def _adam(gradient: Tensor, memory: dict[str, Tensor], name: str, updates: int, beta: float = 0.9) -> Tensor:
+    """m̂ / (√v̂ + 1e-8) of torch's Adam; its two averages are kept in ``memory``."""
+    first, second = (memory.get(name + which, torch.zeros_like(gradient)) for which in (".m", ".v"))
+    memory[name + ".m"] = first = torch.lerp(gradient, first, beta)
+    memory[name + ".v"] = second = torch.lerp(gradient.square(), second, 0.999)
+    unbiased = second / (1 - 0.999 ** (updates + 1))
+    return first / (1 - beta ** (updates + 1)) / (unbiased.sqrt() + 1e-8)
+
+
+class NewtonMuonMethod(FOOFMethod):
+    """Newton-Muon, centred or not, as the verbs of a grid; its rate falls to zero at update ``horizon``.
+
+    Centred, it is the same optimizer of the layer a = W (h − h̄) + b: Muon has the centred gradient times the
+    inverse of the covariance, Adam the bias, and Δb = Δb(Adam) − ΔW h̄. A step is no linear function of the
+    gradient, and has a memory, so this is nothing for :class:`~sogrid.optimizers.layerwise.Layerwise`.
+    """
+
+    def __init__(self, centred: bool) -> None:
+        """See the class."""
+        self.centred = self.uses_mean = centred
+
+    def check(self, group):  # noqa: D102
+        check_hyperparameter("ridge (γ)", group["ridge"], positive=True)
+
+    def measure(self, rows, group):  # noqa: D102
+        mean, inputs = input_rows(rows.inputs, self.centred)
+        return Statistics(mean, second_moment(inputs))
+
+    def invert(self, statistics, group, name):  # noqa: D102
+        moment = statistics.covariance
+        shift = group["ridge"] * mean_eigenvalue(moment) + 1e-8
+        return {"inverse": tikhonov_inverse(moment, shift, name)}
+
+    def update(self, gradient, state, group):  # noqa: D102
+        rate, mean = group["lr"] * (1 - group["updates"] / group["horizon"]), gradient.mean_h
+        w = centered_gradient(gradient.w, gradient.b, mean) if self.centred else gradient.w
+        w = product(1.0, w, state["inverse"])
+        w = w.dense() if isinstance(w, Factored) else w
+        state["momentum"] = kept = torch.lerp(w, state.get("momentum", torch.zeros_like(w)), 0.95)
+        size = 0.2 * max(w.shape[-2:]) ** 0.5
+        dw = -matrixwise(rate * size) * newton_schulz(torch.lerp(w, kept, 0.95))
+        return dw, bias_update(
+            _adam(gradient.b, state, "bias", group["updates"]), dw, mean, rate, self.centred
+        )
+
+
+class AdamMethod(LayerMethod):
+    """torch's Adam as the verb of a grid, with a β₁ of its own."""
+
+    uses_statistics = uses_mean = False
+
+    def update(self, gradient, state, group):  # noqa: D102
+        w = gradient.w.dense() if isinstance(gradient.w, Factored) else gradient.w
+        parts = [(w, "weight", matrixwise), (gradient.b, "bias", vectorwise)]
+        return tuple(
+            -wise(group["lr"]) * _adam(part, state, name, group["updates"], group["beta"])
+            for part, name, wise in parts
+        )
+
+
+class InGrid(Layerwise):
+    """What a grid takes a method and its hyperparameters from; it makes no step itself.
+
+    Args:
+        method: Its verbs.
+        model: As ever.
+        lr: Learning rate.
+        refresh_every: As ever.
+        **own: The method's hyperparameters.
+    """
+
+    def __init__(
+        self, method: LayerMethod, model: nn.Module, lr: float, refresh_every: int = 20, **own: Any
+    ) -> None:
+        """See the class."""
+        super().__init__(method, model, lr, own, refresh_every=refresh_every, max_change=None)
+
+    def step(self, closure: Callable[[], Tensor] | None = None) -> None:
+        """Nothing.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError("this method is for a grid: sogrid.experiments.grid")

@@ -220,7 +220,7 @@ class Grid:
             found = self.method.measure(Rows(_rows(h), _rows(g_layer), probes, f.shape[-2]), self.group)
             self.statistics[layer] = found = share(found, self.statistics[layer], self.averaging)
             with failures_are_nan():
-                self.state[layer] = self.method.invert(found, self.group, f"layer {layer + 1}")
+                self.state[layer] |= self.method.invert(found, self.group, f"layer {layer + 1}")
             for value in self.state[layer].values():
                 for part in value if isinstance(value, tuple) else (value,):
                     self.mark(part.isfinite().reshape(len(self.alive), -1).all(1), INDEFINITE)

@@ -5,8 +5,21 @@ import math
 import pytest
 import references
 import torch
+from studies import require_whole
 
-from lab.centring import CASES, METHODS, Comparison, by_damping, compare, distances, ratios, verdict
+from lab.centring import (
+    CASES,
+    METHODS,
+    NEWTON_MUON,
+    Comparison,
+    by_damping,
+    compare,
+    distances,
+    orthogonalised,
+    ratios,
+    recorded,
+    verdict,
+)
 from lab.rivals import foof_update
 from sogrid.optimizers.acp import acp_inverse, acp_update
 
@@ -182,3 +195,20 @@ def test_cases_differ_in_their_means():
     """m² of the first layer's inputs: none without the pixels' mean, and most of dark digits on white."""
     first = {case: distances(case, 0.1)[0] for case in CASES}
     assert first["tanh, no mean"] < 0.1 < 5 < first["tanh"] < first["tanh, inverted"]
+
+
+# -- Newton-Muon -----------------------------------------------------------------------------------------
+
+
+def test_both_newton_muons_are_searched_alike():
+    few = {"updates": 3, "rates": (0.05, 0.1), "ridges": (1.0,), "seeds": (1, 2), "search_seeds": (3,)}
+    found = {method: orthogonalised("ReLU", method, **few) for method in METHODS}
+    assert all(len(t.searched) == len(t.losses) == 2 for t in found.values())
+    assert found["centred"].losses != found["uncentred"].losses
+
+
+def test_the_record_of_newton_muon_is_whole():
+    found = recorded(require_whole(NEWTON_MUON))
+    assert [c.case for c in found] == list(CASES)
+    assert all(verdict(c, sided=1)[2] >= 0 for c in found)
+    assert ratios(found, sided=1).layout.meta["alt"]

@@ -7,8 +7,19 @@ import references
 import torch
 from torch import nn
 
-from lab.rivals import FOOF, NewtonMuon, msgn, ridged_inverse
+from lab.rivals import (
+    FOOF,
+    AdamMethod,
+    InGrid,
+    NewtonMuon,
+    NewtonMuonMethod,
+    msgn,
+    newton_schulz,
+    ridged_inverse,
+)
+from sogrid.experiments.grid import Grid
 from sogrid.losses import Quadratic
+from sogrid.networks import MLP
 from sogrid.optimizers import ACP
 
 ROUNDING = 1e-12
@@ -145,3 +156,81 @@ def test_newton_muon_refuses_other_matrices():
     model = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2))
     with pytest.raises(ValueError, match="others"):
         NewtonMuon(model, 0.1)
+
+
+# -- in a grid -------------------------------------------------------------------------------------------
+
+
+def in_grid(method, **options):
+    """A grid of one layer, and that layer."""
+    model = MLP([n_in, n_out], output="identity", generator=torch.Generator().manual_seed(1)).double()
+    return Grid([model], [InGrid(method, model, **options)], Quadratic()), model
+
+
+def test_newton_schulz_is_that_of_torch(draw):
+    for matrix in (draw(4, 7), draw(7, 4)):
+        theirs = torch.optim._muon._zeropower_via_newtonschulz(matrix, (3.4445, -4.775, 2.0315), 5, 1e-7)
+        found = newton_schulz(torch.stack([matrix, 3 * matrix]))
+        assert references.relative_error(found[0], theirs.double()) < 0.05  # theirs is bfloat16
+        assert references.relative_error(found[1], found[0]) < 1e-9
+
+
+def test_newton_muon_in_a_grid_is_newton_muon(layer):
+    """Uncentred, while its rate is constant; refreshes leave the momentum alone."""
+    _, x, y = layer
+    grid, model = in_grid(NewtonMuonMethod(False), lr=0.1, ridge=0.2, horizon=10**9, refresh_every=2)
+    optimizer = NewtonMuon(model, 0.1, refresh_every=2, averaging=0.0)
+    for _ in range(5):
+        if grid.refresh_due:
+            grid.refresh(x, y)
+        grid.update(x, y)
+        step(optimizer, model, x, y)
+        (linear,) = (m for m in model if isinstance(m, nn.Linear))
+        assert references.relative_error(grid.stack.weights[0][0], linear.weight.detach()) < 1e-2
+        assert references.relative_error(grid.stack.biases[0][0], linear.bias.detach()) < 1e-2
+
+
+def test_centred_newton_muon_is_newton_muon_of_centred_inputs(layer):
+    """The same run as uncentred on h − h̄, with b + W h̄ for the bias."""
+    _, x, y = layer
+    options = {"lr": 0.1, "ridge": 0.2, "horizon": 8}
+    centred, _ = in_grid(NewtonMuonMethod(True), **options)
+    twin, _ = in_grid(NewtonMuonMethod(False), **options)
+    mean = x.mean(0)
+    twin.stack.biases[0] = twin.stack.biases[0] + twin.stack.weights[0] @ mean
+    for _ in range(4):
+        for grid, inputs in ((centred, x), (twin, x - mean)):
+            if grid.refresh_due:
+                grid.refresh(inputs, y)
+            grid.update(inputs, y)
+    assert references.relative_error(centred.stack.weights[0], twin.stack.weights[0]) < 1e-9
+    assert references.relative_error(centred.stack(x), twin.stack(x - mean)) < 1e-9
+
+
+def test_the_rate_falls_to_zero(layer):
+    _, x, y = layer
+    grid, _ = in_grid(NewtonMuonMethod(True), lr=0.1, ridge=0.2, horizon=2)
+    grid.refresh(x, y)
+    grid.update(x, y)
+    grid.update(x, y)
+    before = grid.stack.weights[0].clone()
+    grid.update(x, y)
+    assert torch.equal(grid.stack.weights[0], before)
+
+
+def test_adam_in_a_grid_is_torch_s(layer):
+    _, x, y = layer
+    grid, model = in_grid(AdamMethod(), lr=0.1, beta=0.5)
+    adam = torch.optim.Adam(model.parameters(), 0.1, betas=(0.5, 0.999))
+    for _ in range(4):
+        grid.update(x, y)
+        step(adam, model, x, y)
+    (linear,) = (m for m in model if isinstance(m, nn.Linear))
+    assert references.relative_error(grid.stack.weights[0][0], linear.weight.detach()) < ROUNDING
+    assert references.relative_error(grid.stack.biases[0][0], linear.bias.detach()) < ROUNDING
+
+
+def test_what_is_for_a_grid_makes_no_step(layer):
+    model, _, _ = layer
+    with pytest.raises(TypeError, match="grid"):
+        InGrid(AdamMethod(), model, 0.1, beta=0.9).step()
