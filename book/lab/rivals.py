@@ -226,10 +226,12 @@ def newton_schulz(matrix: Tensor, steps: int = 5) -> Tensor:
     return x.mT if matrix.shape[-2] > matrix.shape[-1] else x
 
 
-def _adam(gradient: Tensor, memory: dict[str, Tensor], name: str, updates: int, beta: float = 0.9) -> Tensor:
+def _adam(
+    gradient: Tensor, memory: dict[str, Tensor], name: str, updates: int, beta: float | Tensor = 0.9
+) -> Tensor:
     """m̂ / (√v̂ + 1e-8) of torch's Adam; its two averages are kept in ``memory``."""
     first, second = (memory.get(name + which, torch.zeros_like(gradient)) for which in (".m", ".v"))
-    memory[name + ".m"] = first = torch.lerp(gradient, first, beta)
+    memory[name + ".m"] = first = beta * first + (1 - beta) * gradient
     memory[name + ".v"] = second = torch.lerp(gradient.square(), second, 0.999)
     unbiased = second / (1 - 0.999 ** (updates + 1))
     return first / (1 - beta ** (updates + 1)) / (unbiased.sqrt() + 1e-8)
@@ -281,7 +283,7 @@ class AdamMethod(LayerMethod):
         w = gradient.w.dense() if isinstance(gradient.w, Factored) else gradient.w
         parts = [(w, "weight", matrixwise), (gradient.b, "bias", vectorwise)]
         return tuple(
-            -wise(group["lr"]) * _adam(part, state, name, group["updates"], group["beta"])
+            -wise(group["lr"]) * _adam(part, state, name, group["updates"], wise(group["beta"]))
             for part, name, wise in parts
         )
 
@@ -294,14 +296,22 @@ class InGrid(Layerwise):
         model: As ever.
         lr: Learning rate.
         refresh_every: As ever.
+        max_change: As ever, but none by default.
         **own: The method's hyperparameters.
     """
 
     def __init__(
-        self, method: LayerMethod, model: nn.Module, lr: float, refresh_every: int = 20, **own: Any
+        self,
+        method: LayerMethod,
+        model: nn.Module,
+        lr: float,
+        *,
+        refresh_every: int = 20,
+        max_change: float | None = None,
+        **own: Any,
     ) -> None:
         """See the class."""
-        super().__init__(method, model, lr, own, refresh_every=refresh_every, max_change=None)
+        super().__init__(method, model, lr, own, refresh_every=refresh_every, max_change=max_change)
 
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:
         """Nothing.
