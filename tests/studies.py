@@ -1,16 +1,16 @@
-"""What every study's record in the book has to be."""
+"""What the record of every study in the book has to be."""
 
 from lab.trials import SEARCH_SEEDS, SEEDS
 
 
 def require_whole(study):
-    """The record in the book is of these settings, whole, of one thread, and of enough seeds."""
+    """Whole, of one thread, of the settings that the code has now, and of seeds that no search has seen."""
     content = study.read()
     found = [{name: run[name] for name in study.keys[0]} for run in content["runs"]]
     assert sorted(map(str, found)) == sorted(map(str, study.keys))
+    assert not {*SEEDS} & {*SEARCH_SEEDS}
     for run in content["runs"]:
         if "runs" in run:
-            assert len(run["runs"]) == len(SEEDS)
+            assert len(run["runs"]) == len(content["settings"]["seeds"]) >= 10
             assert run["provenance"]["machine"]["threads"] == 1
-    assert not {*SEEDS} & {*SEARCH_SEEDS}
     return content
