@@ -17,13 +17,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from itertools import product
+from statistics import fmean
 from typing import Any, NamedTuple
 
+import plotly.graph_objects as go
 import torch
 from torch import Tensor
 
+from lab.plotting import COLORS, figure, style
 from lab.rivals import AdamMethod, InGrid
-from lab.trials import SEARCH_SEEDS, SEEDS, Study, Trials, tuned
+from lab.trials import SEARCH_SEEDS, SEEDS, Study, Trials, dots, number, paired, tuned
 from sogrid.experiments.benchmarks import Method, Task
 from sogrid.experiments.grid import StackedMLP, pooled_digits, train_grid
 from sogrid.experiments.training import Minibatches, evaluation_points
@@ -39,13 +42,18 @@ __all__ = [
     "BETTER_BLOCKS",
     "FORMS",
     "Spectrum",
+    "along",
     "block",
     "classifier",
+    "ends",
     "errors",
     "factors",
+    "mean_of",
     "nearest_factors",
+    "ratios",
     "rearranged",
     "trained",
+    "verdicts",
 ]
 
 
@@ -376,3 +384,76 @@ BETTER_BLOCKS = Study(
     _part,
 )
 """Errors by seed of the path, and training by form."""
+
+
+# -- what the record says --------------------------------------------------------------------------------
+
+BLOCK_DIAGONAL = "block diagonal"
+LOOKS = {
+    "KFAC": style("kfac")["line"],
+    "EKFAC": {"color": COLORS["purple"]},
+    "nearest Kronecker": {"color": COLORS["green"]},
+    "input factor alone": style("acp")["line"],
+    "diagonal": {"color": COLORS["brown"]},
+}
+
+
+def mean_of(content: dict[str, Any], what: str, form: str, layer: int, damping: float) -> dict[int, float]:
+    """By update: a number of a form, mean over the paths.
+
+    Args:
+        content: Of the record.
+        what: ``"error"`` of the matrix, ``"cosine"``, ``"gap"`` or ``"share"`` of its step.
+        form: Of :data:`FORMS`, or ``"block diagonal"``.
+        layer: From one; zero for the block diagonal, which is of all.
+        damping: ε.
+    """
+    wanted, found = (form, layer, damping), {}
+    for run in content["runs"]:
+        for row in run["rows"] if run["part"] == "errors" else ():
+            if (row["form"], row["layer"], row["damping"]) == wanted:
+                found.setdefault(row["update"], []).append(row[what])
+    return {update: fmean(values) for update, values in found.items()}
+
+
+def along(content: dict[str, Any], layer: int = 1, damping: float = 0.01) -> go.Figure:
+    """Error of the matrix (left) and share of the exact decrease (right), by update."""
+    traces, words = [], []
+    for i, what in enumerate(("error", "share")):
+        axes = {"xaxis": "x2", "yaxis": "y2"} if i else {}
+        for name, line in LOOKS.items():
+            values = list(mean_of(content, what, name, layer, damping).values())
+            look = {"line": line, "mode": "lines+markers", "legendgroup": name, "showlegend": not i}
+            traces.append(go.Scatter(x=list(map(str, POINTS)), y=values, name=name, **look, **axes))
+            words.append(f"{name} {values[0]:.2f} to {values[-1]:.2f}")
+    half = len(LOOKS)
+    alt = f"Left, error: {'; '.join(words[:half])}. Right, share: {'; '.join(words[half:])}."
+    axis = {"title": "update", "type": "category"}
+    return figure(
+        traces,
+        alt=alt,
+        xaxis={**axis, "domain": [0, 0.45]},
+        xaxis2={**axis, "domain": [0.55, 1], "anchor": "y2"},
+        yaxis={"title": "error of the matrix", "rangemode": "tozero"},
+        yaxis2={"title": "share of the exact decrease", "rangemode": "tozero", "anchor": "x2"},
+        height=440,
+    )
+
+
+def ends(content: dict[str, Any]) -> dict[str, list[float]]:
+    """By form: last training losses, one for each seed."""
+    trained = [run for run in content["runs"] if run["part"] == "training"]
+    return {run["of"]: [number(one["loss"]) for one in run["runs"]] for run in trained}
+
+
+def verdicts(content: dict[str, Any]) -> dict[str, tuple[str, float, float]]:
+    """By form but KFAC: (ahead of it, behind it, or neither shown; KFAC's loss over its own; p)."""
+    losses, words = ends(content), {1: "ahead", -1: "behind", 0: "no difference shown"}
+    found = {name: paired(own, losses["KFAC"], sided=1) for name, own in losses.items() if name != "KFAC"}
+    return {name: (words[sign], ratio, p) for name, (sign, ratio, p) in found.items()}
+
+
+def ratios(content: dict[str, Any]) -> go.Figure:
+    """KFAC's last loss over that of each form, a dot for each seed."""
+    losses, told = ends(content), {name: word for name, (word, *_) in verdicts(content).items()}
+    return dots({name: (losses[name], losses["KFAC"]) for name in told}, told, x="loss, KFAC / the other")

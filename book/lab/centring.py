@@ -13,7 +13,6 @@ come from a pilot with other seeds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from lab.plotting import COLORS, figure
 from lab.rivals import FOOF, InGrid, NewtonMuonMethod
-from lab.trials import SEARCH_SEEDS, SEEDS, Study, Trials, number, paired, tuned
+from lab.trials import SEARCH_SEEDS, SEEDS, Study, Trials, dots, number, paired, tuned
 from sogrid.experiments.benchmarks import Method, Task
 from sogrid.experiments.grid import pooled_digits, train_grid
 from sogrid.factorize import tikhonov_inverse
@@ -55,7 +54,6 @@ DAMPINGS = (0.001, 0.004, 0.016, 0.064, 0.25)
 RATES, RIDGES = (0.028, 0.04, 0.056, 0.08, 0.11, 0.16, 0.22), (0.2, 0.8, 3.2, 12.8, 51.2)
 UPDATES = 200
 PLAN: dict[str, Any] = {"batch": 100, "evaluate_on": 1_000}
-TICKS = (0.7, 0.8, 0.9, 1, 1.1, 1.2, 1.3)
 
 
 def _method(kind: type[torch.optim.Optimizer]) -> Method:
@@ -212,12 +210,6 @@ def recorded(content: dict[str, Any]) -> list[Comparison]:
     return found
 
 
-def logs(comparison: Comparison) -> list[float]:
-    """Logarithm of loss uncentred over loss centred, of each seed at which neither diverged."""
-    pairs = zip(comparison.losses["uncentred"], comparison.losses["centred"], strict=True)
-    return [math.log(u / c) for u, c in pairs if math.isfinite(u + c)]
-
-
 def verdict(comparison: Comparison, sided: int = 2) -> tuple[str, float, float]:
     """(whether centring pays, mean ratio of uncentred loss to centred, p); see :func:`~lab.trials.paired`."""
     sign, ratio, p = paired(comparison.losses["centred"], comparison.losses["uncentred"], sided)
@@ -240,26 +232,10 @@ def distances(case: str, damping: float, seed: int = 0, examples: int = 1_000) -
 
 def ratios(comparisons: Sequence[Comparison], sided: int = 2) -> go.Figure:
     """A dot for each seed, right of one where the centred step did better, and a bar at each mean."""
-    traces, told = [], []
-    dots = {"mode": "markers", "marker": {"color": COLORS["orange"], "opacity": 0.5, "size": 8}}
-    bar = {"color": COLORS["blue"], "symbol": "line-ns-open", "size": 22, "line": {"width": 3}}
-    for comparison in comparisons:
-        word, mean, _ = verdict(comparison, sided)
-        values, name = [math.exp(v) for v in logs(comparison)], comparison.case
-        look = {"showlegend": not traces, "mode": "markers"}
-        traces += [
-            go.Scatter(x=values, y=[name] * len(values), name="a seed", **{**dots, **look}),
-            go.Scatter(x=[mean], y=[name], name="mean", marker=bar, **look),
-        ]
-        told.append(f"{name}: {mean:.2f}, {word}")
-    return figure(
-        traces,
-        alt="Loss of the uncentred method over that of the centred one, a dot for each of twenty seeds, by "
-        f"network. Means: {'; '.join(told)}.",
-        xaxis={"title": "loss, uncentred / centred", "type": "log", "tickvals": TICKS, "tickangle": 0},
-        yaxis={"autorange": "reversed", "ticksuffix": " "},
-        shapes=[_at_one("x")],
-        height=340,
+    return dots(
+        {c.case: (c.losses["centred"], c.losses["uncentred"]) for c in comparisons},
+        {c.case: verdict(c, sided)[0] for c in comparisons},
+        x="loss, uncentred / centred",
     )
 
 
@@ -271,6 +247,7 @@ def by_damping(comparisons: Sequence[Comparison], dampings: Sequence[float] = DA
         go.Scatter(x=list(dampings), y=values, name=case, line={"color": COLORS[color]})
         for (case, values), color in zip(found.items(), colors, strict=False)
     ]
+    line = {"dash": "dot", "width": 1, "color": COLORS["grey"]}
     ends = "; ".join(f"{case}: {values[0]:.2f} to {values[-1]:.2f}" for case, values in found.items())
     return figure(
         traces,
@@ -278,7 +255,7 @@ def by_damping(comparisons: Sequence[Comparison], dampings: Sequence[float] = DA
         f"From the smallest damping to the largest: {ends}.",
         xaxis={"title": "damping ε", "type": "log", "exponentformat": "power", "dtick": 1},
         yaxis={"title": "loss, uncentred / centred", "type": "log"},
-        shapes=[_at_one("y")],
+        shapes=[{"type": "line", "line": line, "y0": 1, "y1": 1, "x0": 0, "x1": 1, "xref": "paper"}],
     )
 
 
@@ -286,10 +263,3 @@ def damped_ratios(comparison: Comparison) -> list[float]:
     """Uncentred loss over centred loss of the search, for each ε of the grid."""
     pairs = zip(comparison.by_damping["uncentred"], comparison.by_damping["centred"], strict=True)
     return [u / c for u, c in pairs]
-
-
-def _at_one(axis: str) -> dict[str, Any]:
-    other = "xy".replace(axis, "")
-    line = {"dash": "dot", "width": 1, "color": COLORS["grey"]}
-    ends = {f"{axis}0": 1, f"{axis}1": 1, f"{other}0": 0, f"{other}1": 1, f"{other}ref": "paper"}
-    return {"type": "line", "line": line, **ends}

@@ -11,8 +11,8 @@ gradient of an example is ever formed (:func:`natural_steps`).
 
 ``python -m lab study gan`` searches all critics on grids of as many settings and runs twenty other seeds, as
 one batch each, and clocks an update of one run. What is compared is the mean of the last distances to the
-ring (:func:`distance`), by a one-sided test against Adam (:mod:`lab.trials`). Grids and rule come from a pilot
-with another seed.
+ring (:func:`distance`), by a one-sided test against Adam (:mod:`lab.trials`). Grids and rule come from a
+pilot with another seed.
 
 Index letters: K configuration, n example, i input with the constant, o output of a layer.
 """
@@ -32,7 +32,7 @@ from torch import Tensor
 
 from lab.plotting import COLORS, figure, style
 from lab.rivals import AdamMethod, InGrid
-from lab.trials import SEARCH_SEEDS, SEEDS, Study, number, paired, tuned
+from lab.trials import SEARCH_SEEDS, SEEDS, Study, dots, number, paired, tuned
 from sogrid.experiments.grid import Grid, Pass
 from sogrid.experiments.records import provenance
 from sogrid.kronecker import homogeneous
@@ -52,6 +52,7 @@ __all__ = [
     "modes",
     "natural_steps",
     "prices",
+    "ratios",
     "ring",
     "trained",
     "verdicts",
@@ -355,6 +356,12 @@ LOOKS = {
     "KFAC": style("kfac")["line"],
     "natural gradient": {"color": COLORS["green"]},
 }
+
+
+def ratios(losses: dict[str, list[float]]) -> go.Figure:
+    """Adam's distance over the other's, a dot for each seed."""
+    told = {name: word for name, (word, *_) in verdicts(losses).items()}
+    return dots({name: (losses[name], losses["Adam"]) for name in told}, told, x="distance, Adam / the other")
 
 
 def curves(content: dict[str, Any], seconds: bool = False) -> go.Figure:

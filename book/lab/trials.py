@@ -14,12 +14,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+import plotly.graph_objects as go
 from scipy.stats import ttest_1samp
 from tqdm.auto import tqdm
 
+from lab.plotting import COLORS, figure
 from sogrid.experiments.records import RESULTS, Record, provenance
 
-__all__ = ["LEVEL", "SEARCH_SEEDS", "SEEDS", "Study", "Trials", "number", "paired", "tuned"]
+__all__ = ["LEVEL", "SEARCH_SEEDS", "SEEDS", "Study", "Trials", "dots", "number", "paired", "tuned"]
 
 SEARCH_SEEDS, SEEDS = (21, 22), tuple(range(301, 321))
 LEVEL = 0.01
@@ -98,6 +100,42 @@ def paired(first: Sequence[float], second: Sequence[float], sided: int = 2) -> t
     sign = 1 if mean > 0 else -1
     lost = [sum(map(math.isinf, some)) for some in (first, second)][::sign]
     return (sign if p < LEVEL and lost[0] <= lost[1] else 0), math.exp(mean), p
+
+
+def dots(
+    pairs: dict[str, tuple[Sequence[float], Sequence[float]]], told: dict[str, str], *, x: str
+) -> go.Figure:
+    """Second loss over first, a dot for each seed at which neither diverged, and a bar at each mean.
+
+    Args:
+        pairs: By row: losses by seed of the first method, and of the second.
+        told: By row: the verdict, for the alt text.
+        x: Title of the axis.
+    """
+    traces, words, ends = [], [], [1.0]
+    look = {"mode": "markers", "marker": {"color": COLORS["orange"], "opacity": 0.5, "size": 8}}
+    bar = {"color": COLORS["blue"], "symbol": "line-ns-open", "size": 22, "line": {"width": 3}}
+    for name, (first, second) in pairs.items():
+        values = [b / a for a, b in zip(first, second, strict=True) if math.isfinite(a + b)]
+        _, mean, _ = paired(first, second)
+        own = {"showlegend": not traces, "mode": "markers"}
+        traces += [
+            go.Scatter(x=values, y=[name] * len(values), name="a seed", **{**look, **own}),
+            go.Scatter(x=[mean], y=[name], name="mean", marker=bar, **own),
+        ]
+        words.append(f"{name}: {mean:.2f}, {told[name]}")
+        ends += values
+    step = 0.1 if max(ends) / min(ends) < 2.2 else 0.5
+    ticks = [step * k for k in range(1, 200) if min(ends) <= step * k <= max(ends)]
+    line = {"dash": "dot", "width": 1, "color": COLORS["grey"]}
+    return figure(
+        traces,
+        alt=f"{x}, a dot for each seed. Means: {'; '.join(words)}.",
+        xaxis={"title": x, "type": "log", "tickvals": ticks, "tickformat": ".3~g", "tickangle": 0},
+        yaxis={"autorange": "reversed", "ticksuffix": " "},
+        shapes=[{"type": "line", "line": line, "x0": 1, "x1": 1, "y0": 0, "y1": 1, "yref": "paper"}],
+        height=90 + 50 * len(pairs),
+    )
 
 
 @dataclass(frozen=True)

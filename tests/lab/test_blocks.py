@@ -12,14 +12,19 @@ from lab.blocks import (
     LOSS,
     POINTS,
     BlockMethod,
+    along,
     block,
     classifier,
+    ends,
     errors,
     factors,
+    mean_of,
     nearest_factors,
+    ratios,
     rearranged,
     seen,
     trained,
+    verdicts,
 )
 from lab.rivals import InGrid
 from sogrid.curvature import kronecker_factors, kronecker_sum
@@ -148,3 +153,8 @@ def test_the_record_is_whole():
     content = require_whole(BETTER_BLOCKS)
     paths = [run for run in content["runs"] if run["part"] == "errors"]
     assert {row["update"] for row in paths[0]["rows"]} == {*POINTS}
+    for what in ("error", "share"):
+        assert list(mean_of(content, what, "KFAC", 1, 0.01)) == list(POINTS)
+    assert verdicts(content).keys() == ends(content).keys() - {"KFAC"}
+    for drawing in (along(content), ratios(content)):
+        assert drawing.layout.meta["alt"]

@@ -22,6 +22,7 @@ from lab.gan import (
     modes,
     natural_steps,
     prices,
+    ratios,
     ring,
     trained,
     verdicts,
@@ -93,6 +94,7 @@ def test_the_record_is_whole():
     content = require_whole(GAN)
     for losses in (ends(content), in_time(content)):
         assert losses.keys() == CRITICS.keys()
+        assert ratios(losses).layout.meta["alt"]
         assert verdicts(losses).keys() == CRITICS.keys() - {"Adam"}
     assert max(found_modes(content).values()) <= 8
     assert min(prices(content).values()) > 0
