@@ -25,7 +25,7 @@ from sogrid.experiments.grid import pooled_digits
 
 __all__ = ["ARCHITECTURES", "LINES", "TASKS", "Cell", "curves", "ends", "verdict"]
 
-UPDATES, FEW = 100, SEEDS[:10]
+UPDATES, FEW = 60, SEEDS[:10]
 
 
 @cache
@@ -68,22 +68,22 @@ TASKS = {
     "recurrent": Task("digits row by row, recurrent", digits, Cell),
 }
 
-_BOUNDED = list(product((0.015, 0.03, 0.06, 0.12), (0.003, 0.03, 0.3)))
+_BOUNDED = list(product((0.03, 0.06, 0.12), (0.03, 0.3)))
 LINES = {
     "standard_sgd": [
         f"torch.optim.SGD(model.parameters(), lr={lr:g}, momentum={m:g})"
-        for lr, m in product((0.01, 0.03, 0.1, 0.3, 0.6, 1.2), (0, 0.9))
+        for lr, m in product((0.05, 0.1, 0.3), (0, 0.9))
     ],
     "adam": [
         f"torch.optim.Adam(model.parameters(), lr={lr:g}, betas=({beta:g}, 0.999))"
-        for lr, beta in product((0.001, 0.003, 0.006, 0.012, 0.024, 0.048), (0.5, 0.9))
+        for lr, beta in product((0.012, 0.024, 0.048), (0.5, 0.9))
     ],
     "acp_bounded": [f"ACP(model, lr=10.0, max_change={k:g}, damping={d:g})" for k, d in _BOUNDED],
     "kfac_bounded": [
         f"KFAC(model, lr=10.0, max_change={k:g}, damping={d:g}, loss=loss)" for k, d in _BOUNDED
     ],
 }
-"""Twelve of each, by the look of their curves."""
+"""Six of each, by the look of their curves."""
 
 
 def trained(task: str, method: str, updates: int = UPDATES, **seeds: Any) -> dict[str, Any]:

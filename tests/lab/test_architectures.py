@@ -8,8 +8,8 @@ from sogrid.optimizers import ACP
 
 
 def test_every_method_has_as_many_lines():
-    assert {len(lines) for lines in LINES.values()} == {12}
-    assert all(len({*lines}) == 12 for lines in LINES.values())
+    assert {len(lines) for lines in LINES.values()} == {6}
+    assert all(len({*lines}) == 6 for lines in LINES.values())
 
 
 def test_the_cell_is_a_watched_layer_used_once_a_row():
@@ -29,7 +29,7 @@ def test_the_cell_is_a_watched_layer_used_once_a_row():
 def test_a_part_is_an_entry_of_a_record():
     found = trained("recurrent", "adam", updates=1, seeds=(1,), search_seeds=(2,))
     assert found["settings"]["line"] in LINES["adam"]
-    assert len(found["searched"]) == 12
+    assert len(found["searched"]) == 6
     assert found["runs"][0]["update"] == [0, 1]
 
 
