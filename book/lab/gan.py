@@ -364,22 +364,23 @@ def ratios(losses: dict[str, list[float]]) -> go.Figure:
     return dots({name: (losses[name], losses["Adam"]) for name in told}, told, x="distance, Adam / the other")
 
 
-def curves(content: dict[str, Any], seconds: bool = False) -> go.Figure:
-    """Median distance to the ring over seeds, by update or by second."""
-    traces, words, unit_name = [], [], "seconds" if seconds else "update"
+def curves(content: dict[str, Any], timed: bool = False) -> go.Figure:
+    """Median distance to the ring over seeds, by update, or by the time of so many of Adam's."""
+    own = prices(content)
+    traces, words, title = [], [], "time, in updates with Adam" if timed else "update"
     for run in (run for run in content["runs"] if "runs" in run):
         name = run["part"]
         middle = [
             median(map(number, values))
             for values in zip(*(one["distance"] for one in run["runs"]), strict=True)
         ]
-        unit = 1e-3 * prices(content)[name] if seconds else 1
+        unit = own[name] / own["Adam"] if timed else 1
         at = [EVERY * k * unit for k in range(len(middle))]
         traces.append(go.Scatter(x=at, y=middle, name=name, mode="lines", line=LOOKS[name]))
         words.append(f"{name} {middle[-1]:.2f}")
     return figure(
         traces,
-        alt=f"Distance to the ring by {unit_name}, medians over twenty seeds; at the end {', '.join(words)}",
-        xaxis={"title": unit_name},
+        alt=f"Distance to the ring by {title}, medians over twenty seeds; at the end {', '.join(words)}",
+        xaxis={"title": title},
         yaxis={"title": "distance to the ring", "type": "log", "dtick": "D2"},
     )

@@ -98,5 +98,5 @@ def test_the_record_is_whole():
         assert verdicts(losses).keys() == CRITICS.keys() - {"Adam"}
     assert max(found_modes(content).values()) <= 8
     assert min(prices(content).values()) > 0
-    for seconds in (False, True):
-        assert curves(content, seconds).layout.meta["alt"]
+    for timed in (False, True):
+        assert curves(content, timed).layout.meta["alt"]
