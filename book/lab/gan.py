@@ -382,5 +382,5 @@ def curves(content: dict[str, Any], timed: bool = False) -> go.Figure:
         traces,
         alt=f"Distance to the ring by {title}, medians over twenty seeds; at the end {', '.join(words)}",
         xaxis={"title": title},
-        yaxis={"title": "distance to the ring", "type": "log", "dtick": "D2"},
+        yaxis={"title": "distance to the ring", "rangemode": "tozero"},
     )
