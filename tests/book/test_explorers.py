@@ -22,6 +22,9 @@ EVERY = pytest.mark.parametrize("name", EXPLORERS, scope="module")
 STEERS = {
     "second_order": "lr",
     "damping": "damping",
+    "regression": "spread",
+    "kfac": "damping",
+    "whitening": "lr",
     "interaction": "shown",
     "race": "budget",
     "replay": "trial",
@@ -215,8 +218,7 @@ def test_every_control_answers_the_keyboard(show, name):
             picture = shown.picture
             element.send_keys(key)
             shown.wait()
-            if name != "race" or control.name != "cost":  # which matters by second only
-                assert shown.picture != picture
+            assert shown.picture != picture
         assert shown.state[control.name] != before or before == 1
         shown.assert_is_pythons()
 
@@ -233,6 +235,19 @@ def test_sliders_follow_the_mouse(driver, show, name):
     shown.wait()
     assert shown.state[STEERS[name]] != before
     shown.assert_is_pythons()
+
+
+def test_a_slider_plays_until_it_is_told_to_stop(driver, show):
+    shown = show("replay", keep=False)
+    button = shown.find(".sogrid-play")
+    button.click()  # from the end: begins again
+    until(lambda: 2 <= shown.state["trial"] < 11)
+    assert button.text == "Pause"
+    button.click()
+    shown.wait()
+    shown.assert_is_pythons()
+    assert button.text == "Play"
+    assert shown.state["trial"] < 11
 
 
 def test_the_point_is_dragged(driver, show):
