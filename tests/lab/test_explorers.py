@@ -546,7 +546,7 @@ def test_race_names_the_order_at_the_budget():
 
 
 def test_race_opens_by_seconds_and_says_how_cheap_kfac_must_be():
-    """Below the cost of its sentence KFAC leads, above it it does not; and what was not run is not claimed."""
+    """Below the cost of its sentence KFAC leads, above it does not; what was not run is not claimed."""
     found = race(curves_record())
     costs = found.controls["cost"].values
     asked = 0
