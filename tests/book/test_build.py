@@ -16,6 +16,7 @@ from book.test_pages import ROOT
 
 pytestmark = pytest.mark.slow
 
+
 def write(book: Path, page: str, code: str) -> None:
     cells = nbformat.v4.new_markdown_cell("# A page"), nbformat.v4.new_code_cell(code)
     nbformat.write(nbformat.v4.new_notebook(cells=list(cells)), book / f"book/{page}.ipynb")
