@@ -6,9 +6,9 @@
   where there are many, their kernels are forks of one that has imported torch (``lab.kernels``).
 * ``plotly.min.js`` and MathJax are copied from the installed wheels into the site, so that a built page
   needs no network and no large file is in git.
-* Where ``SOGRID_REPOSITORY`` names the book's home on GitHub, as when it is published, pages have a button that
-  leads there, and the first page links to it (``{{ home }}``). Binder and Colab have none: they would open a
-  chapter's source, which is no notebook to read; those are in the build, each the download of its page.
+* Where ``SOGRID_REPOSITORY`` names the book's home on GitHub, as when it is published, pages have a button
+  that leads there, and the first page links to it (``{{ home }}``). Binder and Colab have none: they would
+  open a chapter's source; the notebooks that one can read are in the build, each the download of its page.
 * Kernels see ``SOGRID_BOOK=1``: a figure or an explorer gives its static view.
 * A page's text stays hidden until its formulas are typeset, so that it does not move under the reader.
 * sphinx-thebe writes its script twice on every page, although the book does not use it: it is removed.
