@@ -101,7 +101,8 @@
       };
       button.addEventListener("click", () => {
         if (clock !== null) return stop();
-        if (input.value === input.max) input.value = -1;
+        if (input.value === input.max) input.value = 0;
+        this.change();
         clock = setInterval(step, PACE);
         button.textContent = "Pause";
       });
