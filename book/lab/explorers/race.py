@@ -222,6 +222,7 @@ def _markers(method: str, curves: list[str], theirs: dict[str, Any], last: float
         "x": At(x, "curve", "axis"),
         "y": At(y, "curve", "axis"),
         "mode": "markers",
+        "cliponaxis": False,
         "marker": {**marker, "color": style(method)["line"]["color"]},
         "legendgroup": method,
         "showlegend": False,
