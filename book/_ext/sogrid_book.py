@@ -6,11 +6,13 @@
   where there are many, their kernels are forks of one that has imported torch (``lab.kernels``).
 * ``plotly.min.js`` and MathJax are copied from the installed wheels into the site, so that a built page
   needs no network and no large file is in git.
-* Where ``SOGRID_REPOSITORY`` names the book's home on GitHub, as when it is published, pages have launch
-  buttons for Binder and Colab, and the first page links to it (``{{ home }}``).
+* Where ``SOGRID_REPOSITORY`` names the book's home on GitHub, as when it is published, pages have a button
+  that leads there, and the first page links to it (``{{ home }}``). Binder and Colab have none: they would
+  open a chapter's source; the notebooks that one can read are in the build, each the download of its page.
 * Kernels see ``SOGRID_BOOK=1``: a figure or an explorer gives its static view.
 * A page's text stays hidden until its formulas are typeset, so that it does not move under the reader.
 * sphinx-thebe writes its script twice on every page, although the book does not use it: it is removed.
+* Figures are numbered by chapter, with a hyphen (Fig. 6-2), for the thesis's own numbers have a point.
 * A screen reader reads the line that shows hidden code as it is, not as myst-nb names it, and finds the items
   of the bibliography's list.
 """
@@ -19,7 +21,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from importlib.metadata import PackageNotFoundError, version
@@ -40,6 +44,7 @@ VERSIONS = ("ipywidgets", "numpy", "plotly", "torch")
 KEEP = 2
 AT_ONCE = 4
 MANY = 3
+BEYOND = "book/since_2017", "book/when_centring_pays"
 SPOKEN = {
     '<summary aria-label="Toggle hidden content">': "<summary>",
     'role="doc-biblioentry"': 'role="listitem"',
@@ -95,14 +100,11 @@ def execute_pages(app: Sphinx, env: BuildEnvironment, docnames: list[str]) -> No
         list(pool.map(lambda pk: executor.run_and_cache(filter_pks=[pk], timeout=timeout), pages))
 
 
-def set_launch_buttons(app: Sphinx, config: Config) -> None:
-    """Launch buttons that open a page's notebook where the book lives, if that is known, and a link there."""
+def set_home(app: Sphinx, config: Config) -> None:
+    """A button and a link to where the book lives, if that is known."""
     home = "in the folder that this book was built from"
     if repository := os.environ.get("SOGRID_REPOSITORY"):
-        options = config.html_theme_options
-        options |= {"repository_url": repository, "repository_branch": "main"}
-        services = {"binderhub_url": "https://mybinder.org", "colab_url": "https://colab.research.google.com"}
-        options["launch_buttons"] = {**options.get("launch_buttons", {}), **services}
+        config.html_theme_options |= {"repository_url": repository, "use_repository_button": True}
         home = f"on [GitHub]({repository})"
     config.myst_substitutions = {**config.myst_substitutions, "home": home}
 
@@ -134,6 +136,36 @@ def package_folder(name: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+def chapter_of(docname: str) -> str:
+    """What stands before the numbers of a page's figures: a chapter, an appendix, or nothing."""
+    found = re.match(r"book/(?:ch(\d)|appendix_(\w)_)", docname)
+    return "7" if docname in BEYOND else (found[1] or found[2].upper()) if found else ""
+
+
+def number_through(app: Sphinx, env: BuildEnvironment) -> list[str]:
+    """Give figures Sphinx's own numbers again, which it compares with those of the last build."""
+    env.toc_fignumbers = getattr(env, "sogrid_fignumbers", env.toc_fignumbers)
+    return []
+
+
+def number_by_chapter(app: Sphinx, env: BuildEnvironment) -> list[str]:
+    """Of figures that are numbered through, number those of each chapter."""
+    through = env.sogrid_fignumbers = env.toc_fignumbers
+    figures = sorted(
+        (number, page, name)
+        for page, kinds in through.items()
+        for name, number in kinds.get("figure", {}).items()
+    )
+    env.toc_fignumbers = {page: {**kinds, "figure": {}} for page, kinds in through.items()}
+    counts = Counter()
+    for _, page, name in figures:
+        chapter = chapter_of(page)
+        counts[chapter] += 1
+        label = f"{chapter}-{counts[chapter]}" if chapter else f"{counts[chapter]}"
+        env.toc_fignumbers[page]["figure"][name] = (label,)
+    return []
+
+
 def remove_thebe(app: Sphinx, pagename: str, templatename: str, context: dict, doctree) -> None:
     """Take sphinx-thebe's scripts off the page."""
     context["script_files"] = [
@@ -160,9 +192,11 @@ def setup(app: Sphinx) -> dict:
     app.add_js_file("js/sogrid-formulas.js", priority=850, loading_method="defer")
     app.add_js_file("js/sogrid-explorers.js", priority=900, loading_method="defer")
     app.connect("config-inited", set_cache)
-    app.connect("config-inited", set_launch_buttons)
+    app.connect("config-inited", set_home)
     app.connect("builder-inited", copy_vendor)
     app.connect("env-before-read-docs", execute_pages)
+    app.connect("env-get-updated", number_through, priority=100)
+    app.connect("env-get-updated", number_by_chapter, priority=900)  # after Sphinx, which takes 500
     app.connect("html-page-context", remove_thebe, priority=900)
     app.connect("html-page-context", tidy_body)
     return {"version": "1", "parallel_read_safe": True, "parallel_write_safe": True}

@@ -94,10 +94,10 @@ def learning_curves(
             last = max(last, *at[-1:], 1.0)
         found = [f"{run[y][-1]:.3g}" if run["status"] == "finished" else "diverged" for run in runs]
         ends.append(f"{looks(method).name} {', '.join(found)}")
-    if figure_key is not None:
-        traces += _thesis_markers(figure_key, x, y, shown, last)
+    theirs = _thesis_markers(figure_key, x, y, shown, last) if figure_key is not None else []
+    traces += theirs
     return figure(
-        traces,
+        [*traces, *([_in_the_legend()] if theirs else [])],
         alt=f"Learning curves, a line for each seed: {ylabel} by {AXES[x]}, both axes logarithmic. At the "
         f"end: {'; '.join(ends)}.",
         xaxis={"title": AXES[x], **TICKS},
@@ -187,7 +187,13 @@ def _marker(method: str, x: list[float], y: list[float], symbol: str, name: str)
         "line": {"width": 2, "color": color(method)},
     }
     look = {"mode": "markers", "legendgroup": method, "showlegend": False, "name": name}
-    return go.Scatter(x=x, y=y, marker=marker, **look)
+    return go.Scatter(x=x, y=y, marker=marker, cliponaxis=False, **look)
+
+
+def _in_the_legend() -> go.Scatter:
+    """What open markers are: an entry without a place."""
+    marker = {"symbol": "circle-open", "size": 9, "color": color("grey"), "line": {"width": 2}}
+    return go.Scatter(x=[None], y=[None], mode="markers", marker=marker, name="thesis 2017")
 
 
 def _thesis_markers(key: str, x: str, y: str, methods: Iterable[str], last: float) -> list[go.Scatter]:

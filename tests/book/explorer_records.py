@@ -14,10 +14,13 @@ from lab.explorers import (
     Explorer,
     damping_and_alpha,
     hyperparameter_interaction,
+    kfac_damping,
     live_landscape,
     race,
+    regression_line,
     search_replay,
     second_order_by_eye,
+    whitening_by_hand,
 )
 from lab.explorers.landscape import record_landscape
 
@@ -103,6 +106,9 @@ def _landscape() -> Explorer:
 EXPLORERS: dict[str, Callable[[], Explorer]] = {
     "second_order": second_order_by_eye,
     "damping": damping_and_alpha,
+    "regression": regression_line,
+    "kfac": lambda: kfac_damping(np.logspace(1, -2, 6), np.logspace(0, -3, 4)),
+    "whitening": whitening_by_hand,
     "interaction": _interaction,
     "race": lambda: race(curves_record(), "fig6_2"),
     "replay": _replay,

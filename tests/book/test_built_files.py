@@ -1,5 +1,7 @@
 """Files of the built book, read without a browser: links, alternative texts, downloads, sizes."""
 
+import gzip
+import re
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,6 +19,15 @@ if not PAGES:
 
 PAGE_BYTES = 500_000
 SITE_BYTES = 25_000_000
+VISIT_BYTES = 3_000_000
+FONTS = "vendor/mathjax/output/chtml/fonts/woff-v2"
+ON_DEMAND = (
+    "vendor/plotly/*.js",
+    "vendor/fontawesome/webfonts/fa-solid*.woff2",
+    f"{FONTS}/MathJax_[AM]*.woff",
+    f"{FONTS}/MathJax_Size*.woff",
+)
+"""What scripts and style sheets of a page ask for."""
 
 
 class Contents(HTMLParser):
@@ -87,3 +98,14 @@ def test_no_page_is_heavy(page):
 
 def test_the_site_is_not_heavy():
     assert sum(p.stat().st_size for p in HTML.rglob("*") if p.is_file()) <= SITE_BYTES
+
+
+def test_a_first_visit_is_not_heavy():
+    """Served compressed: a page with a figure and formulas, and all that it loads."""
+    page = HTML / "book/ch6_factorized_second_order/kfac.html"
+    text = page.read_text(encoding="utf-8")
+    loaded = re.findall(r'<(?:script|link)\b[^>]*\b(?:src|href)="([^"?]+\.(?:js|css))[^"]*"', text)
+    files = {page, *((page.parent / unquote(link)).resolve() for link in loaded)}
+    files |= {file for pattern in ON_DEMAND for file in (HTML / "_static").glob(pattern)}
+    assert len(files) > 25
+    assert sum(len(gzip.compress(file.read_bytes())) for file in files) <= VISIT_BYTES

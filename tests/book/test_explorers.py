@@ -22,6 +22,9 @@ EVERY = pytest.mark.parametrize("name", EXPLORERS, scope="module")
 STEERS = {
     "second_order": "lr",
     "damping": "damping",
+    "regression": "damping",
+    "kfac": "damping",
+    "whitening": "damping",
     "interaction": "shown",
     "race": "budget",
     "replay": "trial",
@@ -215,8 +218,7 @@ def test_every_control_answers_the_keyboard(show, name):
             picture = shown.picture
             element.send_keys(key)
             shown.wait()
-            if name != "race" or control.name != "cost":  # which matters by second only
-                assert shown.picture != picture
+            assert shown.picture != picture
         assert shown.state[control.name] != before or before == 1
         shown.assert_is_pythons()
 
@@ -232,6 +234,29 @@ def test_sliders_follow_the_mouse(driver, show, name):
     chain.release().perform()
     shown.wait()
     assert shown.state[STEERS[name]] != before
+    shown.assert_is_pythons()
+
+
+PLAY = """
+const [root, done] = arguments;
+const [button, input] = [".sogrid-play", "[data-control=trial]"].map((name) => root.querySelector(name));
+const words = [button.textContent];
+button.click(); // from the end: begins again
+words.push(button.textContent);
+const poll = () => {
+  if (input.value < 2) return setTimeout(poll, 5);
+  button.click();
+  done([...words, button.textContent, input.value]);
+};
+poll();
+"""
+
+
+def test_a_slider_plays_until_it_is_told_to_stop(driver, show):
+    shown = show("replay", keep=False)
+    assert driver.execute_async_script(PLAY, shown.root) == ["Play", "Pause", "Play", "2"]
+    shown.wait()
+    assert shown.state["trial"] == 2
     shown.assert_is_pythons()
 
 

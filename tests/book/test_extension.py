@@ -70,18 +70,35 @@ def test_old_caches_are_removed(extension, project):
     assert {p.name for p in folder.iterdir()} == {current.name, "new"}
 
 
-def test_only_a_book_with_a_home_has_launch_buttons(extension, monkeypatch):
-    buttons = {"notebook_interface": "jupyterlab", "thebe": False}
-    config = SimpleNamespace(html_theme_options={"launch_buttons": buttons}, myst_substitutions={})
+def test_only_a_book_with_a_home_links_to_it(extension, monkeypatch):
+    config = SimpleNamespace(html_theme_options={}, myst_substitutions={})
     monkeypatch.delenv("SOGRID_REPOSITORY", raising=False)
-    extension.set_launch_buttons(None, config)
-    assert config.html_theme_options == {"launch_buttons": buttons}
+    extension.set_home(None, config)
+    assert not config.html_theme_options
     assert "github" not in config.myst_substitutions["home"].lower()
     monkeypatch.setenv("SOGRID_REPOSITORY", "https://github.com/someone/sogrid")
-    extension.set_launch_buttons(None, config)
+    extension.set_home(None, config)
     assert config.html_theme_options["repository_url"] == "https://github.com/someone/sogrid"
-    assert buttons.items() < config.html_theme_options["launch_buttons"].items()
+    assert "launch_buttons" not in config.html_theme_options
     assert "https://github.com/someone/sogrid" in config.myst_substitutions["home"]
+
+
+def test_figures_are_numbered_by_chapter(extension):
+    pages = {
+        "book/index": {"front": (1,)},
+        "book/ch2_optimization/gradient_descent": {"a": (2,), "b": (3,)},
+        "book/ch2_optimization/hyperparameters": {"a": (4,)},
+        "book/since_2017": {"a": (6,)},
+        "book/appendix_b_fisher": {"a": (5,)},
+        "book/step_costs": {"a": (7,)},
+    }
+    through = {page: {"figure": figures} for page, figures in pages.items()} | {"book/status": {}}
+    env = SimpleNamespace(toc_fignumbers=through)
+    extension.number_by_chapter(None, env)
+    found = {page: [n for (n,) in kinds["figure"].values()] for page, kinds in env.toc_fignumbers.items()}
+    assert list(found.values()) == [["1"], ["2-1", "2-2"], ["2-3"], ["7-1"], ["B-1"], ["2"], []]
+    extension.number_through(None, env)
+    assert env.toc_fignumbers is through
 
 
 def test_thebe_is_taken_off_the_page(extension):

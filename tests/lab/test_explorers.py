@@ -34,20 +34,29 @@ from lab.explorers import (
     core,
     damping_and_alpha,
     hyperparameter_interaction,
+    kfac_damping,
     live_landscape,
     race,
+    regression_line,
     search_replay,
     second_order_by_eye,
     select,
     slider,
     toggle,
+    whitening_by_hand,
 )
 from lab.explorers.core import resolve, short
 from lab.explorers.damping import ALPHAS, CURVATURE, DAMPINGS, RATES
+from lab.explorers.kfac import DAMPINGS as EPSILONS
+from lab.explorers.kfac import EIGENVALUES
 from lab.explorers.landscape import RECORD, SETTINGS, record_landscape, train_landscape
 from lab.explorers.race import break_even, seconds_per_update
+from lab.explorers.regression import DATA as WISHES
+from lab.explorers.regression import cloud, regression_lines
 from lab.explorers.replay import acceptance_maps
 from lab.explorers.second_order import DATA, MINIMUM, curvature, second_order_steps
+from lab.explorers.whitening import DATA as INPUTS
+from lab.explorers.whitening import whitening
 from sogrid.curvature import empirical_fisher, fisher, gauss_newton, hessian
 from sogrid.experiments.records import Record
 
@@ -322,6 +331,114 @@ def test_damping_says_when_it_diverges():
     assert "diverges" not in found.at(lr=0)["text"]
 
 
+# The line of the local criterion
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.5])
+def test_the_lines_are_the_packages_updates(damping):
+    """ACP with the bias term, and SGD, of a layer with one input and one output."""
+    from sogrid.optimizers import acp_inverse, acp_update
+    from sogrid.statistics import input_moments
+
+    values = {"mean": 1.5, "wish": -0.4, "spread": 0.4, "damping": damping}
+    h, wish = (torch.tensor(v)[:, None] for v in cloud(1.5, -0.4, 0.4))
+    g, (mean, C) = -wish, input_moments(h)
+    gradients = g.mT @ h / len(h), g.mean(0)
+    solution = acp_update(*gradients, mean, acp_inverse(mean, C, damping), lr=1.0, bias_correction=True)
+    out = regression_lines(values, WISHES)
+    for name, (dW, db) in {"descent": (-gradients[0], -gradients[1]), "solution": solution}.items():
+        heights = [float(dW * end + db) for end in WISHES["ends"]]
+        np.testing.assert_allclose(out[name]["y"], heights, rtol=1e-10)
+        assert out[name]["miss"] == pytest.approx(float((h * dW + db - wish).square().mean()), rel=1e-10)
+    assert float(mean) == pytest.approx(1.5, abs=1e-3)
+
+
+def test_only_gradient_descents_slope_depends_on_where_the_cloud_is():
+    found = regression_line()
+    near, far = (found.at(mean=i)["traces"] for i in (20, 45))
+    slopes = [[trace["y"][1] - trace["y"][0] for trace in traces[1:3]] for traces in (near, far)]
+    assert slopes[0][1] == pytest.approx(slopes[1][1])
+    assert abs(slopes[0][0] - slopes[1][0]) > 1
+    assert "worse than nothing" in found.at()["text"]
+
+
+# KFAC's damping
+
+
+def test_kfac_damping_says_what_is_left_and_in_how_many_directions():
+    from sogrid.optimizers import kfac_inverses
+
+    a, b = np.array([4.0, 1.0, 0.01]), np.array([1.0, 0.02])
+    found = kfac_damping(a, b)
+    eps = EPSILONS[8]
+    for pi in (0, 1):
+        inverses = kfac_inverses(
+            torch.diag(torch.tensor(a)), torch.diag(torch.tensor(b)), eps, pi_correction=bool(pi)
+        )
+        left_a, left_b = (v.diagonal().numpy() * w for v, w in zip(inverses, (a, b), strict=True))
+        few, many = (np.outer(left_a, left_b) >= 0.5).sum(), (np.outer(a, b) >= eps).sum()
+        text = found.at(a=15, b=7, damping=8, pi=pi)["text"]
+        assert text.endswith(f"left in {many} of the layer's 6 directions, and in {few} if split.")
+        ratio = float(np.sqrt(a.mean() / b.mean())) if pi else 1.0
+        p, q = EIGENVALUES[15], EIGENVALUES[7]
+        share = p / (p + ratio * eps**0.5) * q / (q + eps**0.5 / ratio)
+        assert f"leaves {short(100 * p * q / (p * q + eps))}% of" in text
+        assert f"split damping {short(100 * share)}%" in text
+
+
+def test_kfac_dampings_lines_are_where_the_share_is_left():
+    found = kfac_damping(np.array([4.0, 1.0]), np.array([1.0, 0.02]))
+    eps, pi = EPSILONS[4], np.sqrt(2.5 / 0.51)
+    _, exact, split, labels, _ = found.at(damping=4, pi=1)["traces"]
+    x, y = (np.asarray(exact[k], float).reshape(3, -1)[:, :-1] for k in "xy")
+    left = np.broadcast_to([[0.1], [0.5], [0.9]], x.shape)
+    np.testing.assert_allclose(x * y / (x * y + eps), left, rtol=1e-5)
+    x, y = (np.asarray(split[k], float).reshape(3, -1)[:, :-1] for k in "xy")
+    left = np.broadcast_to([[0.1], [0.5], [0.9]], x.shape)
+    np.testing.assert_allclose(x / (x + pi * eps**0.5) * y / (y + eps**0.5 / pi), left, rtol=1e-4)
+    assert labels["text"] == ["10%", "50%", "90%"]
+
+
+# Whitening
+
+
+def test_whitening_is_the_packages_layer_trained_by_gradient_descent():
+    """A layer with the quadratic loss, and ``WhitenedLinear`` of it, by autograd."""
+    from sogrid.losses import Quadratic
+    from sogrid.optimizers import WhitenedLinear
+
+    values = {"mean1": 2.0, "mean2": 1.0, "correlation": 0.7, "damping": 0.1, "lr": 0.1}
+    out = whitening(values, INPUTS)
+    h = torch.tensor([out["h"]["x"], out["h"]["y"]], dtype=torch.float64).T
+    plain = torch.nn.Linear(2, 1, dtype=torch.float64)
+    with torch.no_grad():
+        plain.weight.copy_(torch.tensor(INPUTS["error"][:2]))
+        plain.bias.fill_(INPUTS["error"][2])
+    white = WhitenedLinear(plain)
+    white.rewhiten(h, 0.1)
+    effective = (h - white.mean) @ white.whitening
+    found = np.array([out["white"]["x"], out["white"]["y"]]).T
+    np.testing.assert_allclose(found, effective.detach().numpy(), atol=1e-10)
+    target, loss = torch.zeros(len(h), 1, dtype=torch.float64), Quadratic("mean")
+    for name, layer in (("h", plain), ("white", white)):
+        optimizer, losses = torch.optim.SGD(layer.parameters(), 0.1), []
+        for _ in range(INPUTS["updates"] + 1):
+            optimizer.zero_grad()
+            losses.append(loss(layer(h), target))
+            losses[-1].backward()
+            optimizer.step()
+        np.testing.assert_allclose(
+            out[name]["loss"], [float((v / losses[0]).detach()) for v in losses], rtol=1e-9
+        )
+
+
+def test_whitened_inputs_are_learned_in_one_step_of_a_half():
+    found = whitening_by_hand()
+    rates = found.controls["lr"].values
+    assert found.at(lr=rates.index(0.5))["text"].endswith(" 1 with U(h − μ).")
+    assert "(it diverges)" in found.at(lr=len(rates) - 1)["text"]
+
+
 # Hyperparameter interaction
 
 
@@ -428,6 +545,31 @@ def test_race_names_the_order_at_the_budget():
     assert by_update.index("KFAC") < by_update.index("ACP")
 
 
+def test_race_opens_by_seconds_and_says_how_cheap_kfac_must_be():
+    """Below the cost of its sentence KFAC leads, above it does not; what was not run is not claimed."""
+    found = race(curves_record())
+    costs = found.controls["cost"].values
+    asked = 0
+    for budget in range(0, len(found.controls["budget"].words), 5):
+        (limit,) = re.findall(r"KFAC leads here below ([\d.]+)%", found.at(budget=budget)["text"]) or [None]
+        if limit is None:
+            continue
+        for i, cost in enumerate(costs):
+            text = found.at(budget=budget, cost=i)["text"]
+            if abs(100 * cost - float(limit)) > 1:
+                assert ("s: KFAC" in text) == (100 * cost < float(limit))
+                asked += 1
+    assert asked > 20
+    record = curves_record()
+    for run in record["runs"]:
+        if run["method"].startswith("kfac"):
+            run["train"] = [2 * v + 100 for v in run["train"]]
+    text = race(record).at()["text"]
+    assert text.endswith(
+        "However cheap, KFAC does not lead here within the 2,000 updates that it was run for."
+    )
+
+
 @pytest.mark.parametrize("budget", [0.5, 5.0, 20.0])
 def test_break_even_is_where_the_race_turns(budget):
     record = curves_record(seeds=1)
@@ -473,6 +615,17 @@ def test_replay_shows_the_trials_so_far_of_both():
     np.testing.assert_allclose(right["x"], runs["biased"]["trials"]["lr"][:5], rtol=1e-6)
     assert ring["x"][0] == pytest.approx(runs["biased"]["trials"]["lr"][4], rel=1e-6)
     assert picture["text"].startswith("Trial 5 of 12")
+    assert picture["traces"][-1]["z"].shape == (1, 65)
+
+
+def test_replays_trials_play(monkeypatch):
+    found = explorer("replay")
+    assert found.html().count('class="sogrid-play"') == 1
+    monkeypatch.delenv("SOGRID_BOOK", raising=False)
+    view = found.widget()
+    (play,) = (w for w in view.children[0].children if type(w).__name__ == "Play")
+    play.value = 3
+    assert view.state["trial"] == 3
 
 
 # Live landscape

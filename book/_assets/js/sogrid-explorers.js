@@ -7,6 +7,7 @@
 (() => {
   "use strict";
 
+  const PACE = 250; // milliseconds of a step when a slider plays
   const TYPES = { f4: Float32Array, u1: Uint8Array, u2: Uint16Array, i4: Int32Array };
 
   /* An array as the browser's own: nested lists whose innermost are typed. */
@@ -81,6 +82,31 @@
         [...root.querySelectorAll("[data-control]")].map((input) => [input.dataset.control, input]),
       );
       for (const input of Object.values(this.inputs)) input.addEventListener("input", () => this.change());
+      for (const button of root.querySelectorAll(".sogrid-play")) this.addPlay(button);
+    }
+
+    /* A button that moves its slider to the end, step by step, until it is pressed again or the slider moved. */
+    addPlay(button) {
+      const input = button.parentElement.querySelector("input");
+      let clock = null;
+      const stop = () => {
+        clearInterval(clock);
+        clock = null;
+        button.textContent = "Play";
+      };
+      const step = () => {
+        input.value = Number(input.value) + 1;
+        this.change();
+        if (input.value === input.max) stop();
+      };
+      button.addEventListener("click", () => {
+        if (clock !== null) return stop();
+        if (input.value === input.max) input.value = 0;
+        this.change();
+        clock = setInterval(step, PACE);
+        button.textContent = "Pause";
+      });
+      input.addEventListener("input", stop);
     }
 
     get state() {

@@ -51,5 +51,69 @@
     return out;
   }
 
-  sogridBook.formulas = { second_order_steps };
+  const average = (values) => values.reduce((sum, v) => sum + v, 0) / values.length;
+  const dot = (u, v) => u.reduce((sum, value, i) => sum + value * v[i], 0);
+  const times = (M, v) => M.map((row) => dot(row, v));
+
+  /* book/lab/explorers/regression.py */
+  function regression_lines({ mean, wish, spread, damping }, { z, noise, slope, ends }) {
+    const x = z.map((v) => mean + spread * v);
+    const y = z.map((v, i) => wish + slope * spread * v + noise[i]);
+    const square = (of) => average(of.map((v) => v * v));
+    const [h, t] = [average(x), average(y)];
+    const deviations = x.map((v) => v - h);
+    const steep = dot(deviations, y) / y.length / (square(deviations) + damping);
+    const out = { x, y, rest: square(y) };
+    for (const [name, [w, b]] of Object.entries({
+      descent: [dot(x, y) / y.length, t],
+      solution: [steep, t - steep * h],
+    })) {
+      const miss = square(x.map((v, i) => w * v + b - y[i]));
+      out[name] = { y: ends.map((end) => w * end + b), slope: w, miss };
+    }
+    out.worse = Number(out.descent.miss > out.rest);
+    return out;
+  }
+
+  /* (M + sI)/t of [a, b, d], the root of a symmetric matrix: book/lab/explorers/whitening.py. */
+  function root([a, b, d]) {
+    const s = Math.sqrt(a * d - b * b);
+    const t = Math.sqrt(a + d + 2 * s);
+    return [(a + s) / t, b / t, (d + s) / t];
+  }
+
+  function whitening({ mean1, mean2, correlation, damping, lr }, { z, error, updates, goal }) {
+    const other = Math.sqrt(1 - correlation * correlation);
+    const centred = z.map(([u, v]) => [u, correlation * u + other * v]);
+    const moment = (i, j) => average(centred.map((h) => h[i] * h[j]));
+    const [a, b, d] = root([moment(0, 0) + damping, moment(0, 1), moment(1, 1) + damping]);
+    const [w, offset] = [error.slice(0, 2), error[2]];
+    const shifted = offset + w[0] * mean1 + w[1] * mean2;
+    const inverse = ([u, v]) => solve([a, b, d], 0, [u, v]);
+    const points = {
+      h: [centred.map(([u, v]) => [mean1 + u, mean2 + v]), [...w, offset]],
+      centred: [centred, [...w, shifted]],
+      white: [centred.map(inverse), [a * w[0] + b * w[1], b * w[0] + d * w[1], shifted]],
+    };
+    const out = {};
+    for (const [name, [h, begin]] of Object.entries(points)) {
+      const ones = h.map(([u, v]) => [u, v, 1]);
+      const M = [0, 1, 2].map((i) => [0, 1, 2].map((j) => average(ones.map((row) => row[i] * row[j]))));
+      let now = begin;
+      const losses = [dot(now, times(M, now))];
+      for (let i = 0; i < updates; i++) {
+        const slope = times(M, now);
+        now = now.map((value, j) => value - 2 * lr * slope[j]);
+        losses.push(dot(now, times(M, now)));
+      }
+      const [x, y] = [0, 1].map((i) => h.map((point) => point[i]));
+      const loss = losses.map((v) => v / losses[0]);
+      const count = loss.findIndex((v) => v <= goal);
+      out[name] = { x, y, loss, count: count < 0 ? loss.length : count };
+    }
+    out.diverges = Number(out.h.loss.at(-1) > 1);
+    return out;
+  }
+
+  sogridBook.formulas = { second_order_steps, regression_lines, whitening };
 })();

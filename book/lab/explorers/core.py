@@ -79,6 +79,7 @@ class Control:
         words: What the reader sees of them.
         start: Position at first.
         kind: ``"range"``, ``"select"`` or ``"check"``.
+        plays: Whether a button beside it moves a slider to its end, step by step.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Control:
     words: tuple[str, ...]
     start: int
     kind: str
+    plays: bool = False
 
 
 def slider(
@@ -95,6 +97,7 @@ def slider(
     values: Sequence[float],
     start: float | None = None,
     words: Sequence[str] | None = None,
+    plays: bool = False,
 ) -> Control:
     """A slider over ascending values, at first at the one nearest to ``start`` (default: the last).
 
@@ -104,11 +107,12 @@ def slider(
         values: Numbers.
         start: A number.
         words: What the reader sees of the values; default the numbers.
+        plays: See :class:`~lab.explorers.core.Control`.
     """
     values = tuple(float(v) for v in values)
     nearest = values[-1] if start is None else min(values, key=lambda v: abs(v - start))
     words = tuple(words or map(short, values))
-    return Control(name, label, values, words, values.index(nearest), "range")
+    return Control(name, label, values, words, values.index(nearest), "range", plays)
 
 
 def select(name: str, label: str, words: Sequence[str], start: str | None = None) -> Control:
@@ -440,8 +444,10 @@ def _field(key: str, control: Control) -> str:
         )
         return f"<div>{heading}<select {name}>{options}</select></div>"
     longest = max(map(len, control.words))
+    play = '<button type="button" class="sogrid-play">Play</button>' if control.plays else ""
     return (
-        f'<div>{heading}<output for="{key}-{control.name}" style="min-width: {longest}ch">{word}</output>'
+        f"<div>{heading}"
+        f'<output for="{key}-{control.name}" style="min-width: {longest}ch">{word}</output>{play}'
         f'<input type="range" {name} min="0" max="{len(control.words) - 1}" value="{control.start}" '
         f'aria-valuetext="{word}" autocomplete="off"></div>'
     )

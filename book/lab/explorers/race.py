@@ -44,9 +44,9 @@ def seconds_per_update(record: dict[str, Any]) -> dict[str, float]:
 def break_even(
     update: np.ndarray, loss: np.ndarray, rivals: Sequence[tuple[np.ndarray, np.ndarray]], budget: float
 ) -> float:
-    """Seconds that a method's update may cost if it is to lead after a budget; NaN if it leads at no cost.
+    """The most seconds that a method's update may cost if it is to lead after a budget; NaN if none are.
 
-    It is taken to lead at every lower cost too, as it does if its loss falls.
+    It leads at every lower cost too, as far as it was run, if its loss falls.
 
     Args:
         update: Where the method was evaluated.
@@ -78,16 +78,17 @@ def race(record: dict[str, Any], figure_key: str | None = None) -> Explorer:
     methods, priced, last = curves.methods, curves.priced, [budgets[-1] for budgets in curves.budgets]
     theirs = thesis_values(figure_key) if figure_key else {"methods": [], "curves": {}}
     quoted = [m for m in methods if m in theirs["methods"]]
-    words = [f"{_updates(round(u))} · {short(s)} s" for u, s in zip(*curves.budgets, strict=True)]
+    words = [[_updates(round(u)) for u in curves.budgets[0]], [f"{short(s)} s" for s in curves.budgets[1]]]
+    both = [" · ".join(pair) for pair in zip(*words, strict=True)]
     prices = [_price(s, curves.cost, priced) for s in curves.shares]
     names = [CURVES[c][0] for c in curves.measures]
     return Explorer(
         alt=f"Learning curves of {', '.join(looks(m).name for m in methods)}, by update or by second; solid "
         "up to a budget, and faint beyond it.",
         controls=[
-            select("axis", "race by", ["updates", "seconds"]),
+            select("axis", "race by", ["updates", "seconds"], "seconds"),
             select("curve", "measured by", names),
-            slider("budget", "budget", range(BUDGETS), words=words),
+            slider("budget", "budget", range(BUDGETS), words=both),
             slider("cost", "KFAC's cost in time", curves.shares, 1, words=prices),
             *([toggle("thesis", "the thesis's values")] if figure_key else []),
         ],
@@ -96,7 +97,7 @@ def race(record: dict[str, Any], figure_key: str | None = None) -> Explorer:
             *(_markers(m, curves.measures, theirs["curves"], last[0]) for m in quoted),
         ],
         layout=_layout(curves, names, last),
-        text=[At(words, "budget"), *_ranking(curves), *_verdict(curves)],
+        text=["After ", At(words, "axis", "budget"), *_ranking(curves), *_verdict(curves)],
     )
 
 
@@ -221,6 +222,7 @@ def _markers(method: str, curves: list[str], theirs: dict[str, Any], last: float
         "x": At(x, "curve", "axis"),
         "y": At(y, "curve", "axis"),
         "mode": "markers",
+        "cliponaxis": False,
         "marker": {**marker, "color": style(method)["line"]["color"]},
         "legendgroup": method,
         "showlegend": False,
@@ -247,20 +249,31 @@ def _ranking(curves: _Curves) -> list[Any]:
 
 
 def _verdict(curves: _Curves) -> list[Any]:
-    """How cheap KFAC must be to lead in time."""
-    priced, means, cost = curves.priced, curves.middles, curves.cost
-    rivals = [m for m in curves.methods if m not in priced]
-    if not priced or not rivals:
+    """How cheap KFAC must be to lead in time, as far as it was run."""
+    rivals = [m for m in curves.methods if m not in curves.priced]
+    if not curves.priced or not rivals:
         return []
-    never = " KFAC does not lead here at any cost."
-    cheap = " KFAC leads here below {}% of what its update costs."
-    sentences = []
-    for i in range(len(means[priced[0]])):
-        others = [(curves.at[m][1, 0], means[m][i]) for m in rivals]
-        limits = [
-            [break_even(curves.update[m], np.array(means[m][i]), others, budget) / cost[m] for m in priced]
-            for budget in curves.budgets[1]
-        ]
-        best = [max((v for v in row if not math.isnan(v)), default=math.nan) for row in limits]
-        sentences.append([never if math.isnan(v) else cheap.format(short(100 * v)) for v in best])
+    sentences = [
+        [_answer(curves, rivals, i, budget) for budget in curves.budgets[1]]
+        for i in range(len(curves.measures))
+    ]
     return [At(["", At(sentences, "curve", "budget")], "axis")]
+
+
+def _answer(curves: _Curves, rivals: list[str], measure: int, budget: float) -> str:
+    """The sentence for one measure and budget: of the variant of KFAC that may cost the most."""
+    others = [(curves.at[m][1, 0], curves.middles[m][measure]) for m in rivals]
+    goal = min(values[within(second, budget) - 1] for second, values in others)
+    found = []  # the highest cost at which a variant leads, and whether it does at every lower one
+    for method in curves.priced:
+        update, loss = curves.update[method], np.array(curves.middles[method][measure])
+        limit = break_even(update, loss, others, budget)
+        if not math.isnan(limit):
+            later = update * limit > budget * (1 - 1e-9)
+            found.append((limit / curves.cost[method], bool((loss[later] < goal).all())))
+    if not found:
+        last = max(int(curves.update[m][-1]) for m in curves.priced)
+        return f" However cheap, KFAC does not lead here within the {_updates(last)} that it was run for."
+    share, always = max(found)
+    where = "below" if always else "at some costs up to"
+    return f" KFAC leads here {where} {short(100 * share)}% of what its update costs."

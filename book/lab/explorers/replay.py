@@ -57,7 +57,7 @@ def search_replay(record: dict[str, Any], searches: int = 3) -> Explorer:
         alt=f"Two searches of {data.count} trials each, by learning rate and init scale, coloured by loss, "
         "and the best loss of each so far. Behind biased random search: where it keeps proposals.",
         controls=[
-            slider("trial", "trial", range(1, data.count + 1), min(16, data.count)),
+            slider("trial", "trial", range(1, data.count + 1), min(16, data.count), plays=True),
             select("beside", "beside it", names),
             select("seed", "seed", [str(seed) for seed in data.seeds]),
         ],
@@ -66,6 +66,7 @@ def search_replay(record: dict[str, Any], searches: int = 3) -> Explorer:
             _acceptance(data, maps),
             *_panel(data, [BIASED], (), "2"),
             *_race(data, names),
+            _key(data.scale),
         ],
         layout=_layout(data),
         text=_sentence(data, maps, names),
@@ -175,14 +176,31 @@ def _race(data: _Searches, names: list[str]) -> list[dict[str, Any]]:
     ]
 
 
+def _key(scale: Scale) -> dict[str, Any]:
+    """What colours mean: a strip of all of them."""
+    logs = np.linspace(scale.low, scale.high, 65)
+    return {
+        "type": "heatmap",
+        "x": 10**logs,
+        "y": [0],
+        "z": logs[None],
+        "showscale": False,
+        "hoverinfo": "skip",
+        "xaxis": "x4",
+        "yaxis": "y3",
+        **scale.colorscale(),
+    }
+
+
 def _layout(data: _Searches) -> dict[str, Any]:
-    """Two panels above, the race below."""
+    """The colours' key, two panels, and the race below."""
     log = {"type": "log", "dtick": 2, "tickangle": 0, "minor": {"dtick": 1}, "exponentformat": "power"}
     title = {s: row.name.replace(" ", "<br>", row.name.count(" ") - 1) for s, row in SAMPLERS.items()}
     panels = {"range": np.log10(data.domain["lr"]).tolist(), **log}
     beside = At([f"λ<br>{title[s]}" for s in data.samplers], "beside")
     limits = [data.scale.low - 0.02, data.scale.high + 0.02]
-    best = {"type": "log", "dtick": "D2", "domain": [0, 0.24], "range": limits, "anchor": "x3"}
+    best = {"type": "log", "dtick": "D2", "domain": [0, 0.18], "range": limits, "anchor": "x3"}
+    key = {"type": "log", "dtick": "D2", "range": [data.scale.low, data.scale.high], "fixedrange": True}
     scales = np.log10(data.domain["scale"]).tolist()
     return {
         "xaxis": {"title": {"text": beside}, "domain": [0, 0.47], **panels},
@@ -192,10 +210,13 @@ def _layout(data: _Searches) -> dict[str, Any]:
             "anchor": "y",
             **panels,
         },
-        "yaxis": {"title": {"text": "init scale s"}, "domain": [0.44, 1], "range": scales, **log},
+        "yaxis": {"title": {"text": "init scale s"}, "domain": [0.42, 0.86], "range": scales, **log},
         "xaxis3": {"title": {"text": "trial"}, "range": [0.5, data.count + 0.5], "anchor": "y2"},
         "yaxis2": {"title": {"text": "best loss"}, **best},
-        "height": 640,
+        "xaxis4": {"title": {"text": "loss of a trial (crosses diverged)"}, "anchor": "y3", **key},
+        "yaxis3": {"visible": False, "domain": [0.97, 1], "anchor": "x4"},
+        "legend": {"y": 0.2},
+        "height": 740,
     }
 
 

@@ -12,6 +12,9 @@ from lab.explorers.core import Control, Explorer
 
 __all__ = ["View"]
 
+PACE = 250
+"""Milliseconds of a step when a slider plays, here as in ``js/sogrid-explorers.js``."""
+
 
 class View(widgets.VBox):
     """Widgets by control (``controls``), and what they change (``figure``, ``result``).
@@ -30,7 +33,8 @@ class View(widgets.VBox):
         except ImportError:
             self.figure, canvas = explorer.figure(), widgets.Output()
         self.canvas = canvas
-        box = widgets.Box(list(self.controls.values()), layout={"flex_flow": "row wrap"})
+        players = [_player(self.controls[c.name]) for c in explorer.controls.values() if c.plays]
+        box = widgets.Box([*self.controls.values(), *players], layout={"flex_flow": "row wrap"})
         super().__init__([box, canvas, self.result])
         for control in self.controls.values():
             control.observe(self._show, "value")
@@ -61,3 +65,10 @@ def _widget(control: Control) -> Any:
     if control.kind == "select":
         return widgets.Dropdown(options=options, value=control.start, **look)
     return widgets.SelectionSlider(options=options, value=control.start, layout={"width": "24em"}, **look)
+
+
+def _player(slider: widgets.SelectionSlider) -> widgets.Play:
+    """A button that moves a slider to its end, step by step."""
+    play = widgets.Play(min=0, max=len(slider.options) - 1, value=slider.index, interval=PACE)
+    widgets.link((play, "value"), (slider, "index"))
+    return play
