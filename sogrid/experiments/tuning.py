@@ -343,7 +343,7 @@ def _cost(
         return math.inf
     if curve["train"][-1] <= target:
         cost = updates_to(curve["update"], curve["train"], target)
-        if rungs:  # it is compared where it will not be seen: it is the better half
+        if rungs and curve["update"][-1] <= rungs[-1]:  # it is the better half where it will not be seen
             trial.report(cost, rungs[-1])
             trial.should_prune()
         return cost
