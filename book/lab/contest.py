@@ -54,6 +54,7 @@ __all__ = [
     "dots",
     "ends_of",
     "mean_time",
+    "p_words",
     "prices",
     "report",
     "runs",
@@ -340,7 +341,15 @@ def ends_of(content: dict[str, Any], method: str) -> list[float]:
 def report(content: dict[str, Any], rival: str = "muon") -> list[tuple[str, ...]]:
     """Rows of a table, the first one the head; means over seeds ± standard deviations."""
     sgd, cost = mean_time(content, "sgd", seconds=True), prices(content)
-    head = ("", "updates", "of SGD's price", "sooner than SGD", f"loss at {ALL}", "p: updates", "p: seconds")
+    head = (
+        "",
+        "updates",
+        "of SGD's price",
+        "sooner than SGD",
+        f"loss at {ALL}",
+        "in updates: p",
+        "in seconds: p",
+    )
     rows = [head]
     for method in taking_part(content):
         found, ends = times(content, method), ends_of(content, method)
@@ -350,7 +359,8 @@ def report(content: dict[str, Any], rival: str = "muon") -> list[tuple[str, ...]
         sooner = "" if own is None or sgd is None else f"{sgd / own:.1f} times"
         tests = ["", ""]
         if method != rival and rival in taking_part(content):
-            tests = [p_words(verdict(content, method, rival, seconds=seconds)) for seconds in (False, True)]
+            found_p = [verdict(content, method, rival, seconds=seconds) for seconds in (False, True)]
+            tests = [p_words(p).removeprefix("= ") for p in found_p]
         loss = "diverged" if math.inf in ends else f"{fmean(ends):.2f} ± {stdev(ends):.2f}"
         price = f"{cost[method] / cost['sgd']:.2f}"
         rows.append((METHODS[method].name, reached, price, sooner, loss, *tests))
@@ -359,7 +369,7 @@ def report(content: dict[str, Any], rival: str = "muon") -> list[tuple[str, ...]
 
 def p_words(p: float) -> str:
     """A p, or that it is tiny."""
-    return f"{p:.2g}" if p >= 1e-6 else "< 10⁻⁶"
+    return f"= {p:.2g}" if p >= 1e-6 else "< 10⁻⁶"
 
 
 def setting_words(content: dict[str, Any], method: str) -> str:

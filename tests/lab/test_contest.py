@@ -8,7 +8,9 @@ import torch
 from lab import contest as contest_module
 from lab.contest import BOUNDED, METHODS, RATES, TARGET, UPDATES, _plan, _theirs, prices, times, verdict
 from sogrid.experiments.benchmarks import Task
+from sogrid.experiments.records import RESULTS, Record
 from sogrid.experiments.training import run
+from sogrid.experiments.tuning import chosen
 from sogrid.losses import Quadratic
 from sogrid.networks import MLP
 
@@ -153,3 +155,22 @@ def test_every_seed_is_a_curve(whole):
     found = contest_module.curves(whole)
     assert len(found.data) == 40
     assert [t.name for t in found.data if t.showlegend] == ["ACP", "Muon", "SGD", "AdamW"]
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return Record.read(RESULTS / "contest.json")
+
+
+def test_the_record_is_whole_and_no_setting_is_at_an_edge(committed):
+    methods = contest_module.taking_part(committed)
+    assert {"acp", "kfac", "muon", "sgd"} <= set(methods)
+    assert {r["method"] for r in committed["runs"] if r["part"] == "run"} == set(methods)
+    assert set(methods) <= set(prices(committed))
+    for method in methods:
+        found = next(r for r in committed["runs"] if r["part"] == "search" and r["method"] == method)
+        assert len(found["trials"]["loss"]) == 40
+        assert found["domain"] == {name: list(ends) for name, ends in _plan(method).domain.items()}
+        for name, value in chosen(found).items():
+            low, high = found["domain"][name]
+            assert 1.05 * low < value < high / 1.05
