@@ -72,7 +72,7 @@ def ring(count: int, generator: torch.Generator) -> Tensor:
 
 
 def distance(x: Tensor, y: Tensor) -> Tensor:
-    """Sliced Wasserstein distance of as many points each, ``[..., n, 2]``: mean |difference| of projections.
+    """Sliced Wasserstein distance of as many points each, ``[..., n, 2]``: mean distance of projections.
 
     Over 32 directions of the half circle; a projection's points are matched in order.
     """
