@@ -368,8 +368,18 @@ def report(content: dict[str, Any], rival: str = "muon") -> list[tuple[str, ...]
 
 
 def p_words(p: float) -> str:
-    """A p, or that it is tiny."""
-    return f"= {p:.2g}" if p >= 1e-6 else "< 10⁻⁶"
+    """What is told of a p.
+
+    Example:
+        >>> p_words(0.0123), p_words(4.4e-6)
+        ('= 0.012', '< 10⁻⁵')
+    """
+    if p >= 1e-3:
+        return f"= {p:.2g}"
+    return "< 10⁻" + str(min(math.floor(-math.log10(max(p, 1e-99))), 9)).translate(SUPERSCRIPTS)
+
+
+SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def setting_words(content: dict[str, Any], method: str) -> str:

@@ -134,7 +134,7 @@ def test_those_who_have_run_from_every_seed_take_part_the_soonest_first(whole):
 def test_the_table_has_means_prices_and_tests(whole):
     rows = {row[0]: row[1:] for row in contest_module.report(whole)}
     assert rows["ACP"][:3] == ("94 ± 3", "4.00", f"{1504.5 * 10 / (94.5 * 40):.1f} times")
-    assert rows["ACP"][4:] == ("< 10⁻⁶", "< 10⁻⁶")
+    assert rows["ACP"][4:] == ("< 10⁻⁹", "< 10⁻⁹")
     assert rows["AdamW"][0] == "1 of 10 lost"
     assert rows["AdamW"][2] == ""
     assert rows["AdamW"][4:] == ("1", "1")
