@@ -158,7 +158,9 @@ class Method:
 
     def own(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Settings of the benchmark with the learning rate as the optimizer takes it."""
-        return settings | ({"lr": settings["lr"] / self.lr_times} if "lr" in settings else {})
+        if self.lr_times == 1 or "lr" not in settings:
+            return settings
+        return settings | {"lr": settings["lr"] / self.lr_times}
 
     def build(self, task: Task, settings: dict[str, Any], generator: torch.Generator, device="cpu"):
         """(network, optimizer) for a task, with weights drawn on the CPU from ``generator``.
