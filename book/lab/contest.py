@@ -75,7 +75,7 @@ DOMAIN = {
     "friction": (0.03, 1.0),
     "scale": (4.0, 128.0),
 }
-"""``friction`` is 1 − m. A rate's range is that of :data:`RATES`, around where such rates are in use."""
+"""The ranges; ``friction`` is 1 − m. A rate's is that of :data:`RATES`, around where such rates are in use."""
 
 
 def _ours(kind: Callable) -> Callable:
@@ -137,7 +137,7 @@ METHODS = {
     "centred": Method(_centred, "centred gradient", "purple", settings=BALL),
     "soap": Method(_soap, "SOAP", "pink", settings=BALL),
 }
-"""Who takes part. Ours and FOOF have λ = 10: the bound is what is searched."""
+"""Who takes part. Ours and FOOF have λ = 10, since the bound is what is searched."""
 
 REFRESH_THEMSELVES = {"newton_muon", "soap"}
 SMALL, LARGE = (3e-5, 3e-2), (3e-3, 3.0)

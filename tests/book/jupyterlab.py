@@ -61,7 +61,8 @@ def answers(address: str) -> bool:
 
 
 def enter(driver, address: str) -> None:
-    """Open JupyterLab."""
+    """Open JupyterLab, in a window that has the focus: without it no notebook is the current one."""
+    driver.execute_cdp_cmd("Emulation.setFocusEmulationEnabled", {"enabled": True})
     driver.get(f"{address}lab")
     until(lambda: driver.execute_script("return Boolean(window.jupyterapp)"), 60)
     driver.execute_async_script("jupyterapp.restored.then(() => arguments[0]())")
