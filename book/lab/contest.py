@@ -75,7 +75,7 @@ DOMAIN = {
     "friction": (0.03, 1.0),
     "scale": (4.0, 128.0),
 }
-"""The ranges; ``friction`` is 1 − m. A rate's is that of :data:`RATES`, around where such rates are in use."""
+"""``friction`` is 1 − m. The range of a rate is that of :data:`RATES`, around where such rates are in use."""
 
 
 def _ours(kind: Callable) -> Callable:

@@ -133,7 +133,7 @@ class Shown:
 
 
 def _asked(layout):
-    """What a page may not change: its height may, and plotly fits the domain of axes that are tied together."""
+    """What a page may not change. Its height it may, and plotly fits the domains of axes that are tied."""
     tied = {k for k, v in layout.items() if isinstance(v, dict) and "scaleanchor" in v}
     axes = {k: {name: x for name, x in layout[k].items() if name != "domain"} for k in tied}
     return {k: v for k, v in (layout | axes).items() if k != "height"}
