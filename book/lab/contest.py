@@ -308,7 +308,7 @@ def dots(content: dict[str, Any], *, seconds: bool = False) -> go.Figure:
         traces,
         alt=f"{unit.capitalize()} until a training loss of {TARGET:g}, a dot for each of {len(SEEDS)} seeds. "
         f"Means: {', '.join(told)}.",
-        xaxis={"title": f"{unit} to {TARGET:g}", "type": "log"},
+        xaxis={"title": f"{unit} to {TARGET:g}", "type": "log", "dtick": "D2"},
         yaxis={"autorange": "reversed", "ticksuffix": " "},
         height=120 + 34 * len(told),
     )
