@@ -565,15 +565,10 @@ def time_to_loss(
     return {"loss": loss, "sought": sought, "rows": rows, "missing": missing, "settings": settings}
 
 
-def _segments(run: dict[str, Any]) -> Iterable[tuple[tuple[float, float], tuple[float, float]]]:
-    """Neighbouring points (log update, log loss) of a curve; its update 0 has no logarithm."""
-    points = [(log(u), log(v)) for u, v in zip(run["update"], run["train"], strict=True) if u > 0]
-    return pairwise(points)
-
-
 def _loss_at(run: dict[str, Any], update: int) -> float | None:
-    """The training loss there; ``None`` if the curve ends before."""
-    for (u, v), (u_next, v_next) in _segments(run):
+    """The training loss there, on log scales; ``None`` if the curve ends before."""
+    points = [(log(u), log(v)) for u, v in zip(run["update"], run["train"], strict=True) if u > 0]
+    for (u, v), (u_next, v_next) in pairwise(points):
         if u <= log(update) <= u_next:
             return exp(v + (v_next - v) * (log(update) - u) / (u_next - u))
     return None

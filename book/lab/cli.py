@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from sogrid.cli import (
@@ -214,6 +215,10 @@ def _contest(options: argparse.Namespace) -> int:
     for seed in seeds:
         if seed not in SEEDS:
             fail(f"--seeds: there are {', '.join(map(str, SEEDS))}, got {seed}")
+    if "soap" in methods and not find_spec("pytorch_optimizer"):
+        fail(
+            "soap needs the packages of `make bench`: set PYTHONPATH=.venv/peers, or name --methods without it"
+        )
     if options.clock:
         for row in clock(out=options.out, progress=not options.quiet):
             print(f"  {row['method']}: {row['update_ms']:.2f} ms")

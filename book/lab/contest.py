@@ -25,6 +25,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -169,7 +170,10 @@ def contest(
         RecordError: If the record is damaged, of other settings, or cannot be written.
         SearchError: If the storage cannot be used, or holds a search of other rules.
     """
+    if "soap" in methods:
+        import_module("pytorch_optimizer")  # now, and not after hours
     task, record = _task(), _record(out)
+    Path(out).mkdir(parents=True, exist_ok=True)
     for method in methods:
         key = {"part": "search", "method": method}
         if record.find(**key) is None:

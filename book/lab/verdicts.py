@@ -25,6 +25,7 @@ import numpy as np
 from lab.figures import best_losses, carried_on, milliseconds, runs_by_method, values_at
 from lab.plotting import SAMPLERS, looks
 from sogrid.experiments.reference import thesis_facts, thesis_values
+from sogrid.experiments.training import updates_to
 
 __all__ = ["Verdict", "answer_table", "verdict_table", "verdicts"]
 
@@ -200,13 +201,7 @@ def _updates_to(record: Record, method: str, level: float, curve: str = "train")
     """Updates until the mean curve's best so far is at ``level``, between evaluations on log scales."""
     updates, values = _mean_curve(record, method, curve)
     best = np.maximum(np.minimum.accumulate(values), 1e-9)
-    if best[-1] > level:
-        return None
-    at = int(np.argmax(best <= level))
-    if at == 0 or updates[at - 1] == 0:
-        return float(updates[at])
-    pair = slice(at - 1, at + 1)
-    return float(np.exp(np.interp(-math.log(level), -np.log(best[pair]), np.log(updates[pair]))))
+    return updates_to(updates.tolist(), best.tolist(), level)
 
 
 def _at_second(

@@ -1,10 +1,13 @@
 """The contest of 2026: who takes part, at what domain, and what its rules say of a record."""
 
 import math
+import sys
 
 import pytest
 import torch
+from scipy.stats import ttest_ind
 
+from lab import cli
 from lab import contest as contest_module
 from lab.contest import BOUNDED, METHODS, RATES, TARGET, UPDATES, _plan, _theirs, prices, times, verdict
 from sogrid.experiments.benchmarks import Task
@@ -57,6 +60,25 @@ def test_every_method_trains_and_is_given_what_was_searched(task, method):
         ]
 
 
+def test_what_is_missing_is_said_before_hours_are_spent(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    monkeypatch.setattr(contest_module, "_task", None)
+    with pytest.raises(ModuleNotFoundError, match="pytorch_optimizer"):
+        contest_module.contest(out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["--methods", "adagrad"], ["--seeds", "1"], ["--methods", "soap"]],
+    ids=lambda words: words[-1],
+)
+def test_the_command_line_refuses(wrong, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        cli.main(["contest", *wrong])
+    assert wrong[-1] in capsys.readouterr().err
+
+
 def test_two_betas_are_for_those_who_have_them():
     model = torch.nn.Linear(2, 2)
     adam = _theirs(torch.optim.AdamW, 0.99)(model, None, {"lr": 0.1, "friction": 0.25})
@@ -76,13 +98,12 @@ def record(ends, cost=None):
 
 
 def test_who_is_sooner_is_a_one_sided_test_of_all_seeds():
-    scipy_stats = pytest.importorskip("scipy.stats")
     ends = {"acp": [100, 110, 120, 105], "muon": [150, 160, 140, 155], "sgd": [1500, None, 1700, 1600]}
     content = record(ends, {"acp": 40.0, "muon": 20.0, "muon float32": 19.0, "sgd": 10.0})
     assert times(content, "acp", TARGET) == pytest.approx(ends["acp"])
     assert times(content, "sgd", TARGET)[1] is None
     ours, theirs = (torch.tensor(ends[m], dtype=torch.float64).log() for m in ("acp", "muon"))
-    expected = scipy_stats.ttest_ind(ours, theirs, equal_var=False, alternative="less").pvalue
+    expected = ttest_ind(ours, theirs, equal_var=False, alternative="less").pvalue
     assert verdict(content, "acp", "muon") == pytest.approx(expected)
     assert verdict(content, "acp", "muon") < 0.01 < verdict(content, "muon", "acp")
     assert verdict(content, "sgd", "acp") == 1.0
@@ -104,7 +125,7 @@ def test_what_was_made_is_not_made_again(task, tmp_path, monkeypatch):
     monkeypatch.setattr(contest_module, "_task", small)
     for name, value in (("TRIALS", 2), ("UPDATES", 16), ("EVALUATE_ON", 50), ("TARGET", 1e-9)):
         monkeypatch.setattr(contest_module, name, value)
-    options = {"methods": ["sgd", "acp"], "out": tmp_path, "progress": False}
+    options = {"methods": ["sgd", "acp"], "out": tmp_path / "new", "progress": False}
     first = contest_module.contest(seeds=[1, 2], **options)
     assert [(r["part"], r["method"]) for r in first["runs"]] == [
         *(("search", m) for m in options["methods"]),
@@ -113,7 +134,7 @@ def test_what_was_made_is_not_made_again(task, tmp_path, monkeypatch):
     monkeypatch.setattr(contest_module, "run", None)
     monkeypatch.setattr(contest_module, "search", None)
     assert contest_module.contest(seeds=[1, 2], **options) == first
-    rows = contest_module.clock(out=tmp_path, rounds=2, progress=False)
+    rows = contest_module.clock(out=options["out"], rounds=2, progress=False)
     assert [row["method"] for row in rows] == ["sgd", "acp"]
 
 
