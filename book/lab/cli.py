@@ -216,9 +216,7 @@ def _contest(options: argparse.Namespace) -> int:
         if seed not in SEEDS:
             fail(f"--seeds: there are {', '.join(map(str, SEEDS))}, got {seed}")
     if "soap" in methods and not find_spec("pytorch_optimizer"):
-        fail(
-            "soap needs the packages of `make bench`: set PYTHONPATH=.venv/peers, or name --methods without it"
-        )
+        fail("soap needs the packages of `make bench`: set PYTHONPATH=.venv/peers, or leave it out")
     if options.clock:
         for row in clock(out=options.out, progress=not options.quiet):
             print(f"  {row['method']}: {row['update_ms']:.2f} ms")
