@@ -13,7 +13,7 @@ PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 LAB = _build/lab/book/index.ipynb
 NOTEBOOKS = find book -name '*.ipynb' ! -path '*/.ipynb_checkpoints/*'
 
-.PHONY: help install book book-fresh test test-browser test-all claims lint format lab experiments bench clean
+.PHONY: help install book book-fresh pdf test test-browser test-all claims lint format lab experiments bench clean
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -42,6 +42,9 @@ book: $(STAMP) ## Build the book into _build/html; a warning is an error
 book-fresh: ## Build the book from nothing: every page is executed
 	rm -rf _build
 	$(MAKE) book
+
+pdf: book ## Print the book into _build/book.pdf: it needs Chromium
+	cd tests && ../$(BIN)/python -m book.pdf ../_build/book.pdf
 
 test: $(STAMP) ## Run all tests but those in a browser
 	$(PYTEST) -m "not browser"

@@ -1,10 +1,13 @@
 """Printed pages: what Chromium makes of them, read back with pdfium."""
 
-import base64
+import io
 import re
 
+import pypdf
 import pypdfium2
 import pytest
+from book.pdf import bind, contents
+from book.pdf import printed as pdf_of
 from book.screenshots import DESKTOP, HTML, find_chromium, resize, set_theme, settle
 
 pytestmark = pytest.mark.browser
@@ -47,8 +50,7 @@ def printed(driver, request):
     settle(driver)
     set_theme(driver, "dark")
     words, around = driver.execute_script(WORDS), driver.execute_script(AROUND)
-    paper = {"paperWidth": 8.27, "paperHeight": 11.69, "printBackground": True}
-    pdf = base64.b64decode(driver.execute_cdp_cmd("Page.printToPDF", paper)["data"])
+    pdf = pdf_of(driver)
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     figures = driver.execute_script(WIDER)
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
@@ -56,6 +58,16 @@ def printed(driver, request):
     text = " ".join(sheet.get_textpage().get_text_range() for sheet in sheets)
     pictures = [sheet.render(grayscale=True).to_numpy().squeeze() for sheet in sheets]
     return {"words": words, "around": around, "text": text, "pictures": pictures, "figures": figures}
+
+
+@pytest.fixture(scope="module")
+def bound(driver):
+    """The first pages of the book as one PDF, and the lines of the contents that they are."""
+    resize(driver, DESKTOP)
+    lines = contents(driver)[:3]
+    out = io.BytesIO()
+    bind(driver, lines).write(out)
+    return lines, pypdf.PdfReader(out)
 
 
 def words(text: str) -> list[str]:
@@ -90,3 +102,23 @@ def test_no_navigation_is_printed(printed):
     titles = [title for title in printed["around"] if len(title) > 12]
     assert len(titles) > 10
     assert sum(title in printed["text"] for title in titles) <= 3
+
+
+def test_the_outline_of_a_bound_book_is_its_contents(bound):
+    lines, book = bound
+    found = pypdfium2.PdfDocument(book.stream).get_toc()
+    starts = {title: mark.get_dest().get_index() for mark in found if (title := mark.get_title())}
+    assert list(starts) == [title for title, _ in lines]
+    for title, address in lines:
+        first = book.pages[starts[title]].extract_text()
+        assert address is None or words(title)[0] in first.lower()
+
+
+def test_links_between_pages_of_a_bound_book_lead_to_sheets(bound):
+    """And those to the rest of the book are as they were."""
+    lines, book = bound
+    notes = [note.get_object() for sheet in book.pages for note in sheet.get("/Annots", ())]
+    addresses = {str(note["/A"]["/URI"]).split("#")[0] for note in notes if "/A" in note}
+    assert not addresses & {address for _, address in lines}
+    targets = [note["/Dest"][0].get_object() for note in notes if "/Dest" in note]
+    assert len({book.get_page_number(sheet) for sheet in targets}) > 2
