@@ -44,7 +44,6 @@ VERSIONS = ("ipywidgets", "numpy", "plotly", "torch")
 KEEP = 2
 AT_ONCE = 4
 MANY = 3
-BEYOND = "book/since_2017", "book/when_centring_pays"
 SPOKEN = {
     '<summary aria-label="Toggle hidden content">': "<summary>",
     'role="doc-biblioentry"': 'role="listitem"',
@@ -136,10 +135,15 @@ def package_folder(name: str) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def chapter_of(docname: str) -> str:
-    """What stands before the numbers of a page's figures: a chapter, an appendix, or nothing."""
-    found = re.match(r"book/(?:ch(\d)|appendix_(\w)_)", docname)
-    return "7" if docname in BEYOND else (found[1] or found[2].upper()) if found else ""
+def chapters_of(env: BuildEnvironment) -> dict[str, str]:
+    """Page → what stands before the numbers of its figures: its chapter, or its letter."""
+    chapters = {}
+    for part in env.external_site_map.root.subtrees:
+        chapter = re.match(r"Chapter (\d)", part.caption)
+        for page in part.items:
+            if found := chapter or re.match(r"book/appendix_(\w)_", page):
+                chapters[page] = found[1].upper()
+    return chapters
 
 
 def number_through(app: Sphinx, env: BuildEnvironment) -> list[str]:
@@ -157,9 +161,9 @@ def number_by_chapter(app: Sphinx, env: BuildEnvironment) -> list[str]:
         for name, number in kinds.get("figure", {}).items()
     )
     env.toc_fignumbers = {page: {**kinds, "figure": {}} for page, kinds in through.items()}
-    counts = Counter()
+    chapters, counts = chapters_of(env), Counter()
     for _, page, name in figures:
-        chapter = chapter_of(page)
+        chapter = chapters.get(page, "")
         counts[chapter] += 1
         label = f"{chapter}-{counts[chapter]}" if chapter else f"{counts[chapter]}"
         env.toc_fignumbers[page]["figure"][name] = (label,)

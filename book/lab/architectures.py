@@ -1,4 +1,4 @@
-"""Convolutions and a recurrent cell, every optimizer searched alike: a section of *In your own network*.
+"""Convolutions and a recurrent cell, every optimizer searched alike.
 
 A small convolutional network, and a recurrent one that reads a digit row by row, whose cell is an
 ``nn.Linear`` used eight times. ``python -m lab study architectures`` searches SGD, Adam, ACP and KFAC by as
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lab.out_of_the_box import Examples, Task, fit
 from lab.plotting import figure, style
-from lab.trials import SEARCH_SEEDS, SEEDS, Study, number, paired, tuned
+from lab.trials import FEW_SEEDS, SEARCH_SEEDS, SEEDS, Study, number, paired, tuned
 from sogrid.experiments.grid import pooled_digits
 
 __all__ = ["ARCHITECTURES", "LINES", "TASKS", "Cell", "curves", "ends", "verdict"]
@@ -86,8 +86,10 @@ LINES = {
 """Six of each, by the look of their curves."""
 
 
-def trained(task: str, method: str, updates: int = UPDATES, **seeds: Any) -> dict[str, Any]:
-    """What became of a method on a task; an entry of the record."""
+def trained(
+    task: str, method: str, updates: int = UPDATES, tried: int | None = None, **seeds: Any
+) -> dict[str, Any]:
+    """What became of a method on a task, of so many of its lines; an entry of the record."""
 
     def run(settings: list[dict[str, str]], own: list[int]) -> list[dict[str, Any]]:
         runs = [fit(TASKS[task], s["line"], seed, updates) for s, seed in zip(settings, own, strict=True)]
@@ -96,7 +98,7 @@ def trained(task: str, method: str, updates: int = UPDATES, **seeds: Any) -> dic
             one["train"] = [float(f"{v:.4g}") for v in one["train"]]
         return runs
 
-    return tuned(run, [{"line": line} for line in LINES[method]], **{"seeds": FEW, **seeds}).entry()
+    return tuned(run, [{"line": line} for line in LINES[method][:tried]], **{"seeds": FEW, **seeds}).entry()
 
 
 ARCHITECTURES = Study(
@@ -104,6 +106,7 @@ ARCHITECTURES = Study(
     {"lines": LINES, "updates": UPDATES, "seeds": FEW, "search_seeds": SEARCH_SEEDS},
     [{"task": task, "method": method} for task in TASKS for method in LINES],
     trained,
+    few={"updates": 2, "tried": 2, **FEW_SEEDS},
 )
 """A part for every task and method."""
 

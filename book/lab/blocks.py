@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lab.plotting import COLORS, figure, style
 from lab.rivals import AdamMethod, InGrid
-from lab.trials import SEARCH_SEEDS, SEEDS, Study, Trials, dots, number, paired, tuned
+from lab.trials import FEW_SEEDS, SEARCH_SEEDS, SEEDS, Study, Trials, dots, number, paired, tuned
 from sogrid.experiments.benchmarks import Method, Task
 from sogrid.experiments.grid import StackedMLP, pooled_digits, train_grid
 from sogrid.experiments.training import Minibatches, evaluation_points
@@ -366,8 +366,8 @@ def trained(
 TRAINED = (EXACT, *FORMS, ADAM)
 
 
-def _part(part: str, of: str | int) -> dict[str, Any]:
-    return {"rows": errors(of)} if part == "errors" else trained(of).entry()
+def _part(part: str, of: str | int, points: Sequence[int] = POINTS, **few: Any) -> dict[str, Any]:
+    return {"rows": errors(of, points)} if part == "errors" else trained(of, **few).entry()
 
 
 BETTER_BLOCKS = Study(
@@ -382,6 +382,13 @@ BETTER_BLOCKS = Study(
         *({"part": "training", "of": form} for form in TRAINED),
     ],
     _part,
+    few={
+        "points": POINTS[:2],
+        "updates": 2,
+        "bounds": BOUNDS[:2],
+        "dampings": TRAINING_DAMPINGS[:1],
+        **FEW_SEEDS,
+    },
 )
 """Errors by seed of the path, and training by form."""
 
@@ -422,9 +429,10 @@ def along(content: dict[str, Any], layer: int = 1, damping: float = 0.01) -> go.
     for i, what in enumerate(("error", "share")):
         axes = {"xaxis": "x2", "yaxis": "y2"} if i else {}
         for name, line in LOOKS.items():
-            values = list(mean_of(content, what, name, layer, damping).values())
+            means = mean_of(content, what, name, layer, damping)
+            values = list(means.values())
             look = {"line": line, "mode": "lines+markers", "legendgroup": name, "showlegend": not i}
-            traces.append(go.Scatter(x=list(map(str, POINTS)), y=values, name=name, **look, **axes))
+            traces.append(go.Scatter(x=list(map(str, means)), y=values, name=name, **look, **axes))
             words.append(f"{name} {values[0]:.2f} to {values[-1]:.2f}")
     half = len(LOOKS)
     alt = f"Left, error: {'; '.join(words[:half])}. Right, share: {'; '.join(words[half:])}."

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lab.plotting import COLORS, figure
 from lab.rivals import FOOF, InGrid, NewtonMuonMethod
-from lab.trials import SEARCH_SEEDS, SEEDS, Study, Trials, dots, number, paired, tuned
+from lab.trials import FEW_SEEDS, SEARCH_SEEDS, SEEDS, Study, Trials, dots, number, paired, tuned
 from sogrid.experiments.benchmarks import Method, Task
 from sogrid.experiments.grid import pooled_digits, train_grid
 from sogrid.factorize import tikhonov_inverse
@@ -195,7 +195,8 @@ NEWTON_MUON = Study(
         **{"seeds": SEEDS, "search_seeds": SEARCH_SEEDS},
     },
     [{"case": case, "method": method} for case in CASES for method in ORTHOGONALISED],
-    lambda case, method: orthogonalised(case, method).entry(),
+    lambda case, method, **few: orthogonalised(case, method, **few).entry(),
+    few={"updates": 2, "rates": RATES[:1], "ridges": RIDGES[:2], **FEW_SEEDS},
 )
 """Of every network, both Newton-Muons."""
 

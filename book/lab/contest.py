@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -39,10 +39,12 @@ from torch import Tensor
 from lab.plotting import COLORS, figure
 from lab.rivals import FOOF, NewtonMuon
 from lab.timing import Contestant, minibatch, race
+from lab.trials import is_smoke
 from sogrid.experiments import data
 from sogrid.experiments.benchmarks import BATCH, BENCHMARKS, Method, Task
 from sogrid.experiments.muon import MuonAndAdam
 from sogrid.experiments.records import Record, provenance
+from sogrid.experiments.reproduce import SMOKE_EXAMPLES
 from sogrid.experiments.training import evaluation_points, run, updates_to
 from sogrid.experiments.tuning import Search, chosen, open_storage, search
 from sogrid.optimizers import ACP, KFAC, CenteredGradientDescent, NaturalNN
@@ -65,11 +67,37 @@ __all__ = [
     "verdict",
 ]
 
-BENCHMARK, TARGET, UPDATES, ALL = "mnist_autoencoder", 18.9, 2_000, 500
-TRIALS, HALVINGS, FINALISTS = 40, 3, 3
+BENCHMARK, REFRESH_EVERY, LEVEL = "mnist_autoencoder", 20, 0.01
 SEEDS = tuple(range(401, 411))
-EVALUATE_ON, REFRESH_EVERY = 2_000, 20
-LEVEL = 0.01
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of it.
+
+    Attributes:
+        target: A training loss.
+        updates: The most, of trials and runs.
+        all: Those that all runs make.
+        trials: Of each search; this and the next three are :class:`~sogrid.experiments.tuning.Search`'s.
+        halvings: On the way.
+        finalists: Run again.
+        evaluate_on: Examples.
+        seeds: Of the runs.
+    """
+
+    target: float = 18.9
+    updates: int = 2_000
+    all: int = 500
+    trials: int = 40
+    halvings: int = 3
+    finalists: int = 3
+    evaluate_on: int = 2_000
+    seeds: tuple[int, ...] = SEEDS
+
+
+SCALES = {"laptop": Scale(), "smoke": Scale(90.0, 2, 1, 2, 1, 1, 100, SEEDS[:2])}
+TRIALS = SCALES["laptop"].trials
 DOMAIN = {
     "damping": (1e-3, 1.0),
     "max_change": (3e-3, 0.3),
@@ -146,11 +174,11 @@ RATES = {"sgd": LARGE, "momentum": (1e-3, 1.0), "centred": LARGE}
 RATES |= dict.fromkeys(("muon", "adamw", "newton_muon", "soap"), SMALL)
 
 
-def _plan(method: str) -> Search:
+def _plan(method: str, scale: Scale = SCALES["laptop"]) -> Search:
     domain = {**DOMAIN, "lr": RATES.get(method)}
     own = {name: domain[name] for name in METHODS[method].searched}
-    options = {"halvings": HALVINGS, "finalists": FINALISTS, "target": TARGET}
-    return Search(method, own, TRIALS, UPDATES, EVALUATE_ON, **options)
+    options = {"halvings": scale.halvings, "finalists": scale.finalists, "target": scale.target}
+    return Search(method, own, scale.trials, scale.updates, scale.evaluate_on, **options)
 
 
 def contest(
@@ -158,61 +186,82 @@ def contest(
     methods: Sequence[str] = tuple(METHODS),
     seeds: Sequence[int] = SEEDS,
     out: str | Path = "out",
+    profile: str = "laptop",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Search and run what is missing, and return the content of ``<out>/contest.json``.
 
     What was begun of a search is in ``<out>/contest.sqlite3``; with the same ``out`` it goes on.
 
+    Args:
+        methods: Keys of :data:`METHODS`.
+        seeds: Of the runs.
+        out: Folder of the record.
+        profile: ``"laptop"``, or ``"smoke"`` for a moment on the embedded digits, two of the seeds, and
+            ``<out>/contest.smoke.json``.
+        progress: Show bars.
+
     Raises:
         DataError: If MNIST is not there.
         ModuleNotFoundError: If a method's package is not.
         RecordError: If the record is damaged, of other settings, or cannot be written.
         SearchError: If the storage cannot be used, or holds a search of other rules.
+        ValueError: For another profile.
     """
     if "soap" in methods:
         import_module("pytorch_optimizer")  # now, and not after hours
-    task, record = _task(), _record(out)
+    smoke = is_smoke(profile)
+    scale, task, record = SCALES[profile], _task(smoke), _record(out, profile)
     Path(out).mkdir(parents=True, exist_ok=True)
     for method in methods:
         key = {"part": "search", "method": method}
         if record.find(**key) is None:
-            storage = open_storage(f"sqlite:///{Path(out) / 'contest.sqlite3'}")
+            storage = open_storage(f"sqlite:///{record.path.with_suffix('.sqlite3')}")
             wanted = {"storage": storage, "name": method, "methods": METHODS, "alone": True}
-            found = search(task, _plan(method), progress=method if progress else None, **wanted)
+            found = search(task, _plan(method, scale), progress=method if progress else None, **wanted)
             record.add({**key, **found}, once=key)
-    options = {"updates": UPDATES, "points": evaluation_points(UPDATES, per_decade=16, also=[ALL])}
-    options |= {"evaluate_on": EVALUATE_ON, "methods": METHODS}
-    for seed in seeds:
+    options = {"updates": scale.updates, "methods": METHODS, "evaluate_on": scale.evaluate_on}
+    options["points"] = evaluation_points(scale.updates, per_decade=16, also=[scale.all])
+    for seed in (seed for seed in seeds if seed in scale.seeds):
         for method in methods:
             key = {"part": "run", "method": method, "seed": seed}
             if record.find(**key) is None:
                 settings = chosen(record.find(part="search", method=method))
                 title = f"{method}, seed {seed}" if progress else None
-                found = run(task, method, settings, seed=seed, progress=title, go_on=_Until(), **options)
+                until = _Until(scale)
+                found = run(task, method, settings, seed=seed, progress=title, go_on=until, **options)
                 record.add({**key, **found}, once=key)
     return record.content
 
 
 class _Until:
-    """Whether a run goes on: all do to update :data:`ALL`, and from there to the target."""
+    """Whether a run goes on: all do to some update, and from there to the target."""
 
-    there = False
+    def __init__(self, scale: Scale) -> None:
+        self.scale, self.there = scale, False
 
     def __call__(self, update: int, loss: float) -> bool:
-        self.there |= loss <= TARGET
-        return update < ALL or not self.there
+        self.there |= loss <= self.scale.target
+        return update < self.scale.all or not self.there
 
 
-def _task() -> Task:
-    task = BENCHMARKS[BENCHMARK].task(data.load("mnist"))
-    return replace(task, test=tuple(part[:EVALUATE_ON] for part in task.test))
+def _task(smoke: bool = False) -> Task:
+    if smoke:
+        return _sized(data.load("mnist", source="embedded", subset=SMOKE_EXAMPLES), SCALES["smoke"])
+    return _sized(data.load("mnist"), SCALES["laptop"])
 
 
-def _record(out: str | Path) -> Record:
-    settings = {"benchmark": BENCHMARK, "target": TARGET, "updates": [ALL, UPDATES], "trials": TRIALS}
-    settings |= {"evaluate_on": EVALUATE_ON, "batch": BATCH, "refresh_every": REFRESH_EVERY}
-    return Record(Path(out) / "contest.json", "contest", settings)
+def _sized(found: data.Dataset, scale: Scale) -> Task:
+    task = BENCHMARKS[BENCHMARK].task(found)
+    return replace(task, test=tuple(part[: scale.evaluate_on] for part in task.test))
+
+
+def _record(out: str | Path, profile: str = "laptop") -> Record:
+    scale = SCALES[profile]
+    settings = {"benchmark": BENCHMARK, "target": scale.target, "updates": [scale.all, scale.updates]}
+    settings |= {"trials": scale.trials, "evaluate_on": scale.evaluate_on, "batch": BATCH}
+    name = "contest.smoke" if profile == "smoke" else "contest"
+    return Record(Path(out) / f"{name}.json", "contest", settings | {"refresh_every": REFRESH_EVERY})
 
 
 class _Amortised(Contestant):
@@ -260,12 +309,15 @@ def runs(content: dict[str, Any], method: str) -> list[dict[str, Any]]:
     return [run for run in content["runs"] if run["part"] == "run" and run["method"] == method]
 
 
-def times(content: dict[str, Any], method: str, loss: float = TARGET) -> list[float | None]:
-    """Updates until a training loss, of each seed; ``None`` where it is not reached."""
+def times(content: dict[str, Any], method: str, loss: float | None = None) -> list[float | None]:
+    """Updates until a training loss (default the target), by seed; ``None`` where it is not reached."""
+    loss = content["settings"]["target"] if loss is None else loss
     return [updates_to(run["update"], run["train"], loss) for run in runs(content, method)]
 
 
-def verdict(content: dict[str, Any], a: str, b: str, loss: float = TARGET, *, seconds: bool = False) -> float:
+def verdict(
+    content: dict[str, Any], a: str, b: str, loss: float | None = None, *, seconds: bool = False
+) -> float:
     """The p of the one-sided test that ``a`` needs less than ``b``; 1 where a seed of ``a`` is lost.
 
     A lost seed of ``b`` counts with all of its updates, which is less than it needs.
@@ -275,13 +327,14 @@ def verdict(content: dict[str, Any], a: str, b: str, loss: float = TARGET, *, se
         return 1.0
     cost = prices(content) if seconds else {a: 1.0, b: 1.0}
     ours = [math.log(cost[a] * t) for t in ours]
-    theirs = [math.log(cost[b] * (UPDATES if t is None else t)) for t in theirs]
+    theirs = [math.log(cost[b] * (content["settings"]["updates"][1] if t is None else t)) for t in theirs]
     return float(ttest_ind(ours, theirs, equal_var=False, alternative="less").pvalue)
 
 
 def taking_part(content: dict[str, Any]) -> list[str]:
     """The methods that have run from every seed, the soonest first, and then those without a time."""
-    methods = [method for method in METHODS if len(runs(content, method)) == len(SEEDS)]
+    seeds = {method: len(runs(content, method)) for method in METHODS}
+    methods = [method for method in METHODS if seeds[method] == max(seeds.values()) > 0]
     return sorted(methods, key=lambda method: mean_time(content, method) or math.inf)
 
 
@@ -307,12 +360,12 @@ def dots(content: dict[str, Any], *, seconds: bool = False) -> go.Figure:
             bar = {"color": COLORS[row.color], "symbol": "line-ns-open", "size": 22, "line": {"width": 3}}
             traces.append(go.Scatter(x=[mean], y=[row.name], name=f"{row.name}, mean", marker=bar, **look))
         told.append(f"{row.name} {'not from every seed' if mean is None else f'{mean:.3g}'}")
-    unit = "seconds" if seconds else "updates"
+    unit, target = "seconds" if seconds else "updates", content["settings"]["target"]
     return figure(
         traces,
-        alt=f"{unit.capitalize()} until a training loss of {TARGET:g}, a dot for each of {len(SEEDS)} seeds. "
+        alt=f"{unit.capitalize()} until a training loss of {target:g}, a dot for each seed. "
         f"Means: {', '.join(told)}.",
-        xaxis={"title": f"{unit} to {TARGET:g}", "type": "log", "dtick": "D2"},
+        xaxis={"title": f"{unit} to {target:g}", "type": "log", "dtick": "D2"},
         yaxis={"autorange": "reversed", "ticksuffix": " "},
         height=120 + 34 * len(told),
     )
@@ -328,9 +381,10 @@ def curves(content: dict[str, Any]) -> go.Figure:
             own = {"name": row.name, "legendgroup": method, "showlegend": k == 0, "line": look}
             traces.append(go.Scatter(x=run_["update"][1:], y=run_["train"][1:], mode="lines", **own))
         told.append(f"{row.name} {fmean(ends):.3g}")
+    end = content["settings"]["updates"][0]
     return figure(
         traces,
-        alt=f"Training loss by update, a line for each seed. After {ALL} updates, means: {', '.join(told)}.",
+        alt=f"Training loss by update, a line for each seed. After {end} updates, means: {', '.join(told)}.",
         xaxis={"title": "updates", "type": "log"},
         yaxis={"title": "training loss", "type": "log"},
     )
@@ -338,8 +392,9 @@ def curves(content: dict[str, Any]) -> go.Figure:
 
 def ends_of(content: dict[str, Any], method: str) -> list[float]:
     """The losses of a method's seeds after the updates that all make; infinite where one diverged."""
+    all_ = content["settings"]["updates"][0]
     pairs = (dict(zip(run["update"], run["train"], strict=True)) for run in runs(content, method))
-    return [pair.get(ALL, math.inf) for pair in pairs]
+    return [pair.get(all_, math.inf) for pair in pairs]
 
 
 def report(content: dict[str, Any], rival: str = "muon") -> list[tuple[str, ...]]:
@@ -350,7 +405,7 @@ def report(content: dict[str, Any], rival: str = "muon") -> list[tuple[str, ...]
         "updates",
         "of SGD's price",
         "sooner than SGD",
-        f"loss at {ALL}",
+        f"loss at {content['settings']['updates'][0]}",
         "in updates: p",
         "in seconds: p",
     )

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from lab.plotting import COLORS, figure, style
 from lab.rivals import AdamMethod, InGrid
-from lab.trials import SEARCH_SEEDS, SEEDS, Study, dots, number, paired, tuned
+from lab.trials import FEW_SEEDS, SEARCH_SEEDS, SEEDS, Study, dots, number, paired, tuned
 from sogrid.experiments.grid import Grid, Pass
 from sogrid.experiments.records import provenance
 from sogrid.kronecker import homogeneous
@@ -288,10 +288,15 @@ def clock(rounds: int = 30, each: int = 10) -> dict[str, float]:
     return {name: round(median(times), 3) for name, times in found.items()}
 
 
-def _part(part: str) -> dict[str, Any]:
+def _part(
+    part: str, updates: int = UPDATES, tried: int | None = None, **seeds: Sequence[int]
+) -> dict[str, Any]:
+    """An entry of the record; ``tried``: only so many settings, and the clock's rounds."""
     if part == "clock":
-        return {"update_ms": clock(), "provenance": provenance()}
-    return tuned(lambda settings, seeds: trained(part, settings, seeds), GRIDS[part]).entry()
+        return {"update_ms": clock(*([] if tried is None else [tried])), "provenance": provenance()}
+    return tuned(
+        lambda settings, own: trained(part, settings, own, updates), GRIDS[part][:tried], **seeds
+    ).entry()
 
 
 GAN = Study(
@@ -302,6 +307,7 @@ GAN = Study(
     },
     [{"part": name} for name in (*CRITICS, "clock")],
     _part,
+    few={"updates": EVERY, "tried": 2, **FEW_SEEDS},
 )
 """A part for each critic, and what updates cost."""
 

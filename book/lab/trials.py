@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -21,13 +21,38 @@ from tqdm.auto import tqdm
 from lab.plotting import COLORS, figure
 from sogrid.experiments.records import RESULTS, Record, provenance
 
-__all__ = ["LEVEL", "SEARCH_SEEDS", "SEEDS", "Study", "Trials", "dots", "number", "paired", "tuned"]
+__all__ = [
+    "FEW_SEEDS",
+    "LEVEL",
+    "SEARCH_SEEDS",
+    "SEEDS",
+    "Study",
+    "Trials",
+    "dots",
+    "is_smoke",
+    "number",
+    "paired",
+    "tuned",
+]
 
 SEARCH_SEEDS, SEEDS = (21, 22), tuple(range(301, 321))
+FEW_SEEDS = {"seeds": SEEDS[:2], "search_seeds": SEARCH_SEEDS[:1]}
+"""Of a study at smoke scale."""
 LEVEL = 0.01
 
 Settings = dict[str, Any]
 Runs = Callable[[list[Settings], list[int]], list[dict[str, Any]]]
+
+
+def is_smoke(profile: str) -> bool:
+    """Whether a profile of what this book does beyond the thesis is the small one.
+
+    Raises:
+        ValueError: If there is no such profile.
+    """
+    if profile not in ("smoke", "laptop"):
+        raise ValueError(f"profile must be smoke or laptop, got {profile!r}")
+    return profile == "smoke"
 
 
 class Trials(NamedTuple):
@@ -146,24 +171,36 @@ class Study:
         name: Of the record, too.
         settings: What defines it.
         keys: What tells its parts apart.
-        run: Makes the entry of a part from its key's values.
+        run: Makes the entry of a part from its key's values, and options.
+        few: The options at smoke scale.
     """
 
     name: str
     settings: dict[str, Any]
     keys: Sequence[dict[str, Any]]
     run: Callable[..., dict[str, Any]]
+    few: dict[str, Any] = field(default_factory=dict)
 
-    def record(self, out: str | Path = "out", progress: bool = True) -> dict[str, Any]:
+    def record(
+        self, out: str | Path = "out", progress: bool = True, profile: str = "laptop"
+    ) -> dict[str, Any]:
         """Do the parts that are missing; the content of ``<out>/<name>.json``.
+
+        Args:
+            out: Folder of the record.
+            progress: Show a bar.
+            profile: ``"laptop"``, or ``"smoke"`` for a moment and ``<out>/<name>.smoke.json``.
 
         Raises:
             RecordError: If the record is damaged, of other settings, or cannot be written.
+            ValueError: For another profile.
         """
-        record = Record(Path(out) / f"{self.name}.json", self.name, self.settings)
+        smoke = is_smoke(profile)
+        path = Path(out) / f"{self.name}{'.smoke' * smoke}.json"
+        record = Record(path, self.name, {**self.settings, **(self.few if smoke else {})})
         for key in tqdm(self.keys, disable=not progress):
             if record.find(**key) is None:
-                record.add({**key, **self.run(**key)}, once=key)
+                record.add({**key, **self.run(**key, **(self.few if smoke else {}))}, once=key)
         return record.content
 
     def read(self) -> dict[str, Any]:

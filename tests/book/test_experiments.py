@@ -1,5 +1,7 @@
 """Each papermill template runs at smoke scale, leaves a record, and refuses wrong parameters."""
 
+from collections import Counter
+from importlib import import_module
 from pathlib import Path
 
 import papermill
@@ -10,6 +12,7 @@ from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
 from searched import leave_searches
 
+from lab import cli
 from sogrid.experiments import reproduce
 from sogrid.experiments.benchmarks import METHODS
 from sogrid.experiments.parameters import ParameterError
@@ -18,26 +21,43 @@ from sogrid.experiments.reproduce import EXPERIMENTS, PROFILES, VARIANTS, Curves
 
 ROOT = Path(__file__).parents[2]
 TEMPLATES = sorted((ROOT / "book" / "experiments").glob("*.ipynb"))
+STUDIES = {
+    study.name: study for study in (getattr(import_module(m), name) for m, name in cli.STUDIES.values())
+}
+BEYOND = [t for t in TEMPLATES if t.stem in {"contest", *STUDIES}]
+THESIS = [t for t in TEMPLATES if t not in BEYOND]
 EVERY = pytest.mark.parametrize("template", TEMPLATES, ids=lambda t: t.stem)
+FIGURES = pytest.mark.parametrize("template", THESIS, ids=lambda t: t.stem)
 
 
 def test_every_experiment_has_its_template():
-    assert [t.stem for t in TEMPLATES] == sorted(EXPERIMENTS)
+    assert [t.stem for t in THESIS] == sorted(EXPERIMENTS)
+    assert [t.stem for t in BEYOND] == sorted({"contest", *STUDIES})
+
+
+@pytest.fixture
+def papermilled(tmp_path, monkeypatch, quick_kernels):
+    """``papermilled(template)``: its folder, after it ran as the command line does it; no SOGRID_DATA."""
+    monkeypatch.delenv("SOGRID_DATA", raising=False)
+    monkeypatch.chdir(ROOT)
+
+    def papermilled_(template):
+        arguments = [template, tmp_path / "out.ipynb", "-p", "profile", "smoke", "-p", "out", tmp_path]
+        done = CliRunner().invoke(command_line, [*map(str, arguments), "--no-progress-bar"])
+        assert done.exit_code == 0, done.exception
+        return tmp_path
+
+    return papermilled_
 
 
 @pytest.mark.slow
-@EVERY
-def test_template_runs_and_leaves_a_record(template, tmp_path, monkeypatch, quick_kernels):
-    """As the command line does it; no SOGRID_DATA, no network, hyperparameters of one's own."""
+@FIGURES
+def test_template_runs_and_leaves_a_record(template, tmp_path, papermilled):
+    """With hyperparameters of one's own."""
     plan = EXPERIMENTS[template.stem]
-    monkeypatch.delenv("SOGRID_DATA", raising=False)
-    monkeypatch.chdir(ROOT)
     if not isinstance(plan, Searches):
         leave_searches(tmp_path, plan.benchmark)
-    arguments = [template, tmp_path / "out.ipynb", "-p", "profile", "smoke", "-p", "out", tmp_path]
-    done = CliRunner().invoke(command_line, [*map(str, arguments), "--no-progress-bar"])
-    assert done.exit_code == 0, done.exception
-    content = Record.read(tmp_path / f"{template.stem}.smoke.json")
+    content = Record.read(papermilled(template) / f"{template.stem}.smoke.json")
     if isinstance(plan, Curves):
         assert [run["method"] for run in content["runs"]] == list(plan.methods)
         for run in content["runs"]:
@@ -58,10 +78,25 @@ def test_template_runs_and_leaves_a_record(template, tmp_path, monkeypatch, quic
             assert len(run["trials"]["loss"]) == trials
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("template", BEYOND, ids=lambda t: t.stem)
+def test_template_of_a_study_runs_and_leaves_a_record(template, papermilled):
+    content = Record.read(papermilled(template) / f"{template.stem}.smoke.json")
+    if template.stem == "contest":
+        assert Counter(run["part"] for run in content["runs"]) == {"search": 4, "run": 8}
+    else:
+        study = STUDIES[template.stem]
+        assert [
+            {name: run[name] for name in key} for run, key in zip(content["runs"], study.keys, strict=True)
+        ] == list(study.keys)
+        assert all(len(run["runs"]) == 2 for run in content["runs"] if "runs" in run)
+
+
 @EVERY
 def test_template_documents_its_parameters(template):
     found = papermill.inspect_notebook(str(template))
-    assert {"profile", "seed", "device", "out"} <= set(found)
+    assert {"profile", "out"} <= set(found)
+    assert template in BEYOND or {"seed", "device"} <= set(found)
     assert all(p["inferred_type_name"] in ("str", "int", "float") for p in found.values())
     assert all(p["help"] for p in found.values())
 
@@ -83,13 +118,13 @@ def begin(monkeypatch):
     return begin_
 
 
-@EVERY
+@FIGURES
 def test_template_hands_its_parameters_on(template, begin):
     given = {"profile": "laptop", "seed": 3, "device": "cuda", "out": "there"}
     assert begin(template, given) == [((template.stem,), given)]
 
 
-@EVERY
+@FIGURES
 @pytest.mark.parametrize(("name", "value"), [("profil", "smoke"), ("seed", "three")])
 def test_template_refuses_a_wrong_parameter_by_name(template, name, value, begin):
     with pytest.raises(ParameterError, match=f"'{name}'"):

@@ -88,12 +88,23 @@ def test_figures_are_numbered_by_chapter(extension):
         "book/index": {"front": (1,)},
         "book/ch2_optimization/gradient_descent": {"a": (2,), "b": (3,)},
         "book/ch2_optimization/hyperparameters": {"a": (4,)},
-        "book/since_2017": {"a": (6,)},
+        "book/new": {"a": (6,)},
         "book/appendix_b_fisher": {"a": (5,)},
         "book/step_costs": {"a": (7,)},
     }
     through = {page: {"figure": figures} for page, figures in pages.items()} | {"book/status": {}}
-    env = SimpleNamespace(toc_fignumbers=through)
+    parts = {
+        "Chapter 2: optimization": [
+            "book/ch2_optimization/gradient_descent",
+            "book/ch2_optimization/hyperparameters",
+        ],
+        "Chapter 7: beyond": ["book/new"],
+        "Appendices": ["book/appendix_b_fisher"],
+        "Chapters of others": ["book/step_costs"],
+    }
+    subtrees = [SimpleNamespace(caption=caption, items=items) for caption, items in parts.items()]
+    site = SimpleNamespace(root=SimpleNamespace(subtrees=subtrees))
+    env = SimpleNamespace(toc_fignumbers=through, external_site_map=site)
     extension.number_by_chapter(None, env)
     found = {page: [n for (n,) in kinds["figure"].values()] for page, kinds in env.toc_fignumbers.items()}
     assert list(found.values()) == [["1"], ["2-1", "2-2"], ["2-3"], ["7-1"], ["B-1"], ["2"], []]

@@ -9,7 +9,7 @@ from scipy.stats import ttest_ind
 
 from lab import cli
 from lab import contest as contest_module
-from lab.contest import BOUNDED, METHODS, RATES, TARGET, UPDATES, _plan, _theirs, prices, times, verdict
+from lab.contest import BOUNDED, METHODS, RATES, SCALES, Scale, _plan, _theirs, prices, times, verdict
 from sogrid.experiments.benchmarks import Task
 from sogrid.experiments.records import RESULTS, Record
 from sogrid.experiments.training import run
@@ -85,6 +85,9 @@ def test_two_betas_are_for_those_who_have_them():
     assert adam.param_groups[0]["betas"] == (0.75, 0.99)
 
 
+TARGET, UPDATES = SCALES["laptop"].target, SCALES["laptop"].updates
+
+
 def record(ends, cost=None):
     """Curves that halve the loss from 40 to 20 at update 10 and are at the target at the updates given."""
     runs = []
@@ -94,7 +97,8 @@ def record(ends, cost=None):
             curve = {"update": list(at), "train": list(at.values())}
             runs.append({"part": "run", "method": method, "seed": seed, **curve})
     rows = [{"method": method, "update_ms": ms} for method, ms in (cost or {}).items()]
-    return {"runs": runs, "clock": {"rows": rows}}
+    settings = {"target": TARGET, "updates": [500, UPDATES]}
+    return {"settings": settings, "runs": runs, "clock": {"rows": rows}}
 
 
 def test_who_is_sooner_is_a_one_sided_test_of_all_seeds():
@@ -113,7 +117,7 @@ def test_who_is_sooner_is_a_one_sided_test_of_all_seeds():
 
 
 def test_all_go_as_far_and_those_who_are_late_go_on():
-    soon, late = contest_module._Until(), contest_module._Until()
+    soon, late = (contest_module._Until(SCALES["laptop"]) for _ in range(2))
     assert all(soon(update, loss) for update, loss in ((10, 30.0), (90, 18.0), (400, 20.0)))
     assert not soon(500, 20.0)
     assert all(late(update, 30.0) for update in (400, 500, 1900))
@@ -121,10 +125,8 @@ def test_all_go_as_far_and_those_who_are_late_go_on():
 
 
 def test_what_was_made_is_not_made_again(task, tmp_path, monkeypatch):
-    small = lambda: task  # noqa: E731
-    monkeypatch.setattr(contest_module, "_task", small)
-    for name, value in (("TRIALS", 2), ("UPDATES", 16), ("EVALUATE_ON", 50), ("TARGET", 1e-9)):
-        monkeypatch.setattr(contest_module, name, value)
+    monkeypatch.setattr(contest_module, "_task", lambda *smoke: task)
+    monkeypatch.setitem(SCALES, "laptop", Scale(1e-9, 16, trials=2, evaluate_on=50, seeds=(1, 2)))
     options = {"methods": ["sgd", "acp"], "out": tmp_path / "new", "progress": False}
     first = contest_module.contest(seeds=[1, 2], **options)
     assert [(r["part"], r["method"]) for r in first["runs"]] == [
