@@ -18,6 +18,7 @@ from book.explorer_records import (
     LANDSCAPE,
     curves_record,
     explorer,
+    halved,
     plain,
     search,
     search_record,
@@ -452,6 +453,20 @@ def test_interaction_shows_the_first_trials_and_rings_the_best():
         assert np.asarray(landscape["z"]).shape == (32, 32)
         if math.isfinite(min(losses)):
             assert ring["x"][0] == pytest.approx(run["trials"]["lr"][int(np.argmin(losses))], rel=1e-6)
+
+
+def test_a_stopped_trial_is_told_and_not_the_best():
+    run = halved(search(count=12))
+    found = hyperparameter_interaction(search_record(run))
+    losses, ends = ([v or math.inf for v in run["trials"][key]] for key in ("loss", "update"))
+    assert min(losses) != min(losses[::2])
+    _, trials, ring = found.at(shown=11)["traces"]
+    assert ring["x"][0] == pytest.approx(run["trials"]["lr"][losses.index(min(losses[::2]))], rel=1e-6)
+    stopped = [end == 200 for end in ends]
+    assert [symbol == 100 for symbol in trials["marker"]["symbol"]] == stopped
+    assert f"{sum(stopped)} stopped on the way" in found.at(shown=11)["text"]
+    assert trials["customdata"][0][2] == 400
+    assert "stopped" not in hyperparameter_interaction(search_record(search())).at(shown=11)["text"]
 
 
 def test_interaction_shows_the_learning_rates_that_optimizers_take():

@@ -18,7 +18,7 @@ __all__ = ["Scale", "cells", "hyperparameter_interaction", "unit"]
 
 AXES = "lr", "scale"
 CELLS, WIDTH = 32, 0.07
-GOOD, DIVERGED = 0, 4  # plotly's symbols
+GOOD, STOPPED, DIVERGED = 0, 100, 4  # plotly's symbols
 
 
 class Scale:
@@ -70,6 +70,7 @@ def cells(domain: Sequence[float], count: int = CELLS) -> np.ndarray:
 def hyperparameter_interaction(*records: dict[str, Any], searches: int = 3) -> Explorer:
     """Landscape and trials of searches by learning rate and init scale; the current best is ringed.
 
+    A trial that was stopped on its way is an open circle, and can be best only of those that got no farther.
     Learning rates are those that the optimizers take: where the benchmark's is a multiple of it, the axis is
     shifted. What there is only one of has no control: search (method, sampler, seed), updates of a trial, and
     where a third hyperparameter may lie.
@@ -123,6 +124,7 @@ class _Searches:
     """Searches as tables: what the picture looks up.
 
     Attributes:
+        halving: Whether trials were stopped on their way.
         names: Method, sampler and seed of each.
         times: So many times the optimizer's learning rate is the benchmark's, of each.
         budgets: Updates of a trial.
@@ -134,6 +136,7 @@ class _Searches:
     def __init__(self, runs: Sequence[dict[str, Any]], searches: int) -> None:
         self.runs, self.scale, self.domain = runs, Scale(runs), runs[0]["domain"]
         self.budgets = sorted({run["updates"] for run in runs})
+        self.halving = any("update" in run["trials"] for run in runs)
         seeds = sorted({run["seed"] for run in runs})[:searches]
         found = {(run["method"], run["sampler"], run["seed"], run["updates"]): run for run in runs}
         self.names = list(dict.fromkeys(key[:3] for key in found if key[2] in seeds))
@@ -173,6 +176,7 @@ def _foreground(data: _Searches, shown: At) -> dict[str, Any]:
     """The first trials, as many as are shown."""
     first = lambda name, *by: First(data.column(name, *by), shown)  # noqa: E731
     third = f", {data.third} %{{customdata[1]:.3g}}" if data.third else ""
+    after = " after %{customdata[2]:,} updates" if data.halving else ""
     return {
         "type": "scatter",
         "x": first("lr"),
@@ -186,7 +190,8 @@ def _foreground(data: _Searches, shown: At) -> dict[str, Any]:
             size=10,
             line={"width": 1, "color": "#ffffff"},
         ),
-        "hovertemplate": f"λ %{{x:.3g}}, s %{{y:.3g}}{third}: loss %{{customdata[0]:.4g}}<extra></extra>",
+        "hovertemplate": f"λ %{{x:.3g}}, s %{{y:.3g}}{third}: loss %{{customdata[0]:.4g}}{after}"
+        "<extra></extra>",
         "showlegend": False,
     }
 
@@ -196,8 +201,10 @@ def _sentence(data: _Searches, shown: At, best: At) -> list[Any]:
     has_third = data.column("has_third") if data.third else 0
     shift = [f" λ is searched in SGD's range, divided by {t:g}." if t != 1 else "" for t in data.times]
     return say(
-        "Best of the first {shown}: loss {loss} with λ {lr}, s {scale}{comma}{third}. {diverged} diverged."
+        "Best of the first {shown}: loss {loss} with λ {lr}, s {scale}{comma}{third}. {diverged} diverged"
+        f"{', {stopped} stopped on the way' if data.halving else ''}."
         "{shift}",
+        **({"stopped": Short(data.column("stopped", "shown"))} if data.halving else {}),
         shift=At(shift, "search"),
         shown=Short(shown),
         loss=at_best("loss"),
@@ -217,6 +224,10 @@ def _table(
     length = len(trials["loss"])
     pad = lambda values: np.append(np.asarray(values, dtype=float), [np.nan] * (count + 1 - length))  # noqa: E731
     losses = pad([math.nan if v is None else v for v in trials["loss"]])
+    there = np.arange(count + 1) < length
+    whole = run["updates"] if run else 0
+    ends = pad([whole if end is None else end for end in trials.get("update", [whole] * length)])
+    stopped = there & ~np.isnan(losses) & (ends < whole)
     other = pad(trials.get(third, [math.nan] * length))
     inside = [
         np.ones(count + 1, bool) if w is None or third not in trials else (w[0] <= other) & (other <= w[1])
@@ -228,20 +239,21 @@ def _table(
         "loss": losses,
         "third": other,
         "has_third": int(third in trials),
-        "custom": np.stack([losses, other], 1),
+        "custom": np.stack([losses, other, ends], 1),
         "color": pad(scale(trials["loss"])),
-        "symbol": np.where(np.isnan(losses), DIVERGED, GOOD),
+        "symbol": np.where(np.isnan(losses), DIVERGED, np.where(stopped, STOPPED, GOOD)),
         "opacity": [np.where(mask, 1.0, 0.12) for mask in inside],
-        "best": [_best(np.where(mask, losses, np.nan)[:count]) for mask in inside],
-        "diverged": np.cumsum(np.isnan(losses) & (np.arange(count + 1) < length)),
+        "best": [_best(np.where(mask, losses, np.nan)[:count], ends) for mask in inside],
+        "diverged": np.cumsum(np.isnan(losses) & there),
+        "stopped": np.cumsum(stopped),
     }
 
 
-def _best(losses: np.ndarray) -> list[int]:
-    """Where the smallest of the first 1, 2, … is; the length of all if there is none."""
+def _best(losses: np.ndarray, ends: np.ndarray) -> list[int]:
+    """Where the smallest of those that got farthest of the first 1, 2, … is; the length of all if none is."""
     found, places = len(losses), []
     for i, loss in enumerate(losses):
-        if loss < (losses[found] if found < len(losses) else math.inf):
+        if not np.isnan(loss) and (found == len(losses) or (-ends[i], loss) < (-ends[found], losses[found])):
             found = i
         places.append(found)
     return places
