@@ -143,7 +143,7 @@ def curves(content: dict[str, Any]) -> go.Figure:
             low.append(min(means))
             high.append(means[0])
         left = 0.54 * i
-        title = {"title": f"update<br>{task.title}", "type": "linear"}
+        title = {"title": f"update<br>{task.title.replace(', ', ',<br>')}", "type": "linear"}
         layout[f"xaxis{number_}"] = {**title, "domain": [left, left + 0.46], "anchor": f"y{number_}"}
         layout[f"yaxis{number_}"] = {
             **{"type": "log", "dtick": "D2", "anchor": f"x{number_}"},

@@ -386,7 +386,7 @@ def curves(content: dict[str, Any]) -> go.Figure:
         traces,
         alt=f"Training loss by update, a line for each seed. After {end} updates, means: {', '.join(told)}.",
         xaxis={"title": "updates", "type": "log"},
-        yaxis={"title": "training loss", "type": "log"},
+        yaxis={"title": "training loss", "type": "log", "dtick": "D2"},
     )
 
 

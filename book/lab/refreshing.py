@@ -287,7 +287,8 @@ def curves(content: dict[str, Any], method: str) -> go.Figure:
             traces.append(go.Scatter(x=at[1:], y=run["train"][1:], mode="lines", **(look | own)))
     rows = report(content, method)[1:]
     alt = "Training loss by seconds. Seconds to 18.9: " + ", ".join(f"{row[0]} {row[4]}" for row in rows)
-    axes = {"xaxis": {"title": "seconds", "type": "log"}, "yaxis": {"title": "training loss", "type": "log"}}
+    log = {"type": "log", "dtick": "D2"}
+    axes = {"xaxis": {"title": "seconds", **log}, "yaxis": {"title": "training loss", **log}}
     return figure(traces, alt=alt, **axes)
 
 

@@ -135,6 +135,21 @@ const raw = [];
 const cut = [];
 const scrolls = (e) => e && (/auto|scroll/.test(getComputedStyle(e).overflowX) || scrolls(e.parentElement));
 const place = document.createRange();
+const touching = (f) => {
+  const axes = Object.groupBy(
+    [...f.querySelectorAll('svg.main-svg [class$="tick"] > text')].filter((t) => t.style.visibility !== "hidden"),
+    (t) => t.parentNode.classList[0]
+  );
+  const boxes = Object.values(axes).map((axis) => axis.map((t) => t.getBoundingClientRect()));
+  const touch = (a, b) => a.left < b.right && b.left < a.right && a.top + 3 < b.bottom && b.top + 3 < a.bottom;
+  return boxes.flatMap((axis) => axis.filter((a, i) => axis.some((b, j) => j < i && touch(a, b)))).length;
+};
+const clipped = (f) => {
+  const edge = f.getBoundingClientRect();
+  const texts = [...f.querySelectorAll("svg.main-svg text")];
+  const outside = (box) => box.width && (box.left < edge.left - 2 || box.right > edge.right + 2);
+  return texts.filter((t) => outside(t.getBoundingClientRect())).map((t) => t.textContent);
+};
 const beyond = (box, parent) => box.width && box.right > innerWidth + 1 && !scrolls(parent);
 for (const formula of document.querySelectorAll("main mjx-container")) {
   if (formula.closest("details:not([open])")) continue;
@@ -157,6 +172,8 @@ return {
     shapes: f.querySelectorAll("svg.main-svg path").length,
     images: f.querySelectorAll("svg.main-svg image").length,
     title: f.querySelector(".g-gtitle text")?.textContent ?? "",
+    touching: touching(f),
+    clipped: clipped(f),
     height: f.getBoundingClientRect().height - parseFloat(f.style.getPropertyValue("--sogrid-height")),
   })),
   plotly: document.querySelectorAll('script[src*="plotly.min.js"]').length,
@@ -180,6 +197,8 @@ def assert_reads_well(driver):
         assert figure["label"]
         assert figure["shapes"] > 5 or figure["images"]  # a heatmap is one image
         assert not figure["title"], "a caption says what a figure shows"
+        assert not figure["touching"], f"labels of an axis touch: {figure['label']}"
+        assert not figure["clipped"], "text beyond the edge of a figure"
         assert figure["height"] == 0, "a figure changed its reserved height"
 
 

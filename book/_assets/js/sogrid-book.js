@@ -11,7 +11,6 @@
 
   const library = new URL("../vendor/plotly/plotly.min.js", document.currentScript.src).href;
   const touch = matchMedia("(hover: none)").matches;
-  const DECADE = 90; // pixels
   const drawn = new Set();
   let loading = null;
 
@@ -40,17 +39,27 @@
     };
   }
 
-  /* Where a logarithmic axis has no room for 2 and 5 between the powers of ten, the powers. */
-  function sparser({ _fullLayout: layout }) {
-    const axes = Object.keys(layout).filter((name) => name.startsWith("xaxis") && layout[name].dtick === "D2");
-    const room = ({ _length: pixels, range: [low, high] }) => pixels / Math.abs(high - low);
-    return Object.fromEntries(axes.filter((name) => room(layout[name]) < DECADE).map((name) => [`${name}.dtick`, 1]));
+  /* Of an axis's labels that would touch, the rounder one stays: a power of ten, or else 2 or 5 times one. */
+  function thin(element) {
+    const round = (text) => (/^(0\.0*)?10*[kM]?$|^10[-−]?\d+$/.test(text) ? 0 : /^(0\.0*)?[25]0*[kM]?$/.test(text) ? 1 : 2);
+    const kept = {};
+    const labels = [...element.querySelectorAll('svg.main-svg [class$="tick"] > text')].map((text) => {
+      text.style.visibility = "";
+      const rank = round(text.textContent.replaceAll("\u200b", ""));
+      return { text, rank, box: text.getBoundingClientRect(), axis: (kept[text.parentNode.classList[0]] ??= []) };
+    });
+    const touch = (a, b) =>
+      a.left < b.right + 1 && b.left < a.right + 1 && a.top + 2 < b.bottom && b.top + 2 < a.bottom;
+    for (const { text, box, axis } of labels.sort((a, b) => a.rank - b.rank)) {
+      if (axis.some((other) => touch(box, other))) text.style.visibility = "hidden";
+      else axis.push(box);
+    }
   }
 
   /* Gives a figure the colours of the theme, which it then names (`data-drawn`, for whoever waits). */
   async function colour(element) {
     const name = document.documentElement.dataset.theme;
-    await Plotly.relayout(element, { ...theme(), ...sparser(element) });
+    await Plotly.relayout(element, theme());
     element.dataset.drawn = name ?? "true";
   }
 
@@ -85,6 +94,7 @@
     };
     /* On a touch screen a drag scrolls the page instead of zooming the figure. */
     await Plotly.newPlot(element, data, { ...(touch && { dragmode: false }), ...layout, autosize: true }, config);
+    element.on("plotly_afterplot", () => thin(element));
     await colour(element);
     label(element);
     drawn.add(element);
