@@ -136,12 +136,12 @@ const cut = [];
 const scrolls = (e) => e && (/auto|scroll/.test(getComputedStyle(e).overflowX) || scrolls(e.parentElement));
 const place = document.createRange();
 const touching = (f) => {
-  const axes = Object.groupBy(
-    [...f.querySelectorAll('svg.main-svg [class$="tick"] > text')].filter((t) => t.style.visibility !== "hidden"),
-    (t) => t.parentNode.classList[0]
-  );
+  const labels = [...f.querySelectorAll('svg.main-svg [class$="tick"] > text')];
+  const seen = labels.filter((t) => t.style.visibility !== "hidden");
+  const axes = Object.groupBy(seen, (t) => t.parentNode.classList[0]);
   const boxes = Object.values(axes).map((axis) => axis.map((t) => t.getBoundingClientRect()));
-  const touch = (a, b) => a.left < b.right && b.left < a.right && a.top + 3 < b.bottom && b.top + 3 < a.bottom;
+  const meet = (a, b, from, to) => a[from] < b[to] && b[from] < a[to];
+  const touch = (a, b) => meet(a, b, "left", "right") && meet(a, b, "top", "bottom");
   return boxes.flatMap((axis) => axis.filter((a, i) => axis.some((b, j) => j < i && touch(a, b)))).length;
 };
 const clipped = (f) => {

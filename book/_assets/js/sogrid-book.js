@@ -48,8 +48,8 @@
       const rank = round(text.textContent.replaceAll("\u200b", ""));
       return { text, rank, box: text.getBoundingClientRect(), axis: (kept[text.parentNode.classList[0]] ??= []) };
     });
-    const touch = (a, b) =>
-      a.left < b.right + 1 && b.left < a.right + 1 && a.top + 2 < b.bottom && b.top + 2 < a.bottom;
+    const meet = (a, b, from, to) => a[from] < b[to] && b[from] < a[to];
+    const touch = (a, b) => meet(a, b, "left", "right") && meet(a, b, "top", "bottom");
     for (const { text, box, axis } of labels.sort((a, b) => a.rank - b.rank)) {
       if (axis.some((other) => touch(box, other))) text.style.visibility = "hidden";
       else axis.push(box);
