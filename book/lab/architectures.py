@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from functools import cache
 from itertools import product
-from statistics import fmean
 from typing import Any
 
 import plotly.graph_objects as go
@@ -129,19 +128,20 @@ def verdict(content: dict[str, Any], task: str, method: str) -> str:
 
 
 def curves(content: dict[str, Any]) -> go.Figure:
-    """The training loss by update, means over seeds, a panel for each task."""
+    """The training loss by update, a panel for each task, a line for each seed."""
     traces, layout, words = [], {}, []
     for i, (name, task) in enumerate(TASKS.items()):
         number_, low, high = "" if i == 0 else str(i + 1), [], []
         for run in (run for run in content["runs"] if run["task"] == name):
-            runs = [one for one in run["runs"] if one["loss"] is not None]
-            means = [fmean(values) for values in zip(*(one["train"] for one in runs), strict=True)]
-            axes = {"xaxis": f"x{number_}", "yaxis": f"y{number_}"}
-            look = {"mode": "lines", **style(run["method"]), "showlegend": i == 0}
-            traces.append(go.Scatter(x=runs[0]["update"], y=means, **axes, **look))
-            words.append(f"{task.title}, {look['name']}: {means[-1]:.3g}")
-            low.append(min(means))
-            high.append(means[0])
+            look, last = style(run["method"]), []
+            for k, one in enumerate(run["runs"]):
+                axes = {"xaxis": f"x{number_}", "yaxis": f"y{number_}", "showlegend": i == k == 0}
+                line = {**look, "line": {**look["line"], "width": 1}}
+                traces.append(go.Scatter(x=one["update"], y=one["train"], mode="lines", **line, **axes))
+                last.append("diverged" if one["loss"] is None else f"{one['loss']:.3g}")
+                low.append(min(one["train"]))
+                high.append(one["train"][0])
+            words.append(f"{task.title}, {look['name']}: {', '.join(last)}")
         left = 0.54 * i
         title = {"title": f"update<br>{task.title.replace(', ', ',<br>')}", "type": "linear"}
         layout[f"xaxis{number_}"] = {**title, "domain": [left, left + 0.46], "anchor": f"y{number_}"}
@@ -149,5 +149,5 @@ def curves(content: dict[str, Any]) -> go.Figure:
             **{"type": "log", "dtick": "D2", "anchor": f"x{number_}"},
             **{"range": [math.log10(0.8 * min(low)), math.log10(1.3 * max(high))]},
         }
-    alt = "Training loss by update, means over ten seeds; at the end " + "; ".join(words)
+    alt = "Training loss by update; the last losses, by seed. " + "; ".join(words)
     return figure(traces, alt=alt, height=440, **layout)

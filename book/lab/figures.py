@@ -169,16 +169,6 @@ def by_point(runs: list[dict[str, Any]], key: str) -> list[list[float]]:
     return [[v for v in values if v is not None] for values in zip_longest(*(run[key] for run in runs))]
 
 
-def _band(method: str, at: list[float], columns: list[list[float]], mean: list[float]) -> go.Scatter:
-    spread = [stdev(column) if len(column) > 1 else 0.0 for column in columns]
-    upper = [m + s for m, s in zip(mean, spread, strict=True)]
-    lower = [max(m - s, m / 10) for m, s in zip(mean, spread, strict=True)]
-    look = {"fill": "toself", "fillcolor": color(method, 0.2), "line": {"width": 0}, "hoverinfo": "skip"}
-    return go.Scatter(
-        x=at + at[::-1], y=upper + lower[::-1], legendgroup=method, showlegend=False, mode="lines", **look
-    )
-
-
 def _marker(method: str, x: list[float], y: list[float], symbol: str, name: str) -> go.Scatter:
     marker = {
         "symbol": symbol,
@@ -417,8 +407,7 @@ def cost_growth(rows: list[dict[str, Any]]) -> go.Figure:
 def by_learning_rate(record: dict[str, Any]) -> go.Figure:
     """The last training loss by learning rate, both axes logarithmic, of every method of a sweep's record.
 
-    Lines are means over seeds, with a band of one standard deviation; a learning rate at which a seed
-    diverged has no point.
+    Lines join means over seeds, and a dot is a seed; a learning rate at which one diverged has no mean.
     """
     traces, ends = [], []
     for method, runs in runs_by_method(record).items():
@@ -426,10 +415,12 @@ def by_learning_rate(record: dict[str, Any]) -> go.Figure:
         at = [lr for lr in found if None not in found[lr]]
         columns = [found[lr] for lr in at]
         mean = [fmean(column) for column in columns]
-        if at and len(columns[0]) > 1:
-            traces.append(_band(method, at, columns, mean))
         look = style(method)
-        traces.append(go.Scatter(x=at, y=mean, mode="lines+markers", **look))
+        traces.append(go.Scatter(x=at, y=mean, mode="lines", **look))
+        dots = [(lr, loss) for lr in found for loss in found[lr] if loss is not None]
+        x, y = zip(*dots, strict=True) if dots else ((), ())
+        own = {"mode": "markers", "showlegend": False, "name": look["name"], "legendgroup": method}
+        traces.append(go.Scatter(x=x, y=y, marker={"color": color(method), "size": 5}, **own))
         best = good_learning_rates(record, method)
         ends.append(f"{look['name']} {best['loss']:.3g} at {best['lr']:.2g}")
     return figure(

@@ -302,7 +302,9 @@ def test_good_learning_rates_are_those_next_to_the_best_without_a_gap(sweep):
 
 def test_losses_by_learning_rate_have_no_point_where_a_seed_diverged(sweep):
     drawn = by_learning_rate(sweep)
-    (line,) = [trace for trace in drawn.data if trace.name == "KFAC"]
+    line, dots = (trace for trace in drawn.data if trace.name == "KFAC")
     assert list(line.x) == [0.01, 0.1, 1.0, 100.0]
     assert list(line.y) == [30.0, 11.5, 10.0, 11.0]
+    assert set(line.x) < set(dots.x)
+    assert dots.mode == "markers"
     assert "KFAC 10 at 1" in drawn.layout.meta["alt"]
