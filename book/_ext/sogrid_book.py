@@ -139,7 +139,7 @@ def chapters_of(env: BuildEnvironment) -> dict[str, str]:
     """Page → what stands before the numbers of its figures: its chapter, or its letter."""
     chapters = {}
     for part in env.external_site_map.root.subtrees:
-        chapter = re.match(r"Chapter (\d)", part.caption)
+        chapter = re.match(r"Chapter (\d)", part.caption or "")
         for page in part.items:
             if found := chapter or re.match(r"book/appendix_(\w)_", page):
                 chapters[page] = found[1].upper()

@@ -103,6 +103,7 @@ def test_figures_are_numbered_by_chapter(extension):
         "Chapters of others": ["book/step_costs"],
     }
     subtrees = [SimpleNamespace(caption=caption, items=items) for caption, items in parts.items()]
+    subtrees.append(SimpleNamespace(caption=None, items=["book/status"]))
     site = SimpleNamespace(root=SimpleNamespace(subtrees=subtrees))
     env = SimpleNamespace(toc_fignumbers=through, external_site_map=site)
     extension.number_by_chapter(None, env)
