@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from functools import cache
 from itertools import product
+from textwrap import wrap
 from typing import Any
 
 import plotly.graph_objects as go
@@ -143,7 +144,7 @@ def curves(content: dict[str, Any]) -> go.Figure:
                 high.append(one["train"][0])
             words.append(f"{task.title}, {look['name']}: {', '.join(last)}")
         left = 0.54 * i
-        title = {"title": f"update<br>{task.title.replace(', ', ',<br>')}", "type": "linear"}
+        title = {"title": "<br>".join(["update", *wrap(task.title, 16)]), "type": "linear"}
         layout[f"xaxis{number_}"] = {**title, "domain": [left, left + 0.46], "anchor": f"y{number_}"}
         layout[f"yaxis{number_}"] = {
             **{"type": "log", "dtick": "D2", "anchor": f"x{number_}"},

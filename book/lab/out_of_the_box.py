@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import plotly.graph_objects as go
@@ -325,7 +326,7 @@ def curves(content: dict[str, Any]) -> go.Figure:
                 losses += run["train"]
         words.append(f"{TASKS[task].title}: {', '.join(_spoken(content, task, m) for m in LINES)}")
         left, top = 0.54 * column, 1 - 0.35 * row
-        title = {"title": f"update<br>{TASKS[task].title.replace(', ', ',<br>')}", "type": "log", "dtick": 1}
+        title = {"title": "<br>".join(["update", *wrap(TASKS[task].title, 16)]), "type": "log", "dtick": 1}
         layout[f"xaxis{number}"] = {**title, "domain": [left, left + 0.46], "anchor": f"y{number}"}
         start = max(run["train"][0] for run in by_seed(content, task, ADAM))  # what diverges leaves the panel
         shown = [math.log10(0.8 * min(losses)), math.log10(2 * start)]

@@ -178,7 +178,7 @@ def test_references_open_their_cell(lab):
 
     def there():
         now = jupyterlab.current(lab)
-        return now["path"] == page and "The missing −λ (erratum E15)" in now["text"]
+        return now["path"] == page and "Where −λ goes" in now["text"]
 
     jupyterlab.open_page(lab, page)
     assert not there()
