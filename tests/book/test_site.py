@@ -6,6 +6,7 @@ A page of each kind is opened from a server too, as a phone does it.
 import functools
 import http.server
 import json
+import re
 import threading
 
 import pytest
@@ -177,13 +178,16 @@ return {
     height: f.getBoundingClientRect().height - parseFloat(f.style.getPropertyValue("--sogrid-height")),
   })),
   plotly: document.querySelectorAll('script[src*="plotly.min.js"]').length,
+  height: document.documentElement.scrollHeight,
   width: document.documentElement.scrollWidth - document.documentElement.clientWidth,
 };
 """
 
 
 def test_page_reads_well(driver, opening):
-    assert_reads_well(driver)
+    facts = assert_reads_well(driver)
+    if re.search(r"/book/(ch\d|appendix)", driver.current_url):
+        assert facts["height"] <= 9_500, "a chapter's page is about ten screens long: fold, or cut in two"
 
 
 def assert_reads_well(driver):
@@ -200,6 +204,7 @@ def assert_reads_well(driver):
         assert not figure["touching"], f"labels of an axis touch: {figure['label']}"
         assert not figure["clipped"], "text beyond the edge of a figure"
         assert figure["height"] == 0, "a figure changed its reserved height"
+    return facts
 
 
 INK = """
