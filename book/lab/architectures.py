@@ -143,9 +143,9 @@ def curves(content: dict[str, Any]) -> go.Figure:
                 low.append(min(one["train"]))
                 high.append(one["train"][0])
             words.append(f"{task.title}, {look['name']}: {', '.join(last)}")
-        left = 0.54 * i
+        left = 0.58 * i
         title = {"title": "<br>".join(["update", *wrap(task.title, 16)]), "type": "linear"}
-        layout[f"xaxis{number_}"] = {**title, "domain": [left, left + 0.46], "anchor": f"y{number_}"}
+        layout[f"xaxis{number_}"] = {**title, "domain": [left, left + 0.42], "anchor": f"y{number_}"}
         layout[f"yaxis{number_}"] = {
             **{"type": "log", "dtick": "D2", "anchor": f"x{number_}"},
             **{"range": [math.log10(0.8 * min(low)), math.log10(1.3 * max(high))]},

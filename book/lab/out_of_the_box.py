@@ -325,9 +325,9 @@ def curves(content: dict[str, Any]) -> go.Figure:
                 traces.append(go.Scatter(x=run["update"][1:], y=run["train"][1:], **axes, **look))
                 losses += run["train"]
         words.append(f"{TASKS[task].title}: {', '.join(_spoken(content, task, m) for m in LINES)}")
-        left, top = 0.54 * column, 1 - 0.35 * row
+        left, top = 0.58 * column, 1 - 0.35 * row
         title = {"title": "<br>".join(["update", *wrap(TASKS[task].title, 16)]), "type": "log", "dtick": 1}
-        layout[f"xaxis{number}"] = {**title, "domain": [left, left + 0.46], "anchor": f"y{number}"}
+        layout[f"xaxis{number}"] = {**title, "domain": [left, left + 0.42], "anchor": f"y{number}"}
         start = max(run["train"][0] for run in by_seed(content, task, ADAM))  # what diverges leaves the panel
         shown = [math.log10(0.8 * min(losses)), math.log10(2 * start)]
         layout[f"yaxis{number}"] = {
