@@ -144,7 +144,7 @@ def curves(content: dict[str, Any]) -> go.Figure:
                 high.append(one["train"][0])
             words.append(f"{task.title}, {look['name']}: {', '.join(last)}")
         left = 0.58 * i
-        title = {"title": "<br>".join(["update", *wrap(task.title, 16)]), "type": "linear"}
+        title = {"title": "<br>".join(["update", *wrap(task.title, 18)]), "type": "linear"}
         layout[f"xaxis{number_}"] = {**title, "domain": [left, left + 0.42], "anchor": f"y{number_}"}
         layout[f"yaxis{number_}"] = {
             **{"type": "log", "dtick": "D2", "anchor": f"x{number_}"},

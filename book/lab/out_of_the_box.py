@@ -326,16 +326,16 @@ def curves(content: dict[str, Any]) -> go.Figure:
                 losses += run["train"]
         words.append(f"{TASKS[task].title}: {', '.join(_spoken(content, task, m) for m in LINES)}")
         left, top = 0.58 * column, 1 - 0.35 * row
-        title = {"title": "<br>".join(["update", *wrap(TASKS[task].title, 16)]), "type": "log", "dtick": 1}
+        title = {"title": "<br>".join(["update", *wrap(TASKS[task].title, 18)]), "type": "log", "dtick": 1}
         layout[f"xaxis{number}"] = {**title, "domain": [left, left + 0.42], "anchor": f"y{number}"}
         start = max(run["train"][0] for run in by_seed(content, task, ADAM))  # what diverges leaves the panel
         shown = [math.log10(0.8 * min(losses)), math.log10(2 * start)]
         layout[f"yaxis{number}"] = {
             **{"type": "log", "dtick": 1, "exponentformat": "power", "range": shown},
-            **{"domain": [top - 0.25, top], "anchor": f"x{number}"},
+            **{"domain": [top - 0.23, top], "anchor": f"x{number}"},
         }
     alt = "Training loss by update; the last losses, by seed. " + "; ".join(words)
-    return figure(traces, alt=alt, height=900, **layout)
+    return figure(traces, alt=alt, height=940, **layout)
 
 
 def _spoken(content: dict[str, Any], task: str, method: str) -> str:
