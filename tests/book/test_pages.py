@@ -29,6 +29,14 @@ def listed_pages() -> list[str]:
     return files(toc)
 
 
+def pages_of(captions: str) -> list[str]:
+    """Pages of the parts of _toc.yml whose captions begin so, a pattern."""
+    parts = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))["parts"]
+    return [
+        page["file"] for part in parts if re.match(captions, part["caption"]) for page in part["chapters"]
+    ]
+
+
 def table_rows(page: str) -> list[list[str]]:
     """Cells of every table row of a page's text, header and rule left out."""
     text = (BOOK / page).read_text(encoding="utf-8")
@@ -90,9 +98,7 @@ def test_map_plans_only_what_is_missing():
 
 def test_map_links_the_chapters():
     linked = {link for row in table_rows(MAP) for link in re.findall(r"\]\(([^)]+)\)", row[1])}
-    parts = yaml.safe_load((ROOT / "_toc.yml").read_text(encoding="utf-8"))["parts"]
-    numbered = [p["chapters"] for p in parts if re.match(r"Chapter \d|Appendices", p["caption"])]
-    chapters = {chapter["file"].removeprefix("book/") for part in numbered for chapter in part}
+    chapters = {page.removeprefix("book/") for page in pages_of(r"Chapter \d|Appendices")}
     assert {Path(link).with_suffix("").as_posix() for link in linked} == chapters
 
 
@@ -144,13 +150,7 @@ def test_figures_of_a_page_are_named_and_captioned(path):
     assert len({f["name"] for f in figures}) == len(figures)
 
 
-BEYOND = [
-    *(
-        BOOK / f"{name}.ipynb"
-        for name in ("since_2017", "does_it_hold", "when_centring_pays", "better_blocks")
-    ),
-    *(BOOK / f"{name}.ipynb" for name in ("gan_natural_gradient", "other_architectures")),
-]
+BEYOND = [ROOT / f"{page}.ipynb" for page in pages_of("Chapter 7")]
 CHAPTERS = [p for p in NOTEBOOKS if re.match("(ch[1-6]|appendix)", p.relative_to(BOOK).as_posix())]
 
 

@@ -49,9 +49,9 @@
       return { text, rank, box: text.getBoundingClientRect(), axis: (kept[text.parentNode.classList[0]] ??= []) };
     });
     const meet = (a, b, from, to) => a[from] < b[to] && b[from] < a[to];
-    const touch = (a, b) => meet(a, b, "left", "right") && meet(a, b, "top", "bottom");
+    const overlap = (a, b) => meet(a, b, "left", "right") && meet(a, b, "top", "bottom");
     for (const { text, box, axis } of labels.sort((a, b) => a.rank - b.rank)) {
-      if (axis.some((other) => touch(box, other))) text.style.visibility = "hidden";
+      if (axis.some((other) => overlap(box, other))) text.style.visibility = "hidden";
       else axis.push(box);
     }
   }
