@@ -246,14 +246,10 @@ class _Until:
 
 
 def _task(smoke: bool = False) -> Task:
-    if smoke:
-        return _sized(data.load("mnist", source="embedded", subset=SMOKE_EXAMPLES), SCALES["smoke"])
-    return _sized(data.load("mnist"), SCALES["laptop"])
-
-
-def _sized(found: data.Dataset, scale: Scale) -> Task:
-    task = BENCHMARKS[BENCHMARK].task(found)
-    return replace(task, test=tuple(part[: scale.evaluate_on] for part in task.test))
+    embedded = {"source": "embedded", "subset": SMOKE_EXAMPLES} if smoke else {}
+    task = BENCHMARKS[BENCHMARK].task(data.load("mnist", **embedded))
+    count = SCALES["smoke" if smoke else "laptop"].evaluate_on
+    return replace(task, test=tuple(part[:count] for part in task.test))
 
 
 def _record(out: str | Path, profile: str = "laptop") -> Record:
@@ -332,7 +328,7 @@ def verdict(
 
 
 def taking_part(content: dict[str, Any]) -> list[str]:
-    """The methods that have run from every seed, the soonest first, and then those without a time."""
+    """The methods that have run from all seeds that any has; the soonest first, those without a time last."""
     seeds = {method: len(runs(content, method)) for method in METHODS}
     methods = [method for method in METHODS if seeds[method] == max(seeds.values()) > 0]
     return sorted(methods, key=lambda method: mean_time(content, method) or math.inf)

@@ -293,7 +293,7 @@ def _part(
 ) -> dict[str, Any]:
     """An entry of the record; ``tried``: only so many settings, and the clock's rounds."""
     if part == "clock":
-        return {"update_ms": clock(*([] if tried is None else [tried])), "provenance": provenance()}
+        return {"update_ms": clock() if tried is None else clock(tried), "provenance": provenance()}
     return tuned(
         lambda settings, own: trained(part, settings, own, updates), GRIDS[part][:tried], **seeds
     ).entry()

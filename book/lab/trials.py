@@ -196,11 +196,13 @@ class Study:
             ValueError: For another profile.
         """
         smoke = is_smoke(profile)
-        path = Path(out) / f"{self.name}{'.smoke' * smoke}.json"
-        record = Record(path, self.name, {**self.settings, **(self.few if smoke else {})})
+        few = self.few if smoke else {}
+        record = Record(
+            Path(out) / f"{self.name}{'.smoke' * smoke}.json", self.name, {**self.settings, **few}
+        )
         for key in tqdm(self.keys, disable=not progress):
             if record.find(**key) is None:
-                record.add({**key, **self.run(**key, **(self.few if smoke else {}))}, once=key)
+                record.add({**key, **self.run(**key, **few)}, once=key)
         return record.content
 
     def read(self) -> dict[str, Any]:
