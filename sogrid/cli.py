@@ -46,9 +46,10 @@ trials over the same domain, the criterion being the training risk after a fixed
 3,000 of the autoencoder, 5,000 of the CIFAR-10 network). On its way there the worse half of the trials
 ends at each of three comparisons; then the best three are run twice more, and the best is chosen. The
 record is OUT/search_BENCHMARK.PROFILE.json; `reproduce` with the same OUT uses it. Stopped, the same
-command goes on. The studies are Optuna's, in OUT/search_BENCHMARK.PROFILE.sqlite3: look at them with
-`optuna-dashboard sqlite:///OUT/search_BENCHMARK.PROFILE.sqlite3`. With --storage, several machines
-work on the same studies: start the same command on each.
+command goes on. --begin-with tries first what an earlier search, a shorter one say, has chosen. The studies
+are Optuna's, in OUT/search_BENCHMARK.PROFILE.sqlite3: look at them with
+`optuna-dashboard sqlite:///OUT/search_BENCHMARK.PROFILE.sqlite3`. With --storage, several machines work on
+the same studies: start the same command on each.
 """
 
 PROFILES = """\
@@ -83,6 +84,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "storage": {
         "metavar": "URL",
         "help": "database of the studies, e.g. postgresql+psycopg://user@host/name (default: SQLite in OUT)",
+    },
+    "begin-with": {
+        "type": Path,
+        "metavar": "RECORD",
+        "help": "of an earlier search: what it chose for a method is that method's first trial",
     },
     "device": {"default": "cpu", "help": "where to compute, e.g. cuda (default: cpu)"},
     "out": {"default": "out", "help": "folder of the record (default: out)"},
@@ -140,14 +146,14 @@ def add_options(command: argparse.ArgumentParser, *names: str) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("python -m sogrid", description=DESCRIPTION, epilog=ENDING, **LAYOUT)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    own = {"figure": "seed", "benchmark": "storage"}
+    own = {"figure": ("seed",), "benchmark": ("storage", "begin-with")}
     for name, dest, metavar, text, description, action in (
         ("reproduce", "figure", "FIG", "run, or go on with, a figure", REPRODUCE, _reproduce),
         ("search", "benchmark", "BENCHMARK", "search a benchmark's hyperparameters", SEARCH, _search),
     ):
         command = commands.add_parser(name, help=text, description=description, epilog=PROFILES, **LAYOUT)
         command.add_argument(dest, metavar=metavar, help="its name, or the beginning of it")
-        add_options(command, "profile", own[dest], "methods", "device", "out", "quiet")
+        add_options(command, "profile", *own[dest], "methods", "device", "out", "quiet")
         command.set_defaults(action=action, parser=command)
     _add_records(commands.add_parser("records", help="list, show or verify records", description="Records."))
     return parser
@@ -192,7 +198,8 @@ def _search(options: argparse.Namespace) -> int:
 
     name = checked(options, "benchmark", tuned_methods())
     _check_methods(options, tuned_methods()[name])
-    wanted = {key: getattr(options, key) for key in ("profile", "device", "out", "methods", "storage")}
+    keys = ("profile", "device", "out", "methods", "storage", "begin_with")
+    wanted = {key: getattr(options, key) for key in keys}
     content = tune(name, **wanted, progress=not options.quiet)
     print(_runs(content))
     print(f"\nrecord: {search_path(options.out, name, options.profile)}")

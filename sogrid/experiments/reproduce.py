@@ -74,7 +74,7 @@ class Profile:
 
 AE, CIFAR, SMALL = "mnist_autoencoder", "cifar10_classifier", "mnist_small_autoencoder"
 LAPTOP = Profile(
-    {AE: 5_000, CIFAR: 20_000}, 40, {AE: 3_000, CIFAR: 5_000}, (200, 400), (20, 64, 300),
+    {AE: 5_000, CIFAR: 20_000}, 50, {AE: 3_000, CIFAR: 5_000}, (200, 400), (20, 64, 300),
     halvings=3, finalists=3,
 )  # fmt: skip
 PROFILES = {
@@ -277,6 +277,7 @@ def tune(
     out: str | Path = "out",
     methods: Sequence[str] = (),
     storage: str | None = None,
+    begin_with: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Search the hyperparameters of a benchmark's methods, and return the content of the record.
@@ -293,13 +294,15 @@ def tune(
         methods: Only these; default all that the benchmark's figures compare.
         storage: Database URL of the studies, for several machines ``postgresql+psycopg://…``; default an
             SQLite file beside the record.
+        begin_with: Record of an earlier search: what it chose for a method is among the method's trials.
         progress: Show a bar for each method.
 
     Raises:
         CheckpointError: If another process is at the same search, with an SQLite file.
         DataError: If the profile needs the full data set and it is not there.
         RecordError: If the file is damaged, holds another experiment, or cannot be written.
-        SearchError: If the storage cannot be used, or holds a study of another plan.
+        SearchError: If the storage cannot be used, or holds a study of another plan; or if a setting to
+            begin with is outside the domain.
         ValueError: For an unknown benchmark, profile or method.
     """
     known = tuned_methods()
@@ -320,10 +323,30 @@ def tune(
     plans = []
     for method in (m for m in known[benchmark] if m in methods or not methods):
         own = {key: ends for key, ends in domain.items() if key in METHODS[method].searched}
-        common = (scale.trials, scale.trial_updates[benchmark], scale.evaluate_on)
-        plans.append(Search(method, own, *common, halvings=scale.halvings, finalists=scale.finalists))
+        size = (scale.trials, scale.trial_updates[benchmark], scale.evaluate_on)
+        first = None if begin_with is None else _first(Record.read(begin_with), method, own)
+        common = {"halvings": scale.halvings, "finalists": scale.finalists, "first": first}
+        plans.append(Search(method, own, *size, **common))
     jobs = _search_jobs(plans, task, path, storage)
     return _complete(path, f"search_{benchmark}", settings, jobs, progress)
+
+
+def _first(
+    found: dict[str, Any], method: str, domain: dict[str, tuple[float, float]]
+) -> dict[str, float] | None:
+    """What a record of searches has chosen for a method, if it has, of the hyperparameters in a domain."""
+    try:
+        best = {key: value for key, value in _chosen(found, method).items() if key in domain}
+    except SearchError:  # it has not, or all diverged
+        return None
+    for key, value in best.items():
+        low, high = domain[key]
+        if not low <= value <= high:
+            raise SearchError(
+                f"the search of {method} cannot begin with {key} = {value:g}, outside its domain "
+                f"({low:g} to {high:g}): begin with another record, or without one"
+            )
+    return best
 
 
 def tuned_methods() -> dict[str, list[str]]:

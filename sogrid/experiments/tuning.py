@@ -88,6 +88,7 @@ class Search:
         finalists: How many of the best, those that got farthest first, are run twice more, with seeds of
             their own.
         target: A training loss, if the criterion is the updates until then.
+        first: A setting that is tried before what the sampler proposes, as an earlier search may know one.
     """
 
     method: str
@@ -100,6 +101,7 @@ class Search:
     halvings: int = 0
     finalists: int = 0
     target: float | None = None
+    first: dict[str, float] | None = None
 
     @property
     def rungs(self) -> list[int]:
@@ -212,11 +214,14 @@ def search(
     try:
         with _quiet():
             study = enter(name, plan.rungs)
+            if plan.first:
+                study.enqueue_trial(plan.first, skip_if_exists=True)
             sampler = partial(SAMPLERS[plan.sampler], plan)
             _optimize(study, plan.trials, sampler, partial(_trial, fit, plan), 100_003 * plan.seed, progress)
             found["trials"] = _columns(study, plan)
             if best := _ranked(found)[: plan.finalists]:
-                found["finals"] = _finals(enter(f"{name}.finalists"), fit, plan, found, best, progress)
+                again = lambda number: enter(f"{name}.again{number}")  # noqa: E731
+                found["finals"] = _finals(again, fit, plan, found, best, progress)
     except (SQLAlchemyError, OptunaError) as error:
         raise SearchError(
             f"the storage of the study {name!r} failed: {_first_line(error)}. The trials it holds are kept: "
@@ -231,7 +236,9 @@ def _enter(
     """A study of the plan, new or as it was left; with rungs, the worse half ends at each."""
     pruner = SuccessiveHalvingPruner(rungs[0], 2) if rungs else NopPruner()
     study = optuna.create_study(storage=storage, study_name=name, pruner=pruner, load_if_exists=True)
-    _claim(study, {**asdict(plan), "task": task.name, "data": getattr(task.data, "checksum", None)})
+    free = {"first", "finalists", *(["trials"] if plan.sampler != "grid" else [])}  # it may go on with more
+    own = {key: value for key, value in asdict(plan).items() if key not in free}
+    _claim(study, {**own, "task": task.name, "data": getattr(task.data, "checksum", None)})
     if alone:
         _try_again(study)
     return study
@@ -353,31 +360,35 @@ def _cost(
 
 
 def _finals(
-    study: optuna.Study,
+    enter: Callable[[int], optuna.Study],
     fit: Callable,
     plan: Search,
     found: dict[str, Any],
     best: list[int],
     progress: str | None,
 ) -> dict[str, list]:
-    """Run the trials ``best`` again, as a search of its own over a grid of them and their repetitions."""
-    grid = {"finalist": list(range(len(best))), "again": list(range(RUNS_AGAIN))}
+    """Run the trials ``best`` again, each as a grid search over its repetitions."""
+    grid = {"again": list(range(RUNS_AGAIN))}
 
-    def objective(trial: Trial) -> float:
-        k, again = (trial.suggest_int(name, 0, values[-1]) for name, values in grid.items())
-        seed = 1000 * (plan.seed + 1) + 500 + RUNS_AGAIN * k + again
-        return _cost(fit, plan, _settings(found, best[k]), trial, seed, [])
+    def runs(number: int) -> list[float]:
+        def objective(trial: Trial) -> float:
+            again = trial.suggest_int("again", 0, RUNS_AGAIN - 1)
+            seed = 1000 * (plan.seed + 1) + 500 + RUNS_AGAIN * number + again
+            return _cost(fit, plan, _settings(found, number), trial, seed, [])
 
-    def sampler(seed: int) -> optuna.samplers.BaseSampler:
-        return optuna.samplers.GridSampler(grid, seed=plan.seed)
+        def sampler(seed: int) -> optuna.samplers.BaseSampler:
+            return optuna.samplers.GridSampler(grid, seed=plan.seed)
 
-    title = None if progress is None else f"{progress}, finalists"
-    _optimize(study, len(best) * RUNS_AGAIN, sampler, objective, 0, title)
-    losses = {tuple(trial.params[name] for name in grid): trial.value for trial in _finished(study)}
-    again = [[losses[k, again] for again in grid["again"]] for k in grid["finalist"]]
-    order = sorted(grid["finalist"], key=lambda k: (again[k].count(math.inf), fmean(again[k])))
-    number = [[_short(loss) if math.isfinite(loss) else None for loss in some] for some in again]
-    return {"trial": [best[k] for k in order], "loss": [number[k] for k in order]}
+        study = enter(number)
+        title = None if progress is None else f"{progress}, trial {number} again"
+        _optimize(study, RUNS_AGAIN, sampler, objective, 0, title)
+        losses = {trial.params["again"]: trial.value for trial in _finished(study)}
+        return [losses[again] for again in grid["again"]]
+
+    again = {number: runs(number) for number in best}
+    order = sorted(best, key=lambda number: (again[number].count(math.inf), fmean(again[number])))
+    short = [[_short(loss) if math.isfinite(loss) else None for loss in again[number]] for number in order]
+    return {"trial": order, "loss": short}
 
 
 def _missing(study: optuna.Study, count: int) -> bool | None:

@@ -307,6 +307,23 @@ def test_a_search_finds_hyperparameters_that_the_figure_then_uses(small, tmp_pat
     assert {run["method"]: run["settings"] for run in runs} == best
 
 
+def test_a_search_begins_with_what_an_earlier_one_has_chosen(small, tmp_path):
+    """For each method that it has, or that is a variant of one it has."""
+    earlier = leave_searches(tmp_path / "earlier", AE, methods=["standard_sgd", "acp_fixedalpha"])
+    methods = ["standard_sgd", "bn", "acp_bounded"]
+    found = tune(AE, out=tmp_path, methods=methods, begin_with=earlier, progress=False)["runs"]
+    sgd, bn, bounded = ({k: column[0] for k, column in run["trials"].items()} for run in found)
+    assert {key: sgd[key] for key in ("lr", "scale")} == found[0]["first"]
+    assert found[0]["first"] == {key: VALUES[key] for key in ("lr", "scale")}
+    assert "first" not in found[1]
+    assert bn["lr"] != VALUES["lr"]
+    assert found[2]["first"] == {key: bounded[key] for key in ("damping", "scale")}
+    assert found[2]["first"] == {key: VALUES[key] for key in ("damping", "scale")}
+    far = leave_searches(tmp_path / "far", AE, methods=["mean_only_bn"], lr=100.0)
+    with pytest.raises(SearchError, match=r"mean_only_bn cannot begin with lr = 100.* domain \(0.003 to 3\)"):
+        tune(AE, out=tmp_path, methods=["mean_only_bn"], begin_with=far, progress=False)
+
+
 @pytest.mark.parametrize("benchmark", tuned_methods())
 def test_every_method_is_searched_alike(benchmark, monkeypatch, tmp_path):
     """Same trials, updates, criterion, sampler and seed; the same ends for each hyperparameter it has."""

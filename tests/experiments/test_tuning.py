@@ -375,7 +375,7 @@ def test_the_best_are_run_again_with_other_seeds_and_the_best_on_average_is_chos
     def lucky(task, method, settings, *, seed, **options):
         """The best trial was lucky: its other runs are worse than those of the second."""
         curve = inner(task, method, settings, seed=seed, **options)
-        if 1500 <= seed < 1502:
+        if seed >= 1500 and settings == falling[HALVED.trials]["settings"]:  # the first to be run again
             curve["train"][-1] += 10
         return curve
 
@@ -386,10 +386,10 @@ def test_the_best_are_run_again_with_other_seeds_and_the_best_on_average_is_chos
     best = sorted(farthest, key=lambda i: (-trials["update"][i], trials["loss"][i]))[:3]
     assert finals["trial"] == [best[1], best[2], best[0]]
     again = falling[HALVED.trials :]
-    assert sorted(run_["seed"] for run_ in again) == [1500 + k for k in range(6)]
+    assert sorted(run_["seed"] for run_ in again) == sorted(1500 + 2 * i + k for i in best for k in (0, 1))
     for place, k in enumerate((1, 2, 0)):
         settings = {key: trials[key][best[k]] for key in HALVED.domain}
-        runs = [run_ for run_ in again if (run_["seed"] - 1500) // 2 == k]
+        runs = [run_ for run_ in again if (run_["seed"] - 1500) // 2 == best[k]]
         assert [run_["settings"] for run_ in runs] == [settings] * 2
         assert all(run_["points"] == [80] for run_ in runs)
         assert sorted(finals["loss"][place]) == pytest.approx(
@@ -398,12 +398,41 @@ def test_the_best_are_run_again_with_other_seeds_and_the_best_on_average_is_chos
     assert chosen(found) == {key: trials[key][best[1]] for key in HALVED.domain}
 
 
+def test_a_search_goes_on_with_more_trials(falling, task, memory):
+    """What is there stays, finalists that are so again are not run once more."""
+    search(task, replace(HALVED, trials=20), storage=memory, name="s")
+    begun, first = len(falling), [run_["seed"] for run_ in falling[:20]]
+    found = search(task, HALVED, storage=memory, name="s")
+    assert found["trials"]["seed"] == [*first, *(1000 + i for i in range(20, 32))]
+    made = [(run_["seed"], *run_["settings"].values()) for run_ in falling]
+    assert len(set(made)) == len(made)
+    assert begun + 12 <= len(made) < begun + 12 + 6
+    assert search(task, HALVED, storage=memory, name="s")["finals"] == found["finals"]
+    assert len(falling) == len(made), "nothing is left to do"
+
+
+@pytest.mark.parametrize("begun", [0, 8])
+def test_a_search_can_begin_with_a_setting_that_is_known(falling, task, memory, begun):
+    """It is the first trial, or the next one, once, and among the finalists if it deserves it."""
+    known = {"lr": 0.1, "scale": 1.0}  # the bottom of the bowl
+    if begun:
+        search(task, replace(HALVED, trials=begun, finalists=0), storage=memory, name="s")
+    for _ in range(2):
+        found = search(task, replace(HALVED, first=known), storage=memory, name="s")
+    place = next(i for i, lr in enumerate(found["trials"]["lr"]) if lr == known["lr"])
+    assert place == begun
+    assert found["trials"]["lr"].count(known["lr"]) == 1
+    assert found["first"] == chosen(found) == known
+    assert len(found["trials"]["loss"]) == HALVED.trials
+
+
 def test_a_finalist_that_diverges_comes_last(falling, task, memory, monkeypatch):
     inner = tuning.run
 
     def diverging(task, method, settings, *, seed, **options):
+        curve = inner(task, method, settings, seed=seed, **options)
         diverged = {"status": "diverged", "second": [], "train": [], "update": []}
-        return diverged if seed == 1501 else inner(task, method, settings, seed=seed, **options)
+        return diverged if len(falling) == HALVED.trials + 2 else curve  # the first finalist's second run
 
     monkeypatch.setattr(tuning, "run", diverging)
     found = search(task, HALVED, storage=memory, name="s")
@@ -488,7 +517,8 @@ def test_a_halved_search_that_is_stopped_ends_as_if_it_had_not_been(falling, tas
     assert [len(column) for column in found["trials"].values()] == [32] * 6
     assert len(set(proposals(found))) == 32
     assert [len(losses) for losses in found["finals"]["loss"]] == [2, 2, 2]
-    assert len(trials_of(storage, "s.finalists")) > 6, "the last interruption came during the finals"
+    finals = [trials_of(storage, f"s.again{number}") for number in found["finals"]["trial"]]
+    assert sum(map(len, finals)) > 6, "the last interruption came during the finals"
     assert search(task, HALVED, **options) == found
 
 
@@ -553,7 +583,6 @@ def test_no_setting_that_was_chosen_at_the_horizon_is_at_an_edge_of_its_domain(p
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"trials": 5}, "another trials: 4 instead of 5"),
         ({"updates": 3}, "another updates: 2 instead of 3"),
         ({"method": "bn"}, "another method: standard_sgd instead of bn"),
         ({"seed": 1}, "another seed: 0 instead of 1"),
@@ -569,6 +598,13 @@ def test_a_study_of_another_plan_is_refused_and_left(landscape, task, memory, ch
         search(task, replace(PLAN, **changes), storage=memory, name="s")
     assert trials_of(memory) == before
     search(task, replace(PLAN, **changes), storage=memory, name="other name")
+
+
+def test_a_grid_cannot_go_on_with_more_points(landscape, task, memory):
+    plan = replace(PLAN, sampler="grid")
+    search(task, plan, storage=memory, name="s")
+    with pytest.raises(SearchError, match="another trials: 4 instead of 9"):
+        search(task, replace(plan, trials=9), storage=memory, name="s")
 
 
 def test_a_study_of_other_data_is_refused(landscape, task, storage):
