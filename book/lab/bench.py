@@ -12,8 +12,7 @@ on a GPU, which has a record of its own. Its parts:
   that they come with, no share of a GEMM rate;
 * *growth* of ACP's and KFAC's ratio to SGD with width, depth, batch and statistics batch, or on an
   accelerator with the width alone, which there has to be larger;
-* *compile*: whether ``torch.compile`` of the update pays;
-* *time to loss*: updates from the records of learning curves, times the milliseconds measured here.
+* *compile*: whether ``torch.compile`` of the update pays.
 
 FLOPs are those of the matrix products that one update (not the refresh) really makes, counted by torch's
 dispatcher: two for each multiplication, nothing for elementwise work. For a layer of o × i weights, n
@@ -46,8 +45,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import accumulate, pairwise, product
-from math import exp, log
+from itertools import accumulate, product
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +59,8 @@ from lab.out_of_the_box import CONTEXT, Transformer, convolutions
 from lab.peers import PEERS
 from lab.timing import ROUNDS, SETTINGS, Contestant, contestant, minibatch, race
 from sogrid.experiments.benchmarks import BATCH, BENCHMARKS, LOW_RANK, REFRESH_EVERY, Task
-from sogrid.experiments.records import RESULTS, Record, RecordError, provenance
-from sogrid.experiments.reproduce import (
-    AE,
-    CIFAR,
-    COMPARISONS,
-    EXPERIMENTS,
-    Curves,
-    record_path,
-    tuned_methods,
-)
-from sogrid.experiments.training import updates_to
+from sogrid.experiments.records import Record, provenance
+from sogrid.experiments.reproduce import AE, CIFAR
 from sogrid.losses import CrossEntropyAtLogits, Quadratic
 from sogrid.networks import MLP
 from sogrid.optimizers import ACP, EKFAC, KFAC
@@ -88,7 +77,6 @@ __all__ = [
     "memory",
     "operations",
     "report",
-    "time_to_loss",
 ]
 
 aten = torch.ops.aten
@@ -107,7 +95,7 @@ CONTESTANTS = {
 }
 """Of each cost table. ``matrix``: the step starts from ``.grad``, as that of every peer. The exact Fisher of
 784 outputs would be as many backward passes: it is on the classifier alone. So is the part ``low_rank``;
-on the autoencoder the bounded methods have rows with a rank, which also have curves (time to loss)."""
+on the autoencoder the bounded methods have rows with a rank."""
 
 Entry = Callable[[], Contestant]
 
@@ -185,12 +173,9 @@ POINTS = {
 POINTS_ACCELERATED = {"width": (512, 1024, 2048, 4096, 8192)}
 GROWN = (SGD, "acp", "kfac")
 
-SOUGHT = 2_000
-"""The loss that is sought is SGD's after so many updates."""
-
 COMPILED = ("acp", "acp matrix", "kfac", "kfac matrix")
 
-PARTS = (AE, CIFAR, "low_rank", *NETWORKS, "growth", "compile", "time_to_loss")
+PARTS = (AE, CIFAR, "low_rank", *NETWORKS, "growth", "compile")
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # torch's profiler announces itself otherwise
 
@@ -515,65 +500,6 @@ def compiled(*, rounds: int = ROUNDS, device: str = "cpu", progress: bool = Fals
     return {"rows": rows, "skipped": skipped}
 
 
-def time_to_loss(
-    update_ms: dict[str, float], *, out: str | Path = "out", profile: str = "laptop", sought: int = SOUGHT
-) -> dict[str, Any]:
-    """How soon each method has the training loss that SGD has after 2,000 updates, on the autoencoder.
-
-    From the records of learning curves in ``out``, or else of the book: every method with the best of as many
-    trials of a search over the same domain, the bounded ones with λ = 10 and, if they have no search of their
-    own, with what was found without the bound. Between two evaluations the logarithm of the loss is taken to
-    be linear in that of the update.
-
-    Args:
-        update_ms: Milliseconds per update, by method.
-        out: Folder of the records.
-        profile: Of the records.
-        sought: SGD's updates.
-
-    Returns:
-        ``"loss"`` that is sought, a mean over SGD's seeds; ``"rows"``: method, ``updates`` of each seed
-        (``None`` where it never gets there), ``seconds`` and ``sooner``, the ratio of SGD's seconds, of their
-        mean if all get there; ``"missing"``: methods without curves; ``"settings"`` of the records.
-    """
-    known = (*tuned_methods()[AE], *COMPARISONS["time_to_loss"].methods)  # other variants end sooner
-    methods = [method for method in dict.fromkeys(known) if method in update_ms]
-    runs, settings = {}, {}
-    for name, plan in (EXPERIMENTS | COMPARISONS).items():
-        if isinstance(plan, Curves) and plan.benchmark == AE:
-            places = (record_path(folder, name, profile) for folder in (out, RESULTS))
-            if (path := next((place for place in places if place.exists()), None)) is not None:
-                content = Record.read(path)
-                settings[name] = content["settings"]
-                for run in content["runs"]:
-                    runs.setdefault(run["method"], {}).setdefault(run["seed"], run)
-    losses = [loss for run in runs.get(SGD, {}).values() if (loss := _loss_at(run, sought)) is not None]
-    if not losses:
-        raise RecordError(
-            f"no record in {out} or of the book has SGD's loss after {sought:,} updates: run "
-            f"python -m sogrid reproduce fig6_2 --profile {profile}"
-        )
-    loss, rows = sum(losses) / len(losses), []
-    for method in (m for m in methods if m in runs):
-        updates = [updates_to(run["update"], run["train"], loss) for run in runs[method].values()]
-        row = {"method": method, "updates": updates, "seconds": None, "sooner": None}
-        if None not in updates:
-            row["seconds"] = sum(updates) / len(updates) * update_ms[method] / 1e3
-            row["sooner"] = sought * update_ms[SGD] / 1e3 / row["seconds"]
-        rows.append(row)
-    missing = [method for method in methods if method not in runs]
-    return {"loss": loss, "sought": sought, "rows": rows, "missing": missing, "settings": settings}
-
-
-def _loss_at(run: dict[str, Any], update: int) -> float | None:
-    """The training loss there, on log scales; ``None`` if the curve ends before."""
-    points = [(log(u), log(v)) for u, v in zip(run["update"], run["train"], strict=True) if u > 0]
-    for (u, v), (u_next, v_next) in pairwise(points):
-        if u <= log(update) <= u_next:
-            return exp(v + (v_next - v) * (log(update) - u) / (u_next - u))
-    return None
-
-
 def bench_path(out: str | Path, device: str = "cpu") -> Path:
     """Where :func:`bench` leaves its record: of a CPU in ``bench.json``, of a GPU in ``bench.cuda.json``.
 
@@ -606,8 +532,7 @@ def bench(
         progress: Show bars.
 
     Raises:
-        RecordError: If the record is damaged or cannot be written; for ``"time_to_loss"`` also if there are
-            no step times of the autoencoder in it, or no learning curves.
+        RecordError: If the record is damaged or cannot be written.
         ValueError: For an unknown part.
     """
     for part in parts:
@@ -621,11 +546,6 @@ def bench(
             run["load"] = round(os.getloadavg()[0], 2)
         if part in ("growth", "compile"):
             run |= {"growth": growth, "compile": compiled}[part](**options)
-        elif part == "time_to_loss":
-            table = latest(record.content).get(AE)
-            if table is None:
-                raise RecordError(f"{record.path} has no step times: measure {AE} first")
-            run |= time_to_loss({row["method"]: row["update_ms"] for row in table["rows"]}, out=out)
         else:
             run |= costs(part, **options)
         record.add({**run, "rounds": rounds, "provenance": provenance(device)})
@@ -645,7 +565,7 @@ def report(content: dict[str, Any]) -> dict[str, list[tuple[str, ...]]]:
         where = f"{run['provenance']['date']}, {machine['processor']}, {machine['threads']} threads"
         where += "" if machine["device"] == "cpu" else f", {machine['device']}"
         load = f", load {run['load']}" if "load" in run else ""
-        show = {"growth": _growth_table, "compile": _compile_table, "time_to_loss": _time_table}
+        show = {"growth": _growth_table, "compile": _compile_table}
         title, rows = show.get(part, _cost_table)(run)
         tables[f"{title} ({where}{load})"] = rows
         if run.get("skipped"):
@@ -691,13 +611,3 @@ def _compile_table(run: dict[str, Any]) -> tuple[str, list[tuple[str, ...]]]:
     numbers = ("update_ms", "compiled_ms", "ratio")
     rows += [(row["method"], *(f"{row[key]:.2f}" for key in numbers)) for row in run["rows"]]
     return f"compile: torch.compile of the update on {CIFAR}", rows
-
-
-def _time_table(run: dict[str, Any]) -> tuple[str, list[tuple[str, ...]]]:
-    rows = [("method", "updates, by seed", "seconds", "sooner than SGD")]
-    for row in run["rows"]:
-        updates = ", ".join("never" if u is None else f"{u:,.0f}" for u in row["updates"])
-        ends = ("" if row[key] is None else f"{row[key]:.1f}" for key in ("seconds", "sooner"))
-        rows.append((row["method"], updates, *ends))
-    rows += [(method, "no curves yet", "", "") for method in run["missing"]]
-    return f"time to SGD's loss after {run['sought']:,} updates, {run['loss']:.3g}", rows

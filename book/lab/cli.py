@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "what an update costs, ours beside torch's and other libraries'"
     command = commands.add_parser("bench", help=text, description=BENCH, **LAYOUT)
     text = "only these: mnist_autoencoder, cifar10_classifier, low_rank, convolutions, narrow, transformer"
-    text = f"{text}, growth, compile, time_to_loss (default: all)"
+    text = f"{text}, growth, compile (default: all)"
     command.add_argument("--parts", nargs="+", metavar="PART", help=text)
     command.add_argument("--rounds", type=int, default=30, help="updates timed of each method (default: 30)")
     add_options(command, "device", "out", "quiet")

@@ -179,18 +179,9 @@ EXPERIMENTS: dict[str, Curves | Searches | Sweep] = {
     ),
 }
 COMPARISONS = {
-    "time_to_loss": Curves(
-        "fig6_2",
-        AE,
-        (
-            *("acp_bounded", "nnn2_bounded", "kfac_bounded"),
-            *("acp_bounded_low_rank", "nnn2_bounded_low_rank", "kfac_bounded_low_rank"),
-            *("momentum", "adam", "muon"),
-        ),
-    ),
     "low_rank": Curves("fig6_3", CIFAR, ("acp_low_rank", "nnn2_low_rank", "kfac_low_rank")),
 }
-"""Learning curves that no figure of the thesis has, for ``python -m lab bench`` and the page on costs."""
+"""Learning curves that no figure of the thesis has, for the page on costs."""
 
 
 def record_path(out: str | Path, experiment: str, profile: str) -> Path:

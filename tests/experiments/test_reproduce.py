@@ -260,19 +260,22 @@ def test_a_variant_takes_over_the_hyperparameters_of_its_method(small, tmp_path,
     assert (runs[0]["update"][-1], runs[1]["update"]) == (10, runs[0]["update"][: last + 1]), "a fifth"
 
 
-def test_a_bounded_method_has_a_learning_rate_of_its_own_and_what_was_found_for_it(small, tmp_path):
+def test_a_bounded_method_has_a_learning_rate_of_its_own_and_what_was_found_for_it(
+    small, tmp_path, monkeypatch
+):
     """Or, where it has not been searched, for the method without the bound; and so has its variant."""
     methods = ["acp_bounded", "acp_bounded_low_rank"]
+    monkeypatch.setitem(module.COMPARISONS, "bounded", Curves("fig6_2", AE, tuple(methods)))
     leave_searches(tmp_path, AE)
     found = Record.read(search_path(tmp_path, AE, "smoke"))["runs"]
     best = next(chosen(search) for search in found if search["method"] == "acp_fixedalpha")
     assert METHODS["acp_bounded"].lr not in (None, best["lr"])
-    for run in reproduce("time_to_loss", out=tmp_path, methods=methods)["runs"]:
+    for run in reproduce("bounded", out=tmp_path, methods=methods)["runs"]:
         assert run["settings"] == {**best, "lr": METHODS["acp_bounded"].lr}
     own = {"damping": 0.1, "max_change": 0.05, "scale": 3.0, "lr": METHODS["acp_bounded"].lr}
     search_path(tmp_path, AE, "smoke").unlink()
     leave_searches(tmp_path, AE, methods=["acp_fixedalpha", "acp_bounded"], **own)
-    bounded, low_rank = reproduce("time_to_loss", out=tmp_path, methods=methods)["runs"][2:]
+    bounded, low_rank = reproduce("bounded", out=tmp_path, methods=methods)["runs"][2:]
     assert bounded["settings"] == low_rank["settings"] == own
     assert (bounded["update"][-1], low_rank["update"][-1]) == (2, 0), "a variant is trained for a fifth"
 
@@ -309,16 +312,16 @@ def test_a_search_finds_hyperparameters_that_the_figure_then_uses(small, tmp_pat
 
 def test_a_search_begins_with_what_an_earlier_one_has_chosen(small, tmp_path):
     """For each method that it has, or that is a variant of one it has."""
-    earlier = leave_searches(tmp_path / "earlier", AE, methods=["standard_sgd", "acp_fixedalpha"])
-    methods = ["standard_sgd", "bn", "acp_bounded"]
-    found = tune(AE, out=tmp_path, methods=methods, begin_with=earlier, progress=False)["runs"]
-    sgd, bn, bounded = ({k: column[0] for k, column in run["trials"].items()} for run in found)
-    assert {key: sgd[key] for key in ("lr", "scale")} == found[0]["first"]
-    assert found[0]["first"] == {key: VALUES[key] for key in ("lr", "scale")}
-    assert "first" not in found[1]
-    assert bn["lr"] != VALUES["lr"]
-    assert found[2]["first"] == {key: bounded[key] for key in ("damping", "scale")}
-    assert found[2]["first"] == {key: VALUES[key] for key in ("damping", "scale")}
+    earlier = leave_searches(tmp_path / "earlier", AE, methods=["standard_sgd", "jaco_update"])
+    methods = ["standard_sgd", "bn", "jaco_update_bounded"]
+    runs = tune(AE, out=tmp_path, methods=methods, begin_with=earlier, progress=False)["runs"]
+    found = {run["method"]: run for run in runs}
+    begun = {m: {k: column[0] for k, column in run["trials"].items()} for m, run in found.items()}
+    for method, names in (("standard_sgd", ["lr", "scale"]), ("jaco_update_bounded", ["scale"])):
+        assert found[method]["first"] == {name: VALUES[name] for name in names}
+        assert found[method]["first"].items() <= begun[method].items()
+    assert "first" not in found["bn"]
+    assert begun["bn"]["lr"] != VALUES["lr"]
     far = leave_searches(tmp_path / "far", AE, methods=["mean_only_bn"], lr=100.0)
     with pytest.raises(SearchError, match=r"mean_only_bn cannot begin with lr = 100.* domain \(0.003 to 3\)"):
         tune(AE, out=tmp_path, methods=["mean_only_bn"], begin_with=far, progress=False)

@@ -23,7 +23,6 @@ from lab.bench import (
     memory,
     operations,
     report,
-    time_to_loss,
 )
 from lab.out_of_the_box import Transformer
 from lab.peers import PEERS
@@ -31,8 +30,8 @@ from lab.timing import Contestant, contestant, minibatch, race
 from sogrid import cli as records
 from sogrid.experiments.benchmarks import BATCH, BENCHMARKS, REFRESH_EVERY, Task
 from sogrid.experiments.muon import MuonAndAdam
-from sogrid.experiments.records import Record, RecordError
-from sogrid.experiments.reproduce import AE, CIFAR, record_path
+from sogrid.experiments.records import Record
+from sogrid.experiments.reproduce import AE, CIFAR
 from sogrid.losses import CrossEntropyAtLogits, Quadratic
 from sogrid.networks import MLP
 from sogrid.optimizers import KFAC
@@ -406,62 +405,6 @@ def test_growth_goes_along_one_axis_at_a_time(small, monkeypatch):
     assert all(set(row["ratio"]) == {"acp", "kfac"} and row["sgd_ms"] > 0 for row in rows)
 
 
-# Time to loss
-
-UPDATES = [0, 1, 10, 100, 1000, 10_000]
-
-
-def leave_curves(out, name, curves):
-    """Records of curves with loss c · u^−p: ``{(method, seed): (c, p)}``."""
-    record = Record(record_path(out, name, "laptop"), name, {"benchmark": AE})
-    for (method, seed), (c, p) in curves.items():
-        train = [c, *(c * u**-p for u in UPDATES[1:])]
-        record.add({"method": method, "seed": seed, "update": UPDATES, "train": train, "status": "finished"})
-
-
-@pytest.fixture
-def no_book(monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "book")
-
-
-def test_time_to_loss_is_read_off_the_curves(no_book, tmp_path):
-    curves = {(SGD, 0): (80, 0.5), ("acp", 0): (80, 1.0), ("acp", 1): (160, 1.0), ("kfac", 0): (80, 0.1)}
-    leave_curves(tmp_path, "fig6_2_mnist_autoencoder", curves)
-    leave_curves(tmp_path, "time_to_loss", {("adam", 0): (80, 0.5), ("acp_bounded", 0): (80, 1.0)})
-    variants = {"acp_bounded": 25.0, "jaco_update_bounded": 50.0}
-    ms = {SGD: 10.0, "acp": 20.0, "kfac": 30.0, "adam": 12.0, "muon": 50.0, **variants}
-    found = time_to_loss(ms, out=tmp_path, sought=400)
-    assert found["loss"] == pytest.approx(4)
-    rows = {row["method"]: row for row in found["rows"]}
-    assert rows[SGD]["updates"] == pytest.approx([400])
-    assert rows[SGD]["sooner"] == pytest.approx(1)
-    assert rows["acp"]["updates"] == pytest.approx([20, 40])
-    assert rows["acp"]["seconds"] == pytest.approx(30 * 0.02)
-    assert rows["acp"]["sooner"] == pytest.approx(400 * 10 / (30 * 20))
-    assert rows["kfac"] == {"method": "kfac", "updates": [None], "seconds": None, "sooner": None}
-    assert rows["adam"]["sooner"] == pytest.approx(10 / 12)
-    assert rows["acp_bounded"]["sooner"] == pytest.approx(400 * 10 / (20 * 25))
-    assert found["missing"] == ["jaco_update_bounded", "muon"]
-    assert set(found["settings"]) == {"fig6_2_mnist_autoencoder", "time_to_loss"}
-
-
-def test_beyond_its_end_a_curve_has_no_loss():
-    assert module._loss_at({"update": [0, 1, 10, 100], "train": [9.0, 8.0, 1.0, 5.0]}, 1000) is None
-
-
-def test_without_sgds_curve_one_is_told_what_to_run(no_book, tmp_path):
-    leave_curves(tmp_path, "time_to_loss", {("adam", 0): (80, 0.5)})
-    with pytest.raises(RecordError, match=r"python -m sogrid reproduce fig6_2 --profile laptop"):
-        time_to_loss({SGD: 1.0, "adam": 1.0}, out=tmp_path)
-
-
-def test_the_books_curves_are_there():
-    found = time_to_loss({SGD: 10.0, "acp": 12.0}, out="nowhere")
-    assert {row["method"] for row in found["rows"]} >= {SGD, "acp"}
-    acp = next(row for row in found["rows"] if row["method"] == "acp")
-    assert acp["sooner"] > 1
-
-
 # torch.compile
 
 
@@ -488,10 +431,7 @@ def test_what_cannot_be_compiled_is_skipped_with_the_reason(small, monkeypatch):
 # The record
 
 
-def test_parts_are_added_and_the_last_of_each_counts(
-    small, few, no_peers, no_book, tmp_path, capsys, monkeypatch
-):
-    leave_curves(tmp_path, "fig6_2_mnist_autoencoder", {(SGD, 0): (80, 0.5), ("acp", 0): (80, 1.0)})
+def test_parts_are_added_and_the_last_of_each_counts(small, few, no_peers, tmp_path, capsys, monkeypatch):
     arguments = ["bench", "--rounds", "2", "--out", str(tmp_path), "--quiet"]
     monkeypatch.setattr(growth, "__kwdefaults__", {**growth.__kwdefaults__, "points": {"width": (3,)}})
     monkeypatch.setattr(torch, "compile", lambda update, dynamic: update)
@@ -510,11 +450,9 @@ def test_parts_are_added_and_the_last_of_each_counts(
         "low_rank: GEMM",
         "growth of",
         "compile:",
-        "time to SGD's loss",
     ):
         assert f"\n{title}" in f"\n{out}"
     assert re.search(r"acp_fixedalpha .* 1\.25 ", out)
-    assert "no curves yet" in out
     assert out.endswith(f"record: {tmp_path / 'bench.json'}\n")
     assert cli.main([*arguments, "--parts", "growth"]) == 0
     again = Record.read(tmp_path / "bench.json")
@@ -522,11 +460,6 @@ def test_parts_are_added_and_the_last_of_each_counts(
     assert latest(again)["growth"] == again["runs"][-1]
     assert records.main(["records", "show", str(tmp_path / "bench.json")]) == 0
     assert records.main(["records", "list", str(tmp_path / "bench.json")]) == 0
-
-
-def test_time_to_loss_needs_step_times(tmp_path):
-    with pytest.raises(RecordError, match=f"measure {AE} first"):
-        bench(parts=["time_to_loss"], out=tmp_path)
 
 
 def test_unknown_parts_are_refused(tmp_path, capsys):
