@@ -66,6 +66,7 @@ STUDIES = {
     "better-blocks": ("lab.blocks", "BETTER_BLOCKS"),
     "gan": ("lab.gan", "GAN"),
     "architectures": ("lab.architectures", "ARCHITECTURES"),
+    "published-autoencoder": ("lab.published", "PUBLISHED"),
 }
 
 LABORATORY = """\
