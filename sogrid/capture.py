@@ -44,12 +44,12 @@ from sogrid.autograd import (
 from sogrid.bound import BOUND_EXAMPLES
 from sogrid.hooks import listen, listeners
 from sogrid.layers import Rule, rule_of
-from sogrid.private import graph_task
+from sogrid.private import after_backward, graph_task
 from sogrid.uses import LayerRecord, Pass, RootRecord, Seen, Use
 
 __all__ = ["Capture", "CaptureError", "LayerRecord", "RootRecord", "Wanted"]
 
-Probe = Callable[[Tensor], Iterable[Tensor]]
+Probe = Callable[[Tensor, int], Iterable[Tensor]]
 
 LOOKS = 100
 """Once in so many passes the graph is searched for uses of weights outside their layers."""
@@ -71,8 +71,9 @@ class Wanted:
         cut: Whether the graph ends at the model's output: whoever owns the capture needs the gradient
             there, the layers' inputs and outputs, and nothing else.
         roots: Whether the model's own input, output and gradient are kept.
-        probe: A function from the model's output ``[n, k]`` to vectors ``[n, k]`` that are pulled back to
-            every layer in ``rows`` right after the forward pass (the graph stays), or ``None``.
+        probe: A function from the model's output ``[n, k]``, and from how many passes of the update came
+            before, to vectors ``[n, k]`` that are pulled back to every layer in ``rows`` right after the
+            forward pass (the graph stays), or ``None``.
         output: Which part of what the model returns that is, and has an entry for each example of the loss:
             a key, an index, an attribute's name, or a function of it; ``None``: all of it.
     """
@@ -101,7 +102,7 @@ class Capture:
     Attributes:
         records: Name → :class:`LayerRecord`.
         roots: The model's own input, output and gradient of each pass, if wanted.
-        version: As a record's, for the last parameter of a model whose graph is cut.
+        version: As a record's, for the model's last parameter; so is ``made``.
         asked: Whether a forward pass of the model is running, and is of any example.
         wanted: What coming passes leave behind; may be replaced between passes.
 
@@ -127,7 +128,8 @@ class Capture:
         self._latest: dict[str, list[Use]] = {}
         self._root: GradientEdge | None = None  # the latest output, if roots are wanted
         self._pass, self._passes, self._task, self._collecting = Pass(), 0, -1, False
-        self.version, self.asked, self._warned = 0, False, False
+        self._collected = 0
+        self.version, self.made, self.asked, self._warned = 0, None, False, False
         self.clear()
         self._end = listen(self, model, self._rules, _begins, _ends)
 
@@ -179,6 +181,7 @@ class Capture:
         """
         before = self._uses, self._latest, self._pass, self._root, self.wanted
         self._uses, self._latest, self._collecting, self.asked = {}, {}, True, False
+        self._collected = 0
         self.wanted = replace(self.wanted, rows=set(self.records), roots=False, probe=probe)
         try:
             loss = closure()
@@ -342,14 +345,17 @@ class Capture:
         if task == record._task:
             record.version = UNKNOWN  # autograd has added to the gradient before it was there
         elif not self.wanted.cut:
-            grad = (bias if self.factors(layer) else weight).grad
-            if record if grad is None else record and _cleared(grad, record.version):
+            held = bias if self.factors(layer) else weight
+            grad = held.grad
+            if record if grad is None else record and _cleared(grad, record.version, record.made):
                 record = self.records[name] = LayerRecord()
             elif grad is None:
                 record.unseen = ""
             elif not (record or record.unseen) and grad.is_cpu and grad.any():
                 record.unseen = "it holds a gradient of an earlier update: call zero_grad()"
             record.version = 0 if grad is None else grad._version + 1
+            if grad is None and held.is_cpu:
+                _note_made(record, held)
         record._task, record.moved = task, bias._version if bias is not None else 0
         return record
 
@@ -359,8 +365,10 @@ class Capture:
         if self._passes % LOOKS == 1:
             self._look_for_others(inputs, output)
         output = _part(output, self.wanted.output)
-        sizes = [len(x) for x in (*tensors(output), *tensors(inputs)) if x.dim()]
-        self._pass.examples = sizes[0] if sizes else None
+        # a loss may be one number; a later call in the same pass may be of a part of the examples
+        sizes = [len(x) for x in (*tensors(output), *tensors(inputs)) if x.dim() and x.shape != (1,)]
+        if self._pass.examples is None:
+            self._pass.examples = sizes[0] if sizes else None
         kept = {use: self._uses[use] for use in latest if use.kept}
         probed = self.wanted.probe is not None and kept
         self._require(
@@ -371,7 +379,7 @@ class Capture:
         if not isinstance(output, Tensor) or not output.requires_grad:
             return
         if probed:
-            for vector in self.wanted.probe(output.detach()):
+            for vector in self.wanted.probe(output.detach(), self._earlier()):
                 for use, pulled in pull(output, vector, kept).items():
                     use.probes.append(pulled.to(use.dtype))
         if not self.wanted.roots:
@@ -393,6 +401,18 @@ class Capture:
 
         output.register_hook(arrived)
 
+    def _earlier(self) -> int:
+        """How many passes of the update, or of the closure, came before: those whose gradient is there."""
+        if self._collecting:
+            self._collected += 1
+            return self._collected - 1
+        for layer, (name, _) in self._rules.items():
+            if record := self.records[name]:
+                grad = self._parameters[layer][self.factors(layer)].grad
+                cleared = grad is None or _cleared(grad, record.version, record.made)
+                return 0 if cleared else record.passes
+        return 0
+
     def _look_for_others(self, inputs: tuple, output: Any) -> None:
         """Refuse a weight or bias that is used outside its layer."""
         edges = edges_to(tensors(output), tensors(inputs))
@@ -412,9 +432,11 @@ class Capture:
             held, last = [p.grad for p in parameters if p.grad is not None], parameters[-1].grad
             if cut and (last is None or last._version != self.version):
                 self.clear()
-            elif not cut and self.roots and all(_cleared(grad, self.version) for grad in held):
+            elif not cut and self.roots and all(_cleared(grad, self.version, self.made) for grad in held):
                 self.roots = []
             self.version = 0 if last is None else last._version + 1
+            if last is None and parameters[-1].is_cpu:
+                _note_made(self, parameters[-1])
         self._task = task
         if root in self.roots:
             root.grad = root.grad + grad
@@ -452,13 +474,23 @@ def _outline(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-def _cleared(grad: Tensor, version: int) -> bool:
+def _note_made(record: LayerRecord | Capture, parameter: Tensor) -> None:
+    """Note the ``.grad`` that this backward pass makes."""
+
+    def note() -> None:
+        grad = parameter.grad
+        record.made = None if grad is None else weakref.ref(grad)
+
+    after_backward(note)
+
+
+def _cleared(grad: Tensor, version: int, made: weakref.ref[Tensor] | None) -> bool:
     """Whether nothing is left in a ``.grad`` that would have this version had nobody else written to it.
 
     Zeros are looked for where something else has been written, for which an accelerator's host waits; on the
-    CPU also in a tensor that nothing was ever added to, which may be another.
+    CPU also in a tensor that nothing was ever added to, unless it is the one that was made.
     """
-    if grad._version == version and (version or not grad.is_cpu):
+    if grad._version == version and (version or not grad.is_cpu or (made is not None and made() is grad)):
         return False
     return not grad.any()
 

@@ -45,6 +45,12 @@ class LayerMethod:
     uses_moments = False
     """Whether :meth:`moments` is wanted beside what is inverted."""
 
+    by_example = False
+    """Whether a layer has to have the examples first."""
+
+    rows_are_examples = True
+    """Whether it may have them flattened, a row being taken for an example."""
+
     loss: Loss | None = None
     """What the training loss has to be, if that matters."""
 
@@ -60,8 +66,10 @@ class LayerMethod:
         """Whether statistics are of the examples' gradients, not of inputs and probes alone."""
         return False
 
-    def probe(self, updates: int, rank: int = 0) -> Callable[[Tensor], Iterable[Tensor]] | None:
+    def probe(self, updates: int, rank: int = 0) -> Callable[..., Iterable[Tensor]] | None:
         """What to pull back from the model's output when statistics are taken, if anything.
+
+        It is given the output, and how many passes of the same update came before.
 
         Args:
             updates: How many were made; draws from the model depend on it.

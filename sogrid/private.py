@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["breaking_graphs", "graph_task", "recompile", "transformed", "will_execute", "without_autocast"]
+__all__ = [
+    "after_backward",
+    "breaking_graphs",
+    "graph_task",
+    "recompile",
+    "transformed",
+    "will_execute",
+    "without_autocast",
+]
 
 
 def _of(owner: Any, name: str, instead: Callable) -> Callable:
@@ -24,6 +32,11 @@ graph_task: Callable[[], int] = _of(torch._C, "_current_graph_task_id", lambda: 
 will_execute: Callable[[Any], bool] = _of(torch._C, "_will_engine_execute_node", lambda node: True)
 """Whether the backward pass that is running comes to a node; a ``RuntimeError`` at the leaves of
 ``torch.autograd.grad``."""
+
+after_backward: Callable[[Callable[[], None]], None] = _of(
+    getattr(torch.autograd.Variable, "_execution_engine", None), "queue_callback", lambda call: None
+)
+"""Have something called when the backward pass that is running is over."""
 
 _interpreters = _of(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", lambda: None)
 

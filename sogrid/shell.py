@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -203,7 +204,9 @@ class LayerOptimizer(Watching):
             )
         before = len(self.param_groups)
         plain = self._inner is not None and "preconditioned" in keys and not param_group["preconditioned"]
-        super().add_param_group({**(self._inner.defaults if plain else {}), **param_group})
+        super().add_param_group(
+            {**(self._plain(self.defaults | param_group) if plain else {}), **param_group}
+        )
         try:
             group = self.param_groups[-1]
             self._require_whole(group["params"])
@@ -262,7 +265,7 @@ class LayerOptimizer(Watching):
                 "trained with the other parameters",
                 stacklevel=2,
             )
-        inner = {"lr": self.other_lr} if self._inner is None else self._inner.defaults
+        inner = self._plain(group)
         if not group["params"]:  # the whole group is plain
             group.update(inner | given | {"params": left, "preconditioned": False})
             return
@@ -271,6 +274,22 @@ class LayerOptimizer(Watching):
         if left:
             plain = {**group, **inner, "params": left, "preconditioned": False}
             super().add_param_group(plain | ({"param_names": [names[p] for p in left]} if names else {}))
+
+    def _plain(self, group: dict) -> dict:
+        """What a group of other parameters has of its own; the sign of its steps is the layers'.
+
+        Raises:
+            ValueError: If it is to climb, and who trains it cannot.
+        """
+        inner = {"lr": self.other_lr} if self._inner is None else self._inner.defaults
+        if not group["maximize"]:
+            return inner
+        if self._inner is not None and "maximize" not in inner:
+            raise ValueError(
+                f"maximize=True: {type(self._inner).__name__}, which trains the other parameters, has no "
+                "such option; minimize the negative"
+            )
+        return inner | {"maximize": True}
 
     def _bind(self) -> None:
         """Find the layers of the preconditioned groups and listen to them."""
@@ -399,12 +418,22 @@ class LayerOptimizer(Watching):
         """The layers to step, looked over."""
         ready = list(self._ready(ranks))
         gradients = {f"layer {one.layer.name!r}": self._looked_over(one) for one in ready}
-        self._require_finite(gradients)
+        self._require_finite(gradients | self._gradients_of_others())
         if not self.capturable:
             self._noted.note(self.param_groups[0]["updates"], gradients)
         if self.refresh_due or self._noted.due:
             self._noted.require_finite()
         return ready
+
+    def _gradients_of_others(self) -> dict[str, list[Tensor]]:
+        """As :meth:`_looked_over`, of the parameters outside the preconditioned groups."""
+        plain = [group["params"] for group in self.param_groups if not group["preconditioned"]]
+        held = [p for p in chain.from_iterable(plain) if p.grad is not None and p.grad.is_cpu]
+        if not held:
+            return {}
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        values = [p.grad._values() if p.grad.is_sparse else p.grad for p in held]
+        return {f"parameter {names.get(p)!r}": [value] for p, value in zip(held, values, strict=True)}
 
     def _prepare(self, ranks: Ranks) -> list[Ready]:
         """The layers to step and whatever they need, of the minibatch of all ranks; changes no parameter."""
@@ -419,7 +448,11 @@ class LayerOptimizer(Watching):
         ready = self._prepare(ranks)
         moves: dict[int, list[tuple[Tensor, Tensor | Factored, View]]] = {}
         numbers = 0
+        waiting = True
         for layer, (dw, db) in self._changes(ready, ranks):
+            if waiting:  # who refuses, here or there, does so before anything moves
+                self._step_others(ready, ranks)
+                waiting = False
             self._routes[layer.name] = "factored" if isinstance(dw, Factored) else "formed"
             some = moves.setdefault(layer.home, [])
             some.append((layer.weight, dw, layer.as_matrix))
@@ -430,8 +463,9 @@ class LayerOptimizer(Watching):
                 self._move_all(moves)
                 numbers = 0
             del dw, db, some
+        if waiting:
+            self._step_others(ready, ranks)
         self._move_all(moves)
-        self._step_others(ready, ranks)
         for group in self.param_groups:
             group["updates"] += bool(ready or not self._layers)
 
@@ -439,6 +473,8 @@ class LayerOptimizer(Watching):
         """Outside the preconditioned groups: plain SGD, or ``other``, with the gradient of the mean loss."""
         count = 1
         if self.reduction == "sum":
+            if self._layers and not ready:
+                self._require_no_others()
             count = max((one.count for one in ready), default=1 / ranks.size)
         scale = 1 / (count * self._loss_scale)
         if self._inner is not None:
@@ -447,6 +483,15 @@ class LayerOptimizer(Watching):
         for group in self.param_groups:
             held = [p for p in group["params"] if p.grad is not None and not group["preconditioned"]]
             self._move([(p, -group["lr"] * scale * p.grad, torch.detach) for p in held], group)
+
+    def _require_no_others(self) -> None:
+        """Refuse gradients of a sum over nobody knows how many examples."""
+        plain = (group["params"] for group in self.param_groups if not group["preconditioned"])
+        if any(p.grad is not None for p in chain.from_iterable(plain)):
+            raise CaptureError(
+                "reduction='sum': how many examples the other parameters' gradients are of is known from the "
+                "layers, of which none has a gradient: train one of them, or reduce the loss by its mean"
+            )
 
     def _move_all(self, moves: dict[int, list[tuple[Tensor, Tensor | Factored, View]]]) -> None:
         """Make changes, by group, and let go of them."""

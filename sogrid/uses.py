@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,11 +110,13 @@ class LayerRecord:
         unseen: Why a part of ``.grad`` is of no pass that was seen, if it is.
         version: That ``.grad`` has if nobody but the passes that were seen has written to it.
         moved: That the bias had when the latest gradient came.
+        made: The ``.grad`` that the first backward pass made, on the CPU, where there was none before.
     """
 
     unseen: str = ""
     version: int = 0
     moved: int = 0
+    made: weakref.ref[Tensor] | None = None
     _uses: dict[Use, Tensor | None] = field(default_factory=dict, repr=False)
     _task: int = field(default=-1, repr=False)  # the backward pass of the latest gradient
 
@@ -138,6 +141,11 @@ class LayerRecord:
             forward.examples or (some[0] if len({*some}) == 1 else sum(some))
             for forward, some in sizes.items()
         )
+
+    @property
+    def passes(self) -> int:
+        """Those whose gradient arrived."""
+        return len({use.forward for use in self._uses})
 
     @property
     def shapes(self) -> list[tuple]:
@@ -203,6 +211,22 @@ class LayerRecord:
         )
         return Rows(h, g, tuple(probes), self.count, parts=parts)
 
+    def require_examples_first(self, or_rows: bool) -> None:
+        """Refuse inputs whose first dimension is of something else, as of time, or of several rows for each.
+
+        Args:
+            or_rows: These may count as examples.
+        """
+        for use in self._uses:
+            n, shape = use.forward.examples, use.input.tensor.shape
+            turned = isinstance(use.layer, nn.Linear) and use.examples != n and n in shape[1:-1]
+            if turned or not (or_rows or n is None or use.examples <= n):
+                raise CaptureError(
+                    f"layer {use.name!r} saw an input of shape {tuple(shape)} where the model's output is of "
+                    f"{n} examples, and this optimizer has to tell one example's rows from another's: give "
+                    "the layer the examples first, [n, positions, features], or use KFAC with shared='expand'"
+                )
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """(h, g) of all rows, ``[n·s, ·]`` each, of a layer whose inputs and outputs are rows as they are.
 
@@ -216,6 +240,12 @@ class LayerRecord:
 
     def some_inputs(self, examples: int) -> Tensor:
         """Rows ``[·, i]`` of the first examples at least, in all uses."""
+        for use in self._uses:
+            if use.first is None:
+                raise CaptureError(
+                    f"layer {use.name!r}: max_change was given after its forward pass, which kept nothing "
+                    "for a bound: call zero_grad() and run it again"
+                )
         if len(self._uses) == 1:
             (use,) = self._uses
             return use.rule.inputs(use.layer, use.first[:examples]).flatten(-3, -2)

@@ -65,7 +65,7 @@ def x(draw):
 
 def probed(capture, probe):
     """Have the capture pull back other vectors."""
-    capture.wanted = replace(capture.wanted, probe=probe)
+    capture.wanted = replace(capture.wanted, probe=probe and (lambda f, _: probe(f)))
 
 
 def by_hand(model, x, loss):
@@ -199,7 +199,7 @@ def test_input_buffer_may_be_filled_again_before_the_records_are_used(x):
 def test_probes_are_pulled_back_for_the_layers_that_are_kept(x, draw):
     model, vectors = Net(), [draw(6, 2), draw(6, 2)]
     with Capture(model) as capture:
-        capture.wanted = Wanted(rows={"a", "c"}, probe=lambda f: vectors)
+        capture.wanted = Wanted(rows={"a", "c"}, probe=lambda f, _: vectors)
         model(x).sum().backward()
     for i, vector in enumerate(vectors):
         expected = by_hand(model, x, lambda f, v=vector: (f * v).sum())
@@ -211,7 +211,7 @@ def test_probes_are_pulled_back_for_the_layers_that_are_kept(x, draw):
 
 def test_probes_are_not_asked_for_when_nothing_is_kept(x):
     model = Net()
-    with Capture(model, wanted=Wanted(probe=lambda f: pytest.fail("asked"))):
+    with Capture(model, wanted=Wanted(probe=lambda f, _: pytest.fail("asked"))):
         model(x).sum().backward()
 
 
@@ -477,7 +477,7 @@ def test_collect_is_separate_from_the_training_pass(x, draw):
     model, other = Net(), draw(5, 3)
     with Capture(model, wanted=(wanted := Wanted())) as capture:
         training = model(x)
-        collected = capture.collect(lambda: mean_square(model(other)), lambda f: [torch.ones_like(f)])
+        collected = capture.collect(lambda: mean_square(model(other)), lambda f, _: [torch.ones_like(f)])
         assert all(p.grad is None for p in model.parameters())
         assert all(record.count == 0 for record in capture.records.values())
         mean_square(training).backward()
@@ -506,7 +506,7 @@ def test_collect_that_fails_leaves_the_capture_as_it_was(x):
     model = Net()
     with Capture(model, wanted=(wanted := Wanted())) as capture:
         with pytest.raises(ZeroDivisionError):
-            capture.collect(lambda: model(x).sum() / (1 // 0), lambda f: [f])
+            capture.collect(lambda: model(x).sum() / (1 // 0), lambda f, _: [f])
         with pytest.raises(TypeError, match="scalar loss"):
             capture.collect(lambda: model(x))
         assert capture.wanted is wanted
@@ -644,7 +644,7 @@ def test_two_captures_do_not_see_each_other_pull(x):
             loss = model(part).square().sum()
             two.collect(lambda: model(x).sum())
             loss.backward()
-            one.collect(lambda: model(x).sum(), lambda f: [f])
+            one.collect(lambda: model(x).sum(), lambda f, _: [f])
     assert_records(one, expected)
     assert_records(two, {"a": expected["a"]})
 
@@ -837,7 +837,8 @@ def test_the_graph_is_freed_without_the_garbage_collector(x, finish, rows):
     gc.collect()
     gc.disable()
     try:
-        with Capture(model, wanted=Wanted(rows=set(rows), probe=lambda f: [torch.ones_like(f)])) as capture:
+        ones = Wanted(rows=set(rows), probe=lambda f, _: [torch.ones_like(f)])
+        with Capture(model, wanted=ones) as capture:
             for _ in range(3):
                 finish(model(x))
                 model.zero_grad()

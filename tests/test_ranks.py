@@ -594,10 +594,15 @@ def test_statistics_of_a_minibatch_of_their_own(name, two):
 
 
 def test_draws_differ_between_ranks():
-    method = KFAC(network(), lr=0.1, loss=CrossEntropyAtLogits()).method
-    seeds = {method.probe(updates, rank).keywords["seed"] for updates in range(9) for rank in range(9)}
-    assert len(seeds) == 81
-    assert method.probe(3).keywords == method.probe(3, 0).keywords
+    method, f = KFAC(network(), lr=0.1, loss=CrossEntropyAtLogits()).method, torch.zeros(32, 4)
+    drawn = [
+        tuple(*next(iter(vectors(f, earlier))).argmin(-1, keepdim=True).mT.tolist())
+        for updates, rank in itertools.product(range(9), range(9))
+        for vectors in [method.probe(updates, rank)]
+        for earlier in range(2)
+    ]
+    assert len({*drawn}) == 162, "and between the passes of an update"
+    assert all(map(torch.equal, method.probe(3)(f), method.probe(3, 0)(f)))
 
 
 def test_the_state_of_the_first_rank_loads_everywhere(two):

@@ -80,7 +80,7 @@ def ekfac_update(
 class EKFACMethod(KFACMethod):
     """EKFAC as verbs: KFAC's statistics, their eigenvectors, the moments along these."""
 
-    uses_moments = True
+    uses_moments = by_example = True
 
     def check(self, group):  # noqa: D102
         super().check(group)
@@ -126,7 +126,8 @@ class EKFAC(Layerwise):
             the moments have products of its positions; the sampled one has none in expectation.
         samples: As there.
         seed: As there.
-        shared: As there; it is of the basis alone, the moments are exact for either.
+        shared: As there; it is of the basis alone, the moments are exact for either, where a layer has the
+            examples first. What is flattened to ``[n·positions, i]`` counts as so many examples.
         **options: ``refresh_every``, ``averaging`` and ``output``, see
             :class:`~sogrid.optimizers.layerwise.Layerwise`; all others but ``reduction``, see
             :class:`~sogrid.shell.LayerOptimizer`.

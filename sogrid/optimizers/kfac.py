@@ -22,7 +22,6 @@ A ⊗ B + εI, which does not factor (THESIS row 25).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Unpack
 
 import torch
@@ -43,6 +42,9 @@ __all__ = ["KFAC", "KFACMethod", "kfac_inverses", "kfac_update", "output_vectors
 
 CURVATURES = ("fisher_exact", "fisher_sampled", "gauss_newton_probabilities", "empirical_fisher")
 MOST_EXACT_OUTPUTS = 128
+
+MOST_PASSES = 1 << 12
+"""In an update, of a process: so far its draws are from those of the next."""
 
 
 def output_vectors(f: Tensor, *, loss: Loss, samples: int | None, seed: int) -> Iterator[Tensor]:
@@ -158,6 +160,8 @@ class KFACMethod(LayerMethod):
         check_count("samples", samples)
         self.loss, self.curvature, self.samples, self.seed = loss, curvature, samples, seed
         self.shared = shared
+        if shared == "reduce":
+            self.by_example, self.rows_are_examples = True, False
 
     def check(self, group):  # noqa: D102
         check_hyperparameter("damping (ε)", group["damping"], positive=True)
@@ -168,12 +172,15 @@ class KFACMethod(LayerMethod):
     def probe(self, updates, rank=0):  # noqa: D102
         if not self.curvature.startswith("fisher"):
             return None
-        return partial(
-            output_vectors,
-            loss=self.loss,
-            samples=self.samples if self.curvature == "fisher_sampled" else None,
-            seed=(self.seed * 1_000_003 + updates + rank * 2**40) % 2**63,
-        )
+        samples = self.samples if self.curvature == "fisher_sampled" else None
+
+        def vectors(f: Tensor, earlier: int = 0) -> Iterator[Tensor]:
+            # Each pass of an update, of each process, has its own; on the CPU 32 bits of a seed count.
+            stream = (rank * MOST_PASSES + earlier) * 2_654_435_761
+            seed = (self.seed * 1_000_003 + updates + stream) % 2**63
+            return output_vectors(f, loss=self.loss, samples=samples, seed=seed)
+
+        return vectors
 
     def measure(self, rows, group):  # noqa: D102
         rows = rows.reduced if self.shared == "reduce" else rows
@@ -207,8 +214,9 @@ class KFAC(Layerwise):
 
     Args:
         model: See :class:`~sogrid.shell.LayerOptimizer`. Call the model itself, not its
-            parts: its output is where the Fisher's targets are drawn. If it returns more than that, say which
-            by ``output``.
+            parts, and give it the layers up to the loss: its output is where the Fisher's targets are drawn.
+            If it returns more than that, say which by ``output``; classes are its last dimension (of torch's
+            ``[n, classes, positions]``: ``output=lambda f: f.movedim(1, -1)``).
         lr: Learning rate λ.
         damping: ε > 0: √ε is added to both factors, or shared between them by ``pi_correction``.
         loss: What the training loss is, as an object of :mod:`sogrid.losses`; its reduction counts. With
@@ -221,7 +229,7 @@ class KFAC(Layerwise):
         samples: Draws per example for ``"fisher_sampled"``.
         pi_correction: Balance the damping between the two factors. Where gradients vanish, as below many
             sigmoid layers, the inputs then get nearly all of it.
-        seed: Of the draws; each refresh and rank has its own stream, so that a resumed run repeats them.
+        seed: Of the draws; each pass, refresh and rank has its own stream, and a resumed run repeats them.
         shared: How a layer's positions (tokens, pixels, several uses) become statistics: ``"expand"`` takes
             each for an example, ``"reduce"`` an example's together; :mod:`sogrid.rows` says when each is
             exact. Where a network pools over positions before its loss, try ``"reduce"``; its rows are fewer.

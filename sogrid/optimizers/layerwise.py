@@ -238,6 +238,8 @@ class Layerwise(Adaptive):
         return self.method.measure(rows, group)
 
     def _rows(self, layer: Layer, record: LayerRecord) -> Rows:
+        if self.method.by_example:
+            record.require_examples_first(self.method.rows_are_examples)
         rows, scale = record.rows(), (record.count if self.reduction == "mean" else 1) / self._loss_scale
         return rows._replace(g=rows.g * scale, biased=layer.trained_bias is not None)
 

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.func import grad, jvp, vjp
 
 from sogrid.bound import bounded
-from sogrid.capture import LOOKS, CaptureError, Wanted
+from sogrid.capture import LOOKS, UNKNOWN, CaptureError, Wanted
 from sogrid.losses import Loss
 from sogrid.shell import LayerOptimizer
 from sogrid.structured import Change, Factored, matrixwise, vectorwise
@@ -261,7 +261,8 @@ class UpdatedBackprop(LayerOptimizer):
 
     The ordinary loop serves: the targets that the exact D may need are recovered from the gradient at
     the output. Because the step is built from per-example gradients and not from ``.grad``, a ``.grad``
-    that was changed after ``backward`` (clipping) is refused on the CPU and ignored elsewhere.
+    that was changed (clipping, a hook, a penalty) is refused on the CPU and ignored elsewhere; what changes
+    only a lower layer's during ``backward`` is looked for in the first update and in every hundredth.
 
     Args:
         model: ``nn.Sequential`` (or :class:`~sogrid.networks.MLP`) of linear layers, each followed by
@@ -380,8 +381,15 @@ class UpdatedBackprop(LayerOptimizer):
         if f.is_cpu and self.param_groups[0]["updates"] % LOOKS == 0:
             _require_chain(layers, activations, [*inputs, f])
         if self.gradients == "matrix" and f.is_cpu:
-            (top,) = activation_slopes(activations[-1:], a[-1:])
-            _require_untouched(layers[-1].weight.grad * scale, Factored(top.pull(grad_f), inputs[-1]))
+            written = any(
+                r.version not in (UNKNOWN, w.weight.grad._version) for w, r in zip(layers, seen, strict=True)
+            )
+            depth = len(layers) if written or self.param_groups[0]["updates"] % LOOKS == 0 else 1
+            g, slopes = grad_f, activation_slopes(activations[-depth:], a[-depth:])
+            for layer, slope, h in reversed([*zip(layers[-depth:], slopes, inputs[-depth:], strict=True)]):
+                g = slope.pull(g)
+                _require_untouched(layer.weight.grad * scale, Factored(g, h))
+                g = g @ layer.weight
         changes = self.method.update(
             Chain(inputs, a, weights, biases, activations, f, grad_f),
             [self.param_groups[layer.home] for layer in watched],
@@ -438,7 +446,7 @@ def _chain(model: nn.Module) -> list[tuple[nn.Linear, nn.Module]]:
 
 
 def _require_untouched(grad: Tensor, own: Factored) -> None:
-    """The top layer's gradient is its ``.grad``, unless somebody changed that after backward."""
+    """A layer's gradient is its ``.grad``, unless somebody changed that."""
     if bool(((own.dense() - grad).abs() > 1e-3 * grad.abs().max()).any()):
         raise CaptureError(
             "UpdatedBackprop builds its step from per-example gradients, and .grad no longer agrees with "

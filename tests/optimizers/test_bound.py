@@ -191,7 +191,7 @@ def test_only_the_first_examples_count(generator):
 def test_probes_are_pulled_back_for_statistics_alone(x, max_change, monkeypatch):
     """A bound keeps inputs at every update, which must not cost a backward pass for KFAC's probes."""
     pulled, probe = [], KFACMethod.probe
-    monkeypatch.setattr(KFACMethod, "probe", lambda *a: lambda f: pulled.append(f) or probe(*a)(f))
+    monkeypatch.setattr(KFACMethod, "probe", lambda *a: lambda f, *b: pulled.append(f) or probe(*a)(f, *b))
     model = network()
     optimizer = KFAC(model, 0.1, 0.1, loss=Quadratic(), refresh_every=3, max_change=max_change)
     for _ in range(7):

@@ -9,8 +9,9 @@ import torch
 from optimizer_list import LAYERWISE, assert_close, assert_same, each, named, parameters
 from torch import nn
 
+from sogrid.capture import CaptureError
 from sogrid.losses import CrossEntropyAtLogits
-from sogrid.optimizers import ACP, UpdatedBackprop
+from sogrid.optimizers import ACP, CenteredGradientDescent, UpdatedBackprop
 
 LOSS = CrossEntropyAtLogits()
 METHODS = [m for m in LAYERWISE if m.kind is not UpdatedBackprop]
@@ -216,3 +217,86 @@ def test_a_model_without_layers_is_the_others():
         one(torch.arange(28).view(7, 4) % 7).square().mean().backward()
         its.step()
     assert_same(parameters(model), parameters(twin))
+
+
+CLIMBERS = {"none": {"other_lr": 0.1}, **{name: options for name, (options, _) in OTHERS.items()}}
+
+
+@pytest.mark.parametrize("other", CLIMBERS)
+@pytest.mark.parametrize("where", ["constructor", "group"])
+def test_to_maximize_a_loss_is_to_minimize_its_negative(other, where):
+    """For the layers and for all other parameters, whoever trains them."""
+    found = []
+    for sign in (1, -1):
+        model = Language()
+        climb = {"maximize": True} if sign == 1 else {}
+        options = {"lr": 0.1, "max_change": None, **CLIMBERS[other]}
+        if where == "group":
+            options["params"] = [{"params": list(model.parameters()), **climb}]
+        else:
+            options |= climb
+        optimizer = ACP(model, **options)
+        train(model, optimizer, loss=lambda f, y, sign=sign: sign * LOSS(f, y))
+        found.append(parameters(model))
+    assert_close(*found, 1e-12)
+
+
+def test_who_cannot_climb_is_refused():
+    class Descent(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {"lr": 0.1})
+
+        def step(self):
+            raise AssertionError
+
+    for params in (None, "group"):
+        model = Language()
+        own = {} if params is None else {"params": [{"params": list(model.parameters())}]}
+        with pytest.raises(
+            ValueError, match="Descent, which trains the other parameters, has no such option"
+        ):
+            ACP(model, 0.1, other=Descent, maximize=True, **own)
+
+
+class Scaled(nn.Module):
+    """Its output is finite, the gradient of its scale is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.scale = nn.Linear(4, 1), nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        return self.layer(x) + self.scale.sqrt()
+
+
+@pytest.mark.parametrize("other", CLIMBERS)
+def test_a_gradient_that_is_not_finite_is_refused_whoever_it_belongs_to(other):
+    model = Scaled()
+    optimizer = ACP(model, 0.1, **CLIMBERS[other])
+    before = parameters(model)
+    model(torch.randn(8, 4)).square().mean().backward()
+    with pytest.raises(FloatingPointError, match="parameter 'scale': the gradient is not finite"):
+        optimizer.step()
+    assert_same(parameters(model), before)
+
+
+@pytest.mark.parametrize("kind", [ACP, CenteredGradientDescent])
+def test_what_the_other_optimizer_refuses_leaves_the_layers_where_they_were(kind):
+    model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 1))
+    optimizer = kind(model, 0.1, other="adamw", other_lr=0.1)
+    before = parameters(model)
+    model(torch.arange(8)).square().mean().backward()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+    assert_same(parameters(model), before)
+
+
+@pytest.mark.parametrize("other", CLIMBERS)
+def test_of_a_sum_over_nobody_knows_how_many_examples_nothing_is_trained(other):
+    """While all layers are frozen."""
+    model = Language()
+    optimizer = ACP(model, 0.1, reduction="sum", **CLIMBERS[other])
+    for layer in (model.hidden, model.head):
+        layer.requires_grad_(False)
+    with pytest.raises(CaptureError, match=r"how many examples .* train one of them, or reduce"):
+        train(model, optimizer, steps=1, loss=CrossEntropyAtLogits("sum"))

@@ -35,7 +35,7 @@ from sogrid.losses import (
     CrossEntropyAtProbabilities,
     Quadratic,
 )
-from sogrid.optimizers import ACP, KFAC, CenteredGradientDescent, NaturalNN, Newton, UpdatedBackprop
+from sogrid.optimizers import ACP, EKFAC, KFAC, CenteredGradientDescent, NaturalNN, Newton, UpdatedBackprop
 
 LOSS = CrossEntropyAtLogits()
 ANY_MODEL = [m for m in LAYERWISE if m.kind is not UpdatedBackprop]
@@ -178,6 +178,128 @@ def test_calls_on_what_others_gave_are_other_examples(method, gradients):
     assert_close(*results)
 
 
+@ROUTES
+@pytest.mark.parametrize("rows", [16, 8, 4])
+def test_a_call_on_a_part_of_what_the_model_gave_is_of_the_same_examples(rows, gradients):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh()).double()
+    options = {"max_change": None, "bias_correction": False, "gradients": gradients}
+    optimizer = CenteredGradientDescent(model, lr=1.0, reduction="sum", **options)
+    before = model[0].bias.detach().clone()
+    h = model(torch.randn(16, 4).double())
+    (h[rows:].square().sum() + model(h[:rows]).square().sum()).backward()
+    grad = model[0].bias.grad.clone()
+    optimizer.step()
+    assert_close([before - model[0].bias.detach()], [grad / 16], 1e-12)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_a_model_that_returns_its_loss(shape):
+    """As one number, or as a vector of one, which ``nn.DataParallel`` wants."""
+
+    class WithItsLoss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 3).double()
+
+        def forward(self, x):
+            return self.layer(x).square().sum().reshape(shape)
+
+    model = WithItsLoss()
+    optimizer = CenteredGradientDescent(
+        model, lr=1.0, reduction="sum", max_change=None, bias_correction=False
+    )
+    before = model.layer.bias.detach().clone()
+    model(torch.randn(16, 4).double()).sum().backward()
+    grad = model.layer.bias.grad.clone()
+    optimizer.step()
+    assert_close([before - model.layer.bias.detach()], [grad / 16], 1e-12)
+
+
+@each([m for m in FEW if m.name != "kfac, exact fisher"])
+def test_a_bound_that_comes_after_the_forward_pass_is_for_the_next(method):
+    model = network()
+    optimizer = method(model, refresh_every=5) if method.refreshes else method(model)
+    train(model, optimizer)
+    optimizer.zero_grad()
+    x, y = batch()
+    LOSS(model(x), y).backward()
+    optimizer.param_groups[0]["max_change"] = 0.1
+    unchanged(model, optimizer, CaptureError, "max_change was given after its forward pass.*zero_grad")
+    train(model, optimizer)
+
+
+class Tokens(nn.Module):
+    """One function of tokens ``[n, t, i]``, whose layer is given them in one of three ways."""
+
+    def __init__(self, how):
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.layer, self.head, self.how = nn.Linear(4, 6), nn.Linear(6, 3), how
+        self.double()
+        for parameter in self.parameters():
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+
+    def forward(self, x):
+        if self.how == "flat":
+            z = self.layer(x.flatten(0, 1)).view(*x.shape[:2], -1)
+        elif self.how == "time first":
+            z = self.layer(x.transpose(0, 1)).transpose(0, 1)
+        else:
+            z = self.layer(x)
+        return self.head(z.tanh().mean(1))
+
+
+@pytest.mark.parametrize("how", ["flat", "time first"])
+@pytest.mark.parametrize(
+    ("kind", "options", "refused"),
+    [
+        (KFAC, {"shared": "expand"}, ()),
+        (KFAC, {"shared": "reduce"}, ("flat", "time first")),
+        (EKFAC, {}, ("time first",)),
+    ],
+)
+def test_who_must_know_which_rows_are_one_examples_has_them_first(kind, options, refused, how):
+    """Others make the same step however the rows come."""
+    x, y = torch.randn(16, 7, 4, generator=torch.Generator().manual_seed(1)).double(), torch.arange(16) % 3
+
+    def step(how):
+        model = Tokens(how)
+        own = {"curvature": "empirical_fisher", "max_change": None, **options}
+        optimizer = kind(model, lr=0.1, loss=LOSS, **own)
+        LOSS(model(x), y).backward()
+        if how in refused:
+            unchanged(model, optimizer, CaptureError, r"'layer' saw an input of shape .* of 16 examples")
+        else:
+            optimizer.step()
+        return parameters(model)
+
+    whole = step("examples first")
+    if how not in refused and kind is KFAC:
+        assert_close(step(how), whole, 1e-12)
+    else:
+        step(how)
+
+
+@pytest.mark.parametrize("kind", [KFAC, EKFAC])
+@pytest.mark.parametrize("micro", [1, 4])
+@pytest.mark.parametrize("how", ["accumulated", "in one closure"])
+def test_parts_of_a_minibatch_have_draws_of_their_own(kind, micro, how):
+    """The Fisher at the output is 2 I: of one draw, repeated, the factor would have the rank ``micro``."""
+    model = network()
+    optimizer = kind(model, lr=0.1, loss=Quadratic(), averaging=1e-12)
+    x, _ = batch(n=32)
+    y = torch.randn(32, N_OUT, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    parts = list(zip(x.split(micro), y.split(micro), strict=True))
+    if how == "accumulated":
+        for a, b in parts:
+            ((model(a) - b).square().sum() / 32).backward()
+        optimizer.step()
+    else:
+        optimizer.refresh(lambda: sum((model(a) - b).square().sum() / 32 for a, b in parts))
+    factor = optimizer.state[model[2].weight]["statistics_output"]
+    assert 0.3 < torch.linalg.eigvalsh(factor).min() < torch.linalg.eigvalsh(factor).max() < 6
+
+
 # --- what is in .grad --------------------------------------------------------------------------------
 
 CLEAR = {
@@ -216,6 +338,29 @@ def test_a_batch_whose_gradient_was_cleared_elsewhere_does_not_count(method, cle
     assert_close(parameters(two), parameters(one), 1e-14)
 
 
+@each(FEW)
+@pytest.mark.parametrize("zero", ["gradient", "input"])
+@ROUTES
+def test_examples_count_whose_gradient_is_zero(method, zero, gradients):
+    """A margin that is met, black pixels; whether their part of the minibatch is the first or not."""
+    (x, y), steps = batch(n=12), []
+    x = x.clone()
+    weights = torch.ones(12, dtype=x.dtype)
+    if zero == "input":
+        x[:4] = 0
+    else:
+        weights[:4] = 0
+    for parts in ([range(12)], [range(4), range(4, 12)], [range(4, 12), range(4)]):
+        model = network()
+        optimizer = method(model, gradients=gradients)
+        for part in map(list, parts):
+            ((LOSS.value(model(x[part]), y[part]) * weights[part]).sum() / 12).backward()
+        optimizer.step()
+        steps.append(parameters(model))
+    assert_close(steps[1], steps[0], 1e-12)
+    assert_close(steps[2], steps[0], 1e-12)
+
+
 @each(LAYERWISE)
 @ROUTES
 def test_the_habit_of_clearing_by_the_model_after_another_models_pass(method, gradients):
@@ -250,6 +395,31 @@ def test_factors_cannot_be_clipped(method, gradients, how):
     else:
         nn.utils.clip_grad_norm_(model.parameters(), 1e-3 if how == "clip" else 1e9)
     unchanged(model, optimizer, CaptureError, "clipped.*max_change")
+    train(model, optimizer)
+
+
+@pytest.mark.parametrize("update", [0, 1])
+@pytest.mark.parametrize("curvature", ["gauss_newton", "hessian", "none"])
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("change", ["clip", "penalty", "mask"])
+def test_updated_backpropagation_refuses_any_layers_changed_gradient(change, layer, curvature, update):
+    """A clipped one at once; what is added within ``backward`` below the top in the first update."""
+    model = network()
+    optimizer = UpdatedBackprop(model, lr=0.1, loss=LOSS, curvature=curvature, max_change=None)
+    train(model, optimizer, steps=update)
+    x, y = batch()
+    weight = model[layer].weight
+    handle = weight.register_hook(lambda grad: 0 * grad) if change == "mask" else None
+    loss = LOSS(model(x), y) + (weight.square().sum() if change == "penalty" else 0)
+    optimizer.zero_grad()
+    loss.backward()
+    if change == "clip":
+        nn.utils.clip_grad_norm_(weight, 1e-6)
+    if update and layer == 0 and change != "clip":
+        return  # not looked for
+    unchanged(model, optimizer, CaptureError, "cannot honour gradient clipping, penalties")
+    if handle is not None:
+        handle.remove()
     train(model, optimizer)
 
 
