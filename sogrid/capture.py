@@ -127,8 +127,8 @@ class Capture:
         self._uses: dict[Use, GradientEdge | None] = {}  # in the latest forward pass; in collect(), in all
         self._latest: dict[str, list[Use]] = {}
         self._root: GradientEdge | None = None  # the latest output, if roots are wanted
-        self._pass, self._passes, self._task, self._collecting = Pass(), 0, -1, False
-        self._collected = 0
+        self._pass, self._passes, self._task = Pass(), 0, -1
+        self._collecting, self._collected = False, 0
         self.version, self.made, self.asked, self._warned = 0, None, False, False
         self.clear()
         self._end = listen(self, model, self._rules, _begins, _ends)
@@ -180,8 +180,7 @@ class Capture:
             TypeError: If the closure returns anything else.
         """
         before = self._uses, self._latest, self._pass, self._root, self.wanted
-        self._uses, self._latest, self._collecting, self.asked = {}, {}, True, False
-        self._collected = 0
+        self._uses, self._latest, self._collecting, self._collected, self.asked = {}, {}, True, 0, False
         self.wanted = replace(self.wanted, rows=set(self.records), roots=False, probe=probe)
         try:
             loss = closure()

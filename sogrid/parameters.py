@@ -113,7 +113,10 @@ def find_layers(groups: list[dict[str, Any]], found: Owners) -> list[Layer]:
                 "too, or put it in a group with preconditioned=False"
             )
         if home.get(bias, home[weight]) != home[weight]:
-            raise ValueError(f"weight and bias of layer {name!r} are in different parameter groups")
+            raise ValueError(
+                f"weight and bias of layer {name!r} are in different parameter groups: a layer is stepped as "
+                "one, so put both into one group, whose weight_decay leaves biases alone"
+            )
         layers.append(
             Layer(name, module, rule_of(module), weight, bias if bias in home else None, home[weight])
         )

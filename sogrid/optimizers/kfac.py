@@ -44,7 +44,7 @@ CURVATURES = ("fisher_exact", "fisher_sampled", "gauss_newton_probabilities", "e
 MOST_EXACT_OUTPUTS = 128
 
 MOST_PASSES = 1 << 12
-"""In an update, of a process: so far its draws are from those of the next."""
+"""Of an update: the streams of one process end where those of the next begin."""
 
 
 def output_vectors(f: Tensor, *, loss: Loss, samples: int | None, seed: int) -> Iterator[Tensor]:
@@ -191,7 +191,7 @@ class KFACMethod(LayerMethod):
         else:
             raise CaptureError(
                 "KFAC saw the layers but not the model's output, where the Fisher's targets are drawn: call "
-                "the model itself, not its parts"
+                "the model itself, not its parts, and train with it the layers that its output depends on"
             )
         h = homogeneous(rows.inputs) if rows.biased else rows.inputs
         mean, inputs = input_rows(h, centered=False)
