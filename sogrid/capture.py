@@ -341,10 +341,12 @@ class Capture:
     def _record(self, name: str, layer: nn.Module) -> LayerRecord:
         """Where a gradient that arrives belongs: a new record if what ``.grad`` held was cleared."""
         task, record, (weight, bias) = graph_task(), self.records[name], self._parameters[layer]
+        held = bias if self.factors(layer) else weight
         if task == record._task:
-            record.version = UNKNOWN  # autograd has added to the gradient before it was there
+            if record.version != UNKNOWN:  # until the pass is over: it is added to in another order
+                record.version = UNKNOWN
+                _note_made(record, held)
         elif not self.wanted.cut:
-            held = bias if self.factors(layer) else weight
             grad = held.grad
             if record if grad is None else record and _cleared(grad, record.version, record.made):
                 record = self.records[name] = LayerRecord()
@@ -405,12 +407,13 @@ class Capture:
         if self._collecting:
             self._collected += 1
             return self._collected - 1
+        found = 0
         for layer, (name, _) in self._rules.items():
             if record := self.records[name]:
                 grad = self._parameters[layer][self.factors(layer)].grad
-                cleared = grad is None or _cleared(grad, record.version, record.made)
-                return 0 if cleared else record.passes
-        return 0
+                if grad is not None and not _cleared(grad, record.version, record.made):
+                    found = max(found, record.passes)
+        return found
 
     def _look_for_others(self, inputs: tuple, output: Any) -> None:
         """Refuse a weight or bias that is used outside its layer."""
@@ -479,6 +482,8 @@ def _note_made(record: LayerRecord | Capture, parameter: Tensor) -> None:
     def note() -> None:
         grad = parameter.grad
         record.made = None if grad is None else weakref.ref(grad)
+        if record.version == UNKNOWN and grad is not None:
+            record.version = grad._version
 
     after_backward(note)
 

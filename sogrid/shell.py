@@ -297,6 +297,7 @@ class LayerOptimizer(Watching):
         if self._capture is not None:
             self._capture.close()
         self._layers, self._routes, self._noted = layers, {}, Noted()
+        self._names = {parameter: name for name, parameter in self.model.named_parameters()}
         self._link()
         self._factored = {layer.weight for layer in layers if layer.rule.factors and layer.bias is not None}
         self._capture = Capture(self.model, {layer.name: layer.module for layer in layers}, self._wanted())
@@ -340,6 +341,8 @@ class LayerOptimizer(Watching):
                 )
             record, factored = self._capture.records[layer.name], self._capture.factors(layer.module)
             if self._held(layer, record, factored):
+                if self.param_groups[layer.home]["max_change"] is not None:
+                    record.require_first()
                 gradient = self._factors(layer, record, ranks) if factored else None
                 mean_h = record.mean if self.uses_mean and not factored else None
                 yield Ready(layer, record, gradient, mean_h if gradient is None else gradient.mean_h)
@@ -418,7 +421,8 @@ class LayerOptimizer(Watching):
         """The layers to step, looked over."""
         ready = list(self._ready(ranks))
         gradients = {f"layer {one.layer.name!r}": self._looked_over(one) for one in ready}
-        self._require_finite(gradients | self._gradients_of_others())
+        gradients |= self._gradients_of_others()
+        self._require_finite(gradients)
         if not self.capturable:
             self._noted.note(self.param_groups[0]["updates"], gradients)
         if self.refresh_due or self._noted.due:
@@ -428,12 +432,12 @@ class LayerOptimizer(Watching):
     def _gradients_of_others(self) -> dict[str, list[Tensor]]:
         """As :meth:`_looked_over`, of the parameters outside the preconditioned groups."""
         plain = [group["params"] for group in self.param_groups if not group["preconditioned"]]
-        held = [p for p in chain.from_iterable(plain) if p.grad is not None and p.grad.is_cpu]
-        if not held:
-            return {}
-        names = {parameter: name for name, parameter in self.model.named_parameters()}
-        values = [p.grad._values() if p.grad.is_sparse else p.grad for p in held]
-        return {f"parameter {names.get(p)!r}": [value] for p, value in zip(held, values, strict=True)}
+        found = {}
+        for k, p in enumerate(chain.from_iterable(plain)):
+            if p.grad is not None and p.numel():
+                name = self._names.get(p, f"{k} of the others")
+                found[f"parameter {name!r}"] = [p.grad._values() if p.grad.is_sparse else p.grad]
+        return {where: [value] for where, (value,) in found.items() if value.numel()}
 
     def _prepare(self, ranks: Ranks) -> list[Ready]:
         """The layers to step and whatever they need, of the minibatch of all ranks; changes no parameter."""

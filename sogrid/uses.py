@@ -238,14 +238,17 @@ class LayerRecord:
         h = [use.input.tensor.flatten(0, -2) for use in self._uses]
         return join(h), join([g.flatten(0, -2) for g in self._uses.values()])
 
-    def some_inputs(self, examples: int) -> Tensor:
-        """Rows ``[·, i]`` of the first examples at least, in all uses."""
+    def require_first(self) -> None:
+        """Refuse uses of whose inputs nothing is there for a bound."""
         for use in self._uses:
             if use.first is None:
                 raise CaptureError(
                     f"layer {use.name!r}: max_change was given after its forward pass, which kept nothing "
                     "for a bound: call zero_grad() and run it again"
                 )
+
+    def some_inputs(self, examples: int) -> Tensor:
+        """Rows ``[·, i]`` of the first examples at least, in all uses."""
         if len(self._uses) == 1:
             (use,) = self._uses
             return use.rule.inputs(use.layer, use.first[:examples]).flatten(-3, -2)

@@ -560,7 +560,7 @@ def latest(content: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def report(content: dict[str, Any]) -> dict[str, list[tuple[str, ...]]]:
     """The tables of a record, to be printed: title → rows of cells, the first one the head."""
     tables = {}
-    for part, run in latest(content).items():
+    for part, run in ((part, run) for part, run in latest(content).items() if part in PARTS):
         machine = run["provenance"]["machine"]
         where = f"{run['provenance']['date']}, {machine['processor']}, {machine['threads']} threads"
         where += "" if machine["device"] == "cpu" else f", {machine['device']}"

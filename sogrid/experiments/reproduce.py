@@ -292,8 +292,8 @@ def tune(
         CheckpointError: If another process is at the same search, with an SQLite file.
         DataError: If the profile needs the full data set and it is not there.
         RecordError: If the file is damaged, holds another experiment, or cannot be written.
-        SearchError: If the storage cannot be used, or holds a study of another plan; or if a setting to
-            begin with is outside the domain.
+        SearchError: If the storage cannot be used, or holds a study of another plan; or if the record to
+            begin with is of something else, or has a setting outside the domain.
         ValueError: For an unknown benchmark, profile or method.
     """
     known = tuned_methods()
@@ -311,11 +311,14 @@ def tune(
         "finalists": scale.finalists,
         "domain": {key: list(ends) for key, ends in domain.items()},
     }
+    known_before = None if begin_with is None else Record.read(begin_with)
+    if known_before is not None and known_before["experiment"] != f"search_{benchmark}":
+        raise SearchError(f"{begin_with} is no record of a search on {benchmark}, to begin with")
     plans = []
     for method in (m for m in known[benchmark] if m in methods or not methods):
         own = {key: ends for key, ends in domain.items() if key in METHODS[method].searched}
         size = (scale.trials, scale.trial_updates[benchmark], scale.evaluate_on)
-        first = None if begin_with is None else _first(Record.read(begin_with), method, own)
+        first = None if known_before is None else _first(known_before, method, own)
         common = {"halvings": scale.halvings, "finalists": scale.finalists, "first": first}
         plans.append(Search(method, own, *size, **common))
     jobs = _search_jobs(plans, task, path, storage)
@@ -344,7 +347,7 @@ def tuned_methods() -> dict[str, list[str]]:
     """Benchmark → the methods that its figures compare and that have hyperparameters of their own."""
     found: dict[str, list[str]] = {}
     for plan in (EXPERIMENTS | COMPARISONS).values():
-        for method in plan.methods if isinstance(plan, Curves) else ():
+        for method in () if isinstance(plan, Searches) else plan.methods:
             names = found.setdefault(plan.benchmark, [])
             if method not in names and METHODS[method].searched:
                 names.append(method)

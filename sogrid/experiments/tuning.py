@@ -214,11 +214,13 @@ def search(
     try:
         with _quiet():
             study = enter(name, plan.rungs)
-            if plan.first:
+            if plan.first and len(_finished(study)) < plan.trials:
                 study.enqueue_trial(plan.first, skip_if_exists=True)
             sampler = partial(SAMPLERS[plan.sampler], plan)
             _optimize(study, plan.trials, sampler, partial(_trial, fit, plan), 100_003 * plan.seed, progress)
             found["trials"] = _columns(study, plan)
+            if plan.first and not _tried(found, plan.first):
+                del found["first"]
             if best := _ranked(found)[: plan.finalists]:
                 again = lambda number: enter(f"{name}.again{number}")  # noqa: E731
                 found["finals"] = _finals(again, fit, plan, found, best, progress)
@@ -379,10 +381,10 @@ def _finals(
         def sampler(seed: int) -> optuna.samplers.BaseSampler:
             return optuna.samplers.GridSampler(grid, seed=plan.seed)
 
-        study = enter(number)
-        title = None if progress is None else f"{progress}, trial {number} again"
-        _optimize(study, RUNS_AGAIN, sampler, objective, 0, title)
-        losses = {trial.params["again"]: trial.value for trial in _finished(study)}
+        study, title = enter(number), None if progress is None else f"{progress}, trial {number} again"
+        made = lambda: {trial.params["again"]: trial.value for trial in _finished(study)}  # noqa: E731
+        while len(losses := made()) < RUNS_AGAIN:  # two workers may make the same one
+            _optimize(study, max(RUNS_AGAIN, len(_finished(study)) + 1), sampler, objective, 0, title)
         return [losses[again] for again in grid["again"]]
 
     again = {number: runs(number) for number in best}
@@ -435,6 +437,12 @@ def _ranked(found: dict[str, Any]) -> list[int]:
     return sorted(
         (i for i, loss in enumerate(losses) if loss is not None), key=lambda i: (-ends[i], losses[i])
     )
+
+
+def _tried(found: dict[str, Any], setting: dict[str, float]) -> bool:
+    """Whether a setting, perhaps of some hyperparameters only, is among the trials."""
+    trials = zip(*(found["trials"][name] for name in setting), strict=True)
+    return tuple(map(_short, setting.values())) in trials
 
 
 def _settings(found: dict[str, Any], number: int) -> dict[str, float]:

@@ -229,7 +229,8 @@ class KFAC(Layerwise):
         samples: Draws per example for ``"fisher_sampled"``.
         pi_correction: Balance the damping between the two factors. Where gradients vanish, as below many
             sigmoid layers, the inputs then get nearly all of it.
-        seed: Of the draws; each pass, refresh and rank has its own stream, and a resumed run repeats them.
+        seed: Of the draws; each refresh, each minibatch accumulated in it, and each rank have streams of
+            their own, and a resumed run repeats them.
         shared: How a layer's positions (tokens, pixels, several uses) become statistics: ``"expand"`` takes
             each for an example, ``"reduce"`` an example's together; :mod:`sogrid.rows` says when each is
             exact. Where a network pools over positions before its loss, try ``"reduce"``; its rows are fewer.

@@ -322,6 +322,9 @@ def test_a_search_begins_with_what_an_earlier_one_has_chosen(small, tmp_path):
         assert found[method]["first"].items() <= begun[method].items()
     assert "first" not in found["bn"]
     assert begun["bn"]["lr"] != VALUES["lr"]
+    other = leave_searches(tmp_path / "other", CIFAR, methods=["standard_sgd"])
+    with pytest.raises(SearchError, match="is no record of a search on mnist_autoencoder"):
+        tune(AE, out=tmp_path, methods=["standard_sgd"], begin_with=other, progress=False)
     far = leave_searches(tmp_path / "far", AE, methods=["mean_only_bn"], lr=100.0)
     with pytest.raises(SearchError, match=r"mean_only_bn cannot begin with lr = 100.* domain \(0.003 to 3\)"):
         tune(AE, out=tmp_path, methods=["mean_only_bn"], begin_with=far, progress=False)

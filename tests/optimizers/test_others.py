@@ -280,6 +280,18 @@ def test_a_gradient_that_is_not_finite_is_refused_whoever_it_belongs_to(other):
     assert_same(parameters(model), before)
 
 
+def test_of_parameters_outside_the_model_each_is_looked_at():
+    model, outside = nn.Linear(4, 1), [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    groups = [{"params": list(model.parameters())}, {"params": outside, "preconditioned": False}]
+    optimizer = ACP(model, 0.1, other_lr=0.1, params=groups)
+    for infinite in outside:
+        optimizer.zero_grad()
+        (model(torch.randn(8, 4)).square().mean() + sum(p.sum() for p in outside)).backward()
+        infinite.grad[0] = float("inf")
+        with pytest.raises(FloatingPointError, match=r"of the others.*not finite"):
+            optimizer.step()
+
+
 @pytest.mark.parametrize("kind", [ACP, CenteredGradientDescent])
 def test_what_the_other_optimizer_refuses_leaves_the_layers_where_they_were(kind):
     model = nn.Sequential(nn.Embedding(10, 4, sparse=True), nn.Linear(4, 1))

@@ -345,6 +345,7 @@ def test_examples_count_whose_gradient_is_zero(method, zero, gradients):
     """A margin that is met, black pixels; whether their part of the minibatch is the first or not."""
     (x, y), steps = batch(n=12), []
     x = x.clone()
+    twice = method.name != "kfac, exact fisher" and zero == "gradient"  # a second use, in the same backward
     weights = torch.ones(12, dtype=x.dtype)
     if zero == "input":
         x[:4] = 0
@@ -354,7 +355,10 @@ def test_examples_count_whose_gradient_is_zero(method, zero, gradients):
         model = network()
         optimizer = method(model, gradients=gradients)
         for part in map(list, parts):
-            ((LOSS.value(model(x[part]), y[part]) * weights[part]).sum() / 12).backward()
+            value = (LOSS.value(model(x[part]), y[part]) * weights[part]).sum() / 12
+            if twice:
+                value = value + (LOSS.value(model(-x[part]), y[part]) * weights[part]).sum() / 12
+            value.backward()
         optimizer.step()
         steps.append(parameters(model))
     assert_close(steps[1], steps[0], 1e-12)
@@ -421,6 +425,17 @@ def test_updated_backpropagation_refuses_any_layers_changed_gradient(change, lay
     if handle is not None:
         handle.remove()
     train(model, optimizer)
+
+
+def test_updated_backpropagation_of_examples_that_cancel_is_no_clipping():
+    """In single precision the sum of gradients then is all rounding."""
+    model = network(dtype=torch.float32)
+    optimizer = UpdatedBackprop(model, lr=0.1, loss=Quadratic(), curvature="none")
+    x = torch.randn(20, N_IN, generator=torch.Generator().manual_seed(0))
+    f = model(x).detach()
+    y = torch.cat([f[:10] + 1, f[:10] - 1])
+    Quadratic()(model(torch.cat([x[:10], x[:10]])), y).backward()
+    optimizer.step()
 
 
 @each(ANY_MODEL)
