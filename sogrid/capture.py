@@ -488,7 +488,7 @@ def _note_made(record: LayerRecord | Capture, parameter: Tensor) -> None:
     after_backward(note)
 
 
-def _cleared(grad: Tensor, version: int, made: weakref.ref[Tensor] | None) -> bool:
+def _cleared(grad: Tensor, version: int, made: Callable[[], Tensor | None] | None) -> bool:
     """Whether nothing is left in a ``.grad`` that would have this version had nobody else written to it.
 
     Zeros are looked for where something else has been written, for which an accelerator's host waits; on the

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,13 +110,14 @@ class LayerRecord:
         unseen: Why a part of ``.grad`` is of no pass that was seen, if it is.
         version: That ``.grad`` has if nobody but the passes that were seen has written to it.
         moved: That the bias had when the latest gradient came.
-        made: The ``.grad`` that the first backward pass made, on the CPU, where there was none before.
+        made: Gives the ``.grad`` that the first backward pass made where there was none before, if it is
+            there still.
     """
 
     unseen: str = ""
     version: int = 0
     moved: int = 0
-    made: weakref.ref[Tensor] | None = None
+    made: Callable[[], Tensor | None] | None = None
     _uses: dict[Use, Tensor | None] = field(default_factory=dict, repr=False)
     _task: int = field(default=-1, repr=False)  # the backward pass of the latest gradient
 

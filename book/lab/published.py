@@ -124,7 +124,7 @@ PUBLISHED = Study(
     trained,
     few={"smoke": True},
 )
-"""A part for every run: three seeds of 20 epochs, and one of ACP and KFAC of 60."""
+"""A part for every run, three seeds of 20 epochs each and one of ACP and KFAC of 60."""
 
 
 def published(file: str | Path, out: str | Path = RESULTS) -> dict[str, Any]:
