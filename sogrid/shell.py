@@ -431,13 +431,17 @@ class LayerOptimizer(Watching):
 
     def _gradients_of_others(self) -> dict[str, list[Tensor]]:
         """As :meth:`_looked_over`, of the parameters outside the preconditioned groups."""
-        plain = [group["params"] for group in self.param_groups if not group["preconditioned"]]
         found = {}
-        for k, p in enumerate(chain.from_iterable(plain)):
-            if p.grad is not None and p.numel():
-                name = self._names.get(p, f"{k} of the others")
-                found[f"parameter {name!r}"] = [p.grad._values() if p.grad.is_sparse else p.grad]
-        return {where: [value] for where, (value,) in found.items() if value.numel()}
+        for k, p in enumerate(self._others()):
+            value = p.grad._values() if p.grad.is_sparse else p.grad
+            if value.numel():
+                found[f"parameter {self._names.get(p, f'{k} of the others')!r}"] = [value]
+        return found
+
+    def _others(self) -> list[Tensor]:
+        """The parameters outside the preconditioned groups that hold a gradient."""
+        plain = (group["params"] for group in self.param_groups if not group["preconditioned"])
+        return [p for p in chain.from_iterable(plain) if p.grad is not None]
 
     def _prepare(self, ranks: Ranks) -> list[Ready]:
         """The layers to step and whatever they need, of the minibatch of all ranks; changes no parameter."""
@@ -477,8 +481,12 @@ class LayerOptimizer(Watching):
         """Outside the preconditioned groups: plain SGD, or ``other``, with the gradient of the mean loss."""
         count = 1
         if self.reduction == "sum":
-            if self._layers and not ready:
-                self._require_no_others()
+            if self._layers and not ready and self._others():
+                raise CaptureError(
+                    "reduction='sum': how many examples the other parameters' gradients are of is known from "
+                    "the layers, of which none has a gradient: train one of them, or reduce the loss by its "
+                    "mean"
+                )
             count = max((one.count for one in ready), default=1 / ranks.size)
         scale = 1 / (count * self._loss_scale)
         if self._inner is not None:
@@ -487,15 +495,6 @@ class LayerOptimizer(Watching):
         for group in self.param_groups:
             held = [p for p in group["params"] if p.grad is not None and not group["preconditioned"]]
             self._move([(p, -group["lr"] * scale * p.grad, torch.detach) for p in held], group)
-
-    def _require_no_others(self) -> None:
-        """Refuse gradients of a sum over nobody knows how many examples."""
-        plain = (group["params"] for group in self.param_groups if not group["preconditioned"])
-        if any(p.grad is not None for p in chain.from_iterable(plain)):
-            raise CaptureError(
-                "reduction='sum': how many examples the other parameters' gradients are of is known from the "
-                "layers, of which none has a gradient: train one of them, or reduce the loss by its mean"
-            )
 
     def _move_all(self, moves: dict[int, list[tuple[Tensor, Tensor | Factored, View]]]) -> None:
         """Make changes, by group, and let go of them."""

@@ -311,14 +311,14 @@ def tune(
         "finalists": scale.finalists,
         "domain": {key: list(ends) for key, ends in domain.items()},
     }
-    known_before = None if begin_with is None else Record.read(begin_with)
-    if known_before is not None and known_before["experiment"] != f"search_{benchmark}":
+    earlier = None if begin_with is None else Record.read(begin_with)
+    if earlier is not None and earlier["experiment"] != f"search_{benchmark}":
         raise SearchError(f"{begin_with} is no record of a search on {benchmark}, to begin with")
     plans = []
     for method in (m for m in known[benchmark] if m in methods or not methods):
         own = {key: ends for key, ends in domain.items() if key in METHODS[method].searched}
         size = (scale.trials, scale.trial_updates[benchmark], scale.evaluate_on)
-        first = None if known_before is None else _first(known_before, method, own)
+        first = None if earlier is None else _first(earlier, method, own)
         common = {"halvings": scale.halvings, "finalists": scale.finalists, "first": first}
         plans.append(Search(method, own, *size, **common))
     jobs = _search_jobs(plans, task, path, storage)
