@@ -55,7 +55,7 @@ the same studies: start the same command on each.
 PROFILES = """\
 profiles:
   smoke     a dozen updates on 400 digits that come with the project; needs nothing
-  laptop    5,000 updates of the autoencoder, 20,000 of the CIFAR-10 network, on the full data sets;
+  laptop    10,000 updates of the autoencoder, 20,000 of the CIFAR-10 network, on the full data sets;
             point SOGRID_DATA at them (see README, Data)
   long      20,000 and 50,000 updates
   thesis    the thesis's 300,000 and 50,000 updates; for a GPU or a patient machine

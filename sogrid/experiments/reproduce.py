@@ -74,7 +74,7 @@ class Profile:
 
 AE, CIFAR, SMALL = "mnist_autoencoder", "cifar10_classifier", "mnist_small_autoencoder"
 LAPTOP = Profile(
-    {AE: 5_000, CIFAR: 20_000}, 60, {AE: 3_000, CIFAR: 5_000}, (200, 400), (20, 64, 300),
+    {AE: 10_000, CIFAR: 20_000}, 60, {AE: 3_000, CIFAR: 5_000}, (200, 400), (20, 64, 300),
     halvings=3, finalists=3,
 )  # fmt: skip
 PROFILES = {
