@@ -74,7 +74,7 @@ class Profile:
 
 AE, CIFAR, SMALL = "mnist_autoencoder", "cifar10_classifier", "mnist_small_autoencoder"
 LAPTOP = Profile(
-    {AE: 10_000, CIFAR: 20_000}, 60, {AE: 3_000, CIFAR: 5_000}, (200, 400), (20, 64, 300),
+    {AE: 10_000, CIFAR: 20_000}, 60, {AE: 3_000, CIFAR: 5_000}, (200, 5_000), (20, 64, 300),
     halvings=3, finalists=3,
 )  # fmt: skip
 PROFILES = {
@@ -147,7 +147,7 @@ class Sweep:
 LANDSCAPE = BENCHMARKS[SMALL].domain
 EXPERIMENTS: dict[str, Curves | Searches | Sweep] = {
     "fig2_2_learning_rate_and_scale": Searches(
-        "fig2_2", AE, LANDSCAPE, ("random",), lambda profile: (1, *profile.landscape)
+        "fig2_2", SMALL, LANDSCAPE, ("random",), lambda profile: (1, *profile.landscape)
     ),
     "fig4_1_three_searches": Searches(
         "fig4_1", SMALL, LANDSCAPE, ("grid", "random", "biased"), lambda profile: profile.searches
