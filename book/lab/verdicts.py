@@ -4,7 +4,8 @@ A verdict is one of five: *holds*, *holds with a caveat*, *does not hold*, *not 
 testable at this scale*. That one method is below another is settled by all the runs that a figure shows:
 
 1. at the last update their means over seeds are more than two standard errors apart (one seed separates
-   nothing; a method that diverges with any seed is above one that does not);
+   nothing; a method that diverges with any seed is above one that does not; if both do, nothing is settled);
+   that a method is above the best of several others asks for more, since one of them may be best by chance;
 2. over the last half of the updates the curves of the means do not cross;
 3. the longer runs, where both have one, end in the same order.
 
@@ -17,7 +18,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean, stdev, variance
+from statistics import NormalDist, fmean, stdev, variance
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,8 @@ class Verdict:
     numbers: str
 
 
+SETTLED = 2
+"""Standard errors."""
 FEW = 5
 """So many values or fewer are told by their ends; of more, a standard deviation says something."""
 
@@ -127,20 +130,25 @@ def _judged(claim: _Claim, record: Record, longer: Record | None) -> tuple[str, 
 # Comparing
 
 
-def _judge(a: list[float], b: list[float]) -> str:
-    """The verdict on "a is lower than b", of the values of several seeds; infinite where one diverged."""
+def _judge(a: list[float], b: list[float], rivals: int = 1) -> str:
+    """The verdict on "a is lower than b", of the values of several seeds; infinite where one diverged.
+
+    If b is the best of several rivals, to be below it is to be below them all. To be above it is to be above
+    one of them only, whichever looks best, which must be as many times less likely by chance.
+    """
     if math.inf in a or math.inf in b:
-        return FAILS if math.inf in a else HOLDS
-    gap, error = fmean(b) - fmean(a), _error(a, b)
-    if error is None or abs(gap) <= 2 * error:
+        return OPEN if math.inf in a and math.inf in b else FAILS if math.inf in a else HOLDS
+    gap, error, normal = fmean(b) - fmean(a), _error(a, b), NormalDist()
+    limit = SETTLED if gap > 0 else -normal.inv_cdf(normal.cdf(-SETTLED) / rivals)
+    if error is None or abs(gap) <= limit * error:
         return OPEN
     return HOLDS if gap > 0 else FAILS
 
 
-def _below(record: Record, longer: Record | None, a: str, b: str) -> str:
-    """The verdict on "method a is below method b", by the three rules above."""
+def _below(record: Record, longer: Record | None, a: str, b: str, rivals: int = 1) -> str:
+    """The verdict on "method a is below method b", the best of so many, by the three rules above."""
     ends = _ends(record)
-    verdict = _judge(ends[a], ends[b])
+    verdict = _judge(ends[a], ends[b], rivals)
     gaps = [gap for update, gap in _gaps(record, a, b).items() if update >= _last(record) / 2]
     late = _ends(longer or {"runs": []})
     if {a, b} <= late.keys() and late[a] != late[b]:
@@ -199,20 +207,32 @@ def _mean_curve(record: Record, method: str, curve: str = "train") -> tuple[np.n
 
 def _updates_to(record: Record, method: str, level: float, curve: str = "train") -> float | None:
     """Updates until the mean curve's best so far is at ``level``, between evaluations on log scales."""
-    updates, values = _mean_curve(record, method, curve)
-    best = np.maximum(np.minimum.accumulate(values), 1e-9)
-    return updates_to(updates.tolist(), best.tolist(), level)
+    return _arrival(*_mean_curve(record, method, curve), level)
+
+
+def _arrival(updates: Iterable[float], values: Iterable[float], level: float) -> float | None:
+    best = np.maximum(np.minimum.accumulate(np.asarray(values, float)), 1e-9)
+    return updates_to(list(updates), best.tolist(), level)
 
 
 def _at_second(
     record: Record, method: str, second: float, costs: dict[str, float] | None = None
 ) -> list[float]:
-    """The training losses of its seeds at a second of the clock, between evaluations on log scales."""
-    cost, at = (costs or milliseconds(record))[method] / 1000, math.log(second)
-    return [
-        float(np.exp(np.interp(at, np.log(np.array(run["update"][1:]) * cost), np.log(run["train"][1:]))))
-        for run in runs_by_method(record)[method]
-    ]
+    """The training losses of its seeds at a second of the clock, between evaluations on log scales.
+
+    Infinite where a run had diverged by then.
+    """
+    cost = (costs or milliseconds(record))[method] / 1000
+    found = []
+    for run in runs_by_method(record)[method]:
+        seconds = np.array(run["update"][1:]) * cost
+        lost = run["status"] != "finished" and not (len(seconds) and second <= seconds[-1])
+        found.append(
+            math.inf
+            if lost
+            else float(np.exp(np.interp(math.log(second), np.log(seconds), np.log(run["train"][1:]))))
+        )
+    return found
 
 
 # Fig. 2.2
@@ -255,11 +275,17 @@ def _sampler_beats(better: str, worse: str) -> Judge:
 
 
 def _steadier(record: Record, longer: Record | None) -> tuple[str, str]:
-    deviations = {s: stdev(v) for s, v in best_losses(record).items() if len(v) > 1}
-    numbers = ", ".join(f"{looks(s).name} s.d. {d:.2g}" for s, d in deviations.items())
+    """The logarithm of a standard deviation of n values has the standard error 1/√(2(n − 1))."""
+    found = {s: v for s, v in best_losses(record).items() if len(v) > 1}
+    numbers = ", ".join(f"{looks(s).name} s.d. {stdev(v):.2g}" for s, v in found.items())
     if record["settings"]["searches"] < 10:
         return UNTESTED, numbers or "one search each"
-    return HOLDS if min(deviations, key=deviations.__getitem__) == "biased" else FAILS, numbers
+    ours, *others = (
+        (math.log(stdev(found[s])), 1 / (2 * (len(found[s]) - 1)))
+        for s in sorted(found, key=lambda s: s != "biased")
+    )
+    gaps = [(log - ours[0]) / math.sqrt(square + ours[1]) for log, square in others]
+    return (HOLDS if min(gaps) > SETTLED else FAILS if min(gaps) < -SETTLED else OPEN), numbers
 
 
 def _concentrates(record: Record, longer: Record | None) -> tuple[str, str]:
@@ -284,7 +310,7 @@ def _concentrates(record: Record, longer: Record | None) -> tuple[str, str]:
 def _ubp_in_updates(record: Record, longer: Record | None) -> tuple[str, str]:
     ends = _ends(record)
     a, b = ends["jaco_update"], ends["standard_sgd"]
-    needed = _updates_to(record, "jaco_update", fmean(b))
+    needed = None if math.inf in b else _updates_to(record, "jaco_update", fmean(b))
     numbers = f"{_value(a)} against {_value(b)} after {_last(record):,} updates"
     if needed is not None:
         numbers += f"; it is where SGD ends after {needed:,.0f}, {_last(record) / needed:.1f} times sooner"
@@ -298,7 +324,7 @@ def _ubp_in_time(record: Record, longer: Record | None) -> tuple[str, str]:
     pays = _judge(ubp, sgd)
     return {HOLDS: FAILS, FAILS: HOLDS if ratio > 7 else CAVEAT, OPEN: OPEN}[pays], (
         f"without Jacobians an update costs {ratio:.1f} of SGD's, not ten; in the time of SGD's "
-        f"{_last(record):,} updates it gets to {_value(ubp)}, SGD to {_value(sgd)}"
+        f"{_last(record):,} updates: {_value(ubp)}, SGD {_value(sgd)}"
     )
 
 
@@ -313,7 +339,11 @@ def _gauss_newton_suffices(record: Record, longer: Record | None) -> tuple[str, 
         for variant in ("", "_hessian", "_without")
     )
     worse, useless = _judge(hessian, gn) == HOLDS, fmean(without) < fmean(gn)
-    return FAILS if worse else CAVEAT if useless or math.inf in gn or len(gn) < 2 else HOLDS, (
+    if min(len(gn), len(hessian)) < 2:
+        verdict = OPEN
+    else:
+        verdict = FAILS if worse else CAVEAT if useless or math.inf in gn else HOLDS
+    return verdict, (
         f"same settings, after {last:,} updates: Gauss-Newton {_value(gn)}, Hessian {_value(hessian)}, no "
         f"second term {_value(without)}"
     )
@@ -325,7 +355,8 @@ def _gauss_newton_suffices(record: Record, longer: Record | None) -> tuple[str, 
 def _acp_beats_centering(record: Record, longer: Record | None) -> tuple[str, str]:
     ends = _ends(record)
     acp, rival = ends["acp_fixedalpha"], _best(ends, ("mean_only_bn", "centered_gradient_descent"))
-    verdict, ratio = _below(record, longer, "acp_fixedalpha", rival), fmean(acp) / fmean(ends[rival])
+    verdict = _below(record, longer, "acp_fixedalpha", rival, rivals=2)
+    ratio = fmean(acp) / fmean(ends[rival])
     if verdict == HOLDS and ratio > 0.8:  # no large margin
         verdict = CAVEAT
     return verdict, (
@@ -365,7 +396,7 @@ def _best_per_update(method: str) -> Judge:
         curves = {m: dict(zip(*_mean_curve(record, m), strict=True)) for m in ends}
         points = [u for u in curves[rival] if u >= _last(record) / 50]
         leads = [u for u in points if min(curves, key=lambda m: curves[m].get(u, math.inf)) == method]
-        verdict = _below(record, longer, method, rival)
+        verdict = _below(record, longer, method, rival, rivals=len(ends) - 1)
         numbers = (
             f"{_value(ends[method])} against {_value(ends[rival])} of {_name(rival)} after {_last(record):,} "
             f"updates; it leads at {len(leads)} of {len(points)} evaluations from update {points[0]:,.0f} on"
@@ -390,10 +421,13 @@ def _acp_keeps_up_in_time(record: Record, longer: Record | None) -> tuple[str, s
     acp = _best(ends, ("acp", "acp_fixedalpha"))
     second = _last(record) * min(costs[acp], costs["kfac"]) / 1000
     a, b = (_at_second(record, m, second) for m in (acp, "kfac"))
-    spread = 2 * (_error(a, b) or math.inf)
-    found = {_keeps_up(loss, fmean(b)) for loss in (fmean(a) - spread, fmean(a) + spread)}
+    if math.inf in a or math.inf in b:
+        found = {_judge(a, b)}
+    else:
+        spread = SETTLED * (_error(a, b) or math.inf)
+        found = {_keeps_up(loss, fmean(b)) for loss in (fmean(a) - spread, fmean(a) + spread)}
     numbers = (
-        f"after {second:.0f} s {_name(acp)} is at {_value(a)}, KFAC at {_value(b)} (an update costs "
+        f"after {second:.0f} s: {_name(acp)} {_value(a)}, KFAC {_value(b)} (an update costs "
         f"{costs[acp]:.0f} and {costs['kfac']:.0f} ms, SGD's {costs['standard_sgd']:.0f})"
     )
     late = _ends(longer or {"runs": []})
@@ -403,7 +437,7 @@ def _acp_keeps_up_in_time(record: Record, longer: Record | None) -> tuple[str, s
         second = _last(longer) * min(costs[acp], costs["kfac"]) / 1000
         a, b = (_at_second(longer, m, second, costs) for m in (acp, "kfac"))
         found.add(_keeps_up(fmean(a), fmean(b)))
-        numbers += f"; carried on, after {second:.0f} s {_name(acp)} is at {_value(a)}, KFAC at {_value(b)}"
+        numbers += f"; carried on, after {second:.0f} s: {_name(acp)} {_value(a)}, KFAC {_value(b)}"
     return found.pop() if len(found) == 1 else OPEN, numbers
 
 
@@ -412,29 +446,43 @@ def _keeps_up(a: float, b: float) -> str:
 
 
 def _best_test_error(record: Record, longer: Record | None) -> tuple[str, str]:
-    best, far = {}, runs_by_method(longer or {"runs": []})
+    best, lows, far = {}, {}, runs_by_method(longer or {"runs": []})
     for method in runs_by_method(record):
         curves = [_mean_curve(r, method, "test") for r in (record, *([longer] if method in far else []))]
         updates, values = (np.concatenate(parts) for parts in zip(*curves, strict=True))
         at = int(values.argmin())
         best[method] = float(values[at]), float(updates[at]), updates[at] == updates.max()
+        each = {run["seed"]: min(run["test"]) for run in runs_by_method(record)[method]}
+        for run in far.get(method, ()):
+            each[run["seed"]] = min(*run["test"], each[run["seed"]])
+        lows[method] = list(each.values())
     winner, *_ = order = sorted(best, key=lambda m: best[m][0])
     numbers = "; ".join(f"{_name(m)} {best[m][0]:.3g} at update {best[m][1]:,.0f}" for m in order[:3])
     falling = [_name(m) for m in order if best[m][2]]
     if falling:
         return UNTESTED, f"lowest: {numbers}; still falling at the end: {', '.join(falling)}"
     soonest = min(best, key=lambda m: best[m][1] * milliseconds(record)[m])
-    return FAILS if not winner.startswith("acp") else HOLDS if soonest == winner else CAVEAT, numbers
+    ours, theirs = (
+        next(m for m in order if (m in ("acp", "acp_fixedalpha")) == which) for which in (True, False)
+    )
+    verdict = _judge(lows[ours], lows[theirs], rivals=len(order) - 2)
+    return CAVEAT if verdict == HOLDS and soonest != winner else verdict, numbers
 
 
 def _fisher_beats_gauss_newton(record: Record, longer: Record | None) -> tuple[str, str]:
     ends = _ends(record)
     nat, gn = (_updates_to(record, m, 0.01, "train_error") for m in ("kfac_nat", "kfac"))
+    each = [
+        [_arrival(run["update"], run["train_error"], 0.01) for run in runs_by_method(record)[m]]
+        for m in ("kfac_nat", "kfac")
+    ]
+    all_do = None not in sum(each, [])
+    verdict = _judge(*each) if all_do else _below(record, longer, "kfac_nat", "kfac")
+    if all_do and verdict == HOLDS and nat >= 0.9 * gn:
+        verdict = CAVEAT
     if nat and gn:
-        verdict = HOLDS if nat < 0.9 * gn else CAVEAT if nat < gn else FAILS
         reached = f"1% training error after {nat:,.0f} updates against {gn:,.0f}"
     else:
-        verdict = _below(record, longer, "kfac_nat", "kfac")
         reached = ", ".join(
             f"{_name(m)} {f'gets to 1% training error at {u:,.0f}' if u else 'does not get to 1%'}"
             for m, u in (("kfac_nat", nat), ("kfac", gn))
@@ -462,26 +510,36 @@ def _fisher_refresh_is_dear(record: Record, longer: Record | None) -> tuple[str,
 
 
 def _heuristic_is_unstable(record: Record, longer: Record | None) -> tuple[str, str]:
-    both = record, longer or {"runs": []}
+    start = _last(record) / 20  # before that, gradients are not small
 
-    def rise(method: str) -> float:
+    def fates(method: str) -> tuple[int, list[int], list[int], float]:
+        """Seeds, when they diverged in the beginning and later, and the largest rise of the loss."""
+        runs = {run["seed"]: run for each in (record, longer or {"runs": []}) for run in each["runs"]
+                if run["method"] == method}  # fmt: skip
+        ends = [_lost_at(run) for run in runs.values() if run["status"] != "finished"]
         ratios = [1.0]
-        for run in (run for each in both for run in runs_by_method(each).get(method, [])):
-            late = [v for u, v in zip(run["update"], run["train"], strict=True) if u >= _last(record) / 20]
+        for run in runs.values():
+            late = [v for u, v in zip(run["update"], run["train"], strict=True) if u >= start]
             ratios += [after / before for before, after in pairwise(late)]
-        return max(ratios)
+        return len(runs), [u for u in ends if u < start], [u for u in ends if u >= start], max(ratios)
 
-    runs = [run for each in both for run in runs_by_method(each).get("acp", [])]
-    ends = [run["update"][-1] for run in runs if run["status"] != "finished"]
-    lost = [u for u in ends if u >= _last(record) / 20]  # before that, gradients are not small
-    heuristic, fixed = rise("acp"), rise("acp_fixedalpha")
+    count, early, lost, heuristic = fates("acp")
+    others, _, also, fixed = fates("acp_fixedalpha")
     words = [f"{ratio:.2g}-fold" if ratio > 1.05 else "none" for ratio in (heuristic, fixed)]
-    early = f", and at the very start {len(ends) - len(lost)}" * (len(ends) > len(lost))
+    at_start = f", and at the very start {len(early)}" * bool(early)
     when = f" (at update {', '.join(f'{u:,}' for u in lost)})" * bool(lost)
-    return HOLDS if lost or heuristic > 1.5 * fixed else FAILS, (
+    more = len(lost) / count - len(also) / others
+    verdict = HOLDS if more > 0 or (more == 0 and heuristic > 1.5 * fixed) else FAILS
+    return OPEN if lost and also else verdict, (
         f"the largest rise of the training loss from one evaluation to the next is {words[0]}, "
-        f"with a fixed α {words[1]}; runs that diverged: {len(lost)} of {len(runs)}{when}{early}"
+        f"with a fixed α {words[1]}; seeds that diverged: {len(lost)} of {count}{when}{at_start}, with a "
+        f"fixed α {len(also)} of {others}"
     )
+
+
+def _lost_at(run: dict[str, Any]) -> int:
+    """The update at which a run diverged; its last evaluation was before."""
+    return int(run["reason"].removeprefix("update ").split(":")[0])
 
 
 def _nnn_is_dear(record: Record, longer: Record | None) -> tuple[str, str]:
@@ -571,7 +629,7 @@ CLAIMS = {
             "the best test error is ACP's, and the soonest",
             "§6.5.3.1, Fig. 6.2",
             _best_test_error,
-            ("acp", "acp_fixedalpha"),
+            ("acp", "acp_fixedalpha", "kfac"),
             clock=True,
         ),
     ),
