@@ -36,8 +36,9 @@ REPRODUCE = """\
 Run what is missing of a figure's record, OUT/FIG.PROFILE.json, which is written after each run. A run
 under way saves its state every half minute and at Ctrl-C, in OUT/.checkpoints; the same command goes on
 from there to the same curve. Other seeds and methods may go on in other processes at the same time,
-into the same record. Learning curves use the hyperparameters that `search` has left in OUT, and
-otherwise those of the book. In a notebook: papermill book/experiments/FIG.ipynb, see there.
+into the same record. Learning curves use the hyperparameters that `search` has left in OUT, for all
+methods of a figure, or else those of the book. In a notebook: papermill book/experiments/FIG.ipynb, see
+there.
 """
 
 SEARCH = """\
@@ -55,8 +56,8 @@ the same studies: start the same command on each.
 PROFILES = """\
 profiles:
   smoke     a dozen updates on 400 digits that come with the project; needs nothing
-  laptop    10,000 updates of the autoencoder, 20,000 of the CIFAR-10 network, on the full data sets;
-            point SOGRID_DATA at them (see README, Data)
+  laptop    10,000 updates of the autoencoder (5,000 in Fig. 5.1), 20,000 of the CIFAR-10 network, on the
+            full data sets; point SOGRID_DATA at them (see README, Data)
   long      20,000 and 50,000 updates
   thesis    the thesis's 300,000 and 50,000 updates; for a GPU or a patient machine
 """

@@ -43,7 +43,7 @@ from lab.trials import is_smoke
 from sogrid.experiments import data
 from sogrid.experiments.benchmarks import BATCH, BENCHMARKS, Method, Task
 from sogrid.experiments.muon import MuonAndAdam
-from sogrid.experiments.records import Record, provenance
+from sogrid.experiments.records import Record, alone, provenance
 from sogrid.experiments.reproduce import SMOKE_EXAMPLES
 from sogrid.experiments.training import evaluation_points, run, updates_to
 from sogrid.experiments.tuning import Search, chosen, open_storage, search
@@ -215,11 +215,13 @@ def contest(
     Path(out).mkdir(parents=True, exist_ok=True)
     for method in methods:
         key = {"part": "search", "method": method}
-        if record.find(**key) is None:
-            storage = open_storage(f"sqlite:///{record.path.with_suffix('.sqlite3')}")
-            wanted = {"storage": storage, "name": method, "methods": METHODS, "alone": True}
-            found = search(task, _plan(method, scale), progress=method if progress else None, **wanted)
-            record.add({**key, **found}, once=key)
+        with alone(record.path.with_suffix(f".{method}")):  # another process may be at it: its result is ours
+            record = _record(out, profile)
+            if record.find(**key) is None:
+                storage = open_storage(f"sqlite:///{record.path.with_suffix('.sqlite3')}")
+                wanted = {"storage": storage, "name": method, "methods": METHODS, "alone": True}
+                found = search(task, _plan(method, scale), progress=method if progress else None, **wanted)
+                record.add({**key, **found}, once=key)
     options = {"updates": scale.updates, "methods": METHODS, "evaluate_on": scale.evaluate_on}
     options["points"] = evaluation_points(scale.updates, per_decade=16, also=[scale.all])
     for seed in (seed for seed in seeds if seed in scale.seeds):

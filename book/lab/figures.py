@@ -11,7 +11,6 @@ from typing import Any
 import plotly.graph_objects as go
 
 from lab.plotting import color, figure, looks, style
-from sogrid.experiments.benchmarks import METHODS
 from sogrid.experiments.reference import thesis_facts, thesis_values
 from sogrid.experiments.tuning import best_so_far, chosen
 
@@ -26,6 +25,7 @@ __all__ = [
     "cost_growth",
     "cost_table",
     "good_learning_rates",
+    "horizon_table",
     "landscape",
     "learning_curves",
     "learning_rate_table",
@@ -79,7 +79,8 @@ def learning_curves(
         methods: Those to draw, if not all.
     """
     shown = {m: runs for m, runs in runs_by_method(record).items() if m in (methods or (m,))}
-    late = runs_by_method(carried_on(record, longer) or {"runs": []})
+    longer = carried_on(record, longer)
+    late = runs_by_method(longer or {"runs": []})
     traces, last, ends = [], 1.0, []
     for method, runs in shown.items():
         ours = [(record, run, 0) for run in runs]
@@ -110,12 +111,13 @@ def carried_on(record: dict[str, Any], longer: dict[str, Any] | None) -> dict[st
     """Of a longer record, the runs that go on with one of a record: same method, seed and settings.
 
     A search that was made again chooses other settings, and what was carried on before is of the old ones.
+    Step times are the record's.
     """
     if longer is None:
         return None
     known = [(run["method"], run["seed"], run["settings"]) for run in record["runs"]]
     runs = [run for run in longer["runs"] if (run["method"], run["seed"], run["settings"]) in known]
-    return {**longer, "runs": runs} if runs else None
+    return {**longer, "runs": runs, "clock": record.get("clock", {})} if runs else None
 
 
 def _seed(
@@ -156,8 +158,9 @@ def runs_by_method(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 
 
 def milliseconds(record: dict[str, Any]) -> dict[str, float]:
-    """What an update of each method costs, from the record's clock; empty if it has none."""
-    return {row["method"]: row["update_ms"] for row in record.get("clock", {}).get("rows", ())}
+    """What an update of each method costs, from the record's clock; empty if it lacks one of them."""
+    found = {row["method"]: row["update_ms"] for row in record.get("clock", {}).get("rows", ())}
+    return found if {run["method"] for run in record["runs"]} <= found.keys() else {}
 
 
 def _updates(record: dict[str, Any]) -> int:
@@ -253,7 +256,7 @@ def caption(record: dict[str, Any]) -> str:
     )
     if "evaluate_on" in settings:
         text += f"; training loss and error are of {settings['evaluate_on']:,} training images"
-    if "clock" in record:
+    if milliseconds(record):
         text += "; seconds are updates times the cost of one, measured on its own"
     return text
 
@@ -295,16 +298,12 @@ def comparison_table(record: dict[str, Any], update: int, figure_key: str) -> st
     for method, runs in runs_by_method(record).items():
         ours = ", ".join(f"{value:.3g}" for value in values_at(record, method, update))
         theirs = f"{thesis[method]:.3g}" if thesis.get(method) is not None else ""
-        lines.append(
-            f"| {looks(method).name} | {ours} | {theirs} | {_settings(method, runs[0]['settings'])} |"
-        )
+        lines.append(f"| {looks(method).name} | {ours} | {theirs} | {_settings(runs[0]['settings'])} |")
     return "\n".join(lines)
 
 
-def _settings(method: str, settings: dict[str, float]) -> str:
-    """Hyperparameters, the learning rate as its optimizer takes it."""
-    own = METHODS[method].own(settings)
-    return ", ".join(f"{WORDS[key]} {value:.3g}" for key, value in own.items())
+def _settings(settings: dict[str, float]) -> str:
+    return ", ".join(f"{WORDS[key]} {value:.3g}" for key, value in settings.items())
 
 
 def cost_table(record: dict[str, Any], figure_key: str) -> str:
@@ -422,7 +421,8 @@ def by_learning_rate(record: dict[str, Any]) -> go.Figure:
         own = {"mode": "markers", "showlegend": False, "name": look["name"], "legendgroup": method}
         traces.append(go.Scatter(x=x, y=y, marker={"color": color(method), "size": 5}, **own))
         best = good_learning_rates(record, method)
-        ends.append(f"{look['name']} {best['loss']:.3g} at {best['lr']:.2g}")
+        end = "none" if best["loss"] == math.inf else f"{best['loss']:.3g} at {best['lr']:.2g}"
+        ends.append(f"{look['name']} {end}")
     return figure(
         traces,
         alt=f"Training loss after {_updates(record)} updates by learning rate. The best: {', '.join(ends)}.",
@@ -437,12 +437,15 @@ def good_learning_rates(record: dict[str, Any], method: str, margin: float = 0.2
 
     Returns:
         ``lr`` and ``loss`` of the best, ``low`` and ``high``, the first and the last good one next to it
-        without a gap, and ``decades``, log₁₀(high/low).
+        without a gap, and ``decades``, log₁₀(high/low). Of a method that diverged at every rate all are NaN,
+        but for the loss, which is infinite.
     """
     found = _last_losses(runs_by_method(record)[method])
     rates = sorted(found)
     losses = [math.inf if None in found[lr] else fmean(found[lr]) for lr in rates]
     best = low = high = min(range(len(rates)), key=losses.__getitem__)
+    if losses[best] == math.inf:
+        return dict.fromkeys(("lr", "low", "high", "decades"), math.nan) | {"loss": math.inf}
     limit = (1 + margin) * losses[best]
     while low > 0 and losses[low - 1] <= limit:
         low -= 1
@@ -468,10 +471,13 @@ def learning_rate_table(record: dict[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for method, runs in runs_by_method(record).items():
-        good = good_learning_rates(record, method)
+        good, seeds = good_learning_rates(record, method), len({run["seed"] for run in runs})
+        if good["loss"] == math.inf:
+            lines.append(f"| {looks(method).name} | {seeds} | diverged at every λ | | | |")
+            continue
         lr, low, high = (_short(good[key]) for key in ("lr", "low", "high"))
         lines.append(
-            f"| {looks(method).name} | {len({run['seed'] for run in runs})} | {good['loss']:.3g} "
+            f"| {looks(method).name} | {seeds} | {good['loss']:.3g} "
             f"| {lr} | {low} to {high} | {good['decades']:.1f} |"
         )
     return "\n".join(lines)
@@ -619,6 +625,38 @@ def best_losses(record: dict[str, Any]) -> dict[str, list[float]]:
     return found
 
 
+def horizon_table(record: dict[str, Any], *figure_keys: str) -> str:
+    """Markdown table of losses at the last update of a search.
+
+    Of an earlier search's choice; of the best trial; of this search's choice with other seeds; the thesis's.
+
+    Args:
+        record: Of searches that began with those choices and ran their finalists again.
+        figure_keys: Figures of the thesis that have these methods.
+    """
+    update = record["settings"]["updates"]
+    thesis: dict[str, float] = {}
+    for key in figure_keys:
+        thesis |= thesis_loss_at(key, update)
+    lines = [
+        "| method | the earlier choice | the best trial | this choice, by these two runs | thesis 2017 |",
+        "|---|---|---|---|---|",
+    ]
+    for run in record["runs"]:
+        trials, first, number, before = run["trials"], run.get("first") or {}, None, ""
+        if len(first) == len(run["domain"]):
+            places = range(len(trials["loss"]))
+            number = next(i for i in places if all(trials[key][i] == first[key] for key in first))
+            loss, end = trials["loss"][number], trials["update"][number]
+            before = "diverged" if loss is None else f"{loss:.3g}" + f", stopped at {end:,}" * (end < update)
+        now = ", ".join("diverged" if loss is None else f"{loss:.3g}" for loss in run["finals"]["loss"][0])
+        now += " (it is the same)" * (run["finals"]["trial"][0] == number)
+        theirs = f"{thesis[run['method']]:.3g}" if run["method"] in thesis else ""
+        best = f"{best_so_far(run)[-1]:.3g}"
+        lines.append(f"| {looks(run['method']).name} | {before} | {best} | {now} | {theirs} |")
+    return "\n".join(lines)
+
+
 def settings_table(record: dict[str, Any]) -> str:
     """Markdown table of the searches behind learning curves: what each method's search chose."""
     lines = ["| method | trials | diverged | best loss | chosen |", "|---|---|---|---|---|"]
@@ -627,6 +665,6 @@ def settings_table(record: dict[str, Any]) -> str:
         diverged = sum(loss is None for loss in losses)
         lines.append(
             f"| {looks(run['method']).name} | {len(losses)} | {diverged} | {best_so_far(run)[-1]:.3g} "
-            f"| {_settings(run['method'], chosen(run))} |"
+            f"| {_settings(chosen(run))} |"
         )
     return "\n".join(lines)

@@ -87,8 +87,8 @@ class FOOFMethod(LayerMethod):
 class FOOF(Layerwise):
     """Gradient descent on neurons (Benzing 2022, arXiv 2201.12250) for the layers of a model.
 
-    The formula is the paper's; statistics come now and then from a minibatch, as ACP's do. For a running
-    average of them there is ``averaging``.
+    The formula is the paper's, whose networks have no biases: one is left to its gradient. Statistics come
+    now and then from a minibatch, as ACP's do. For a running average of them there is ``averaging``.
 
     Args:
         model: See :class:`~sogrid.shell.LayerOptimizer`.

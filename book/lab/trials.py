@@ -115,7 +115,8 @@ def paired(first: Sequence[float], second: Sequence[float], sided: int = 2) -> t
     Args:
         first: Losses by seed, infinite if diverged.
         second: Likewise, from the same seeds.
-        sided: 2, or 1 for the test of the one side on which the mean is.
+        sided: 2, or 1 for the test of the one side on which the mean is: of two methods that are alike, one
+            or the other is then found ahead with twice the chance of the level.
     """
     pairs = [(a, b) for a, b in zip(first, second, strict=True) if math.isfinite(a + b)]
     if len(pairs) < 2:

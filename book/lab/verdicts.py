@@ -476,7 +476,7 @@ def _fisher_beats_gauss_newton(record: Record, longer: Record | None) -> tuple[s
         [_arrival(run["update"], run["train_error"], 0.01) for run in runs_by_method(record)[m]]
         for m in ("kfac_nat", "kfac")
     ]
-    all_do = None not in sum(each, [])
+    all_do = not any(None in arrivals for arrivals in each)
     verdict = _judge(*each) if all_do else _below(record, longer, "kfac_nat", "kfac")
     if all_do and verdict == HOLDS and nat >= 0.9 * gn:
         verdict = CAVEAT

@@ -132,7 +132,6 @@ class Method:
         settings: Names of the hyperparameters it takes, beside the initialisation's ``scale``.
         optional: Names of those that it takes besides, if they are given.
         tuned_as: The method whose hyperparameters it takes over, if it is a variant of one.
-        lr_times: So many times its optimizer's learning rate is the benchmark's: one range serves all.
         lr: Its learning rate, if any large one does. Such a method is searched for the rest of its
             hyperparameters, optional ones included; until then it takes over those of ``tuned_as``.
     """
@@ -145,7 +144,6 @@ class Method:
     settings: tuple[str, ...] = ("lr",)
     optional: tuple[str, ...] = ()
     tuned_as: str | None = None
-    lr_times: float = 1.0
     lr: float | None = None
 
     @property
@@ -155,12 +153,6 @@ class Method:
             return ()
         own = (*self.settings, *self.optional, "scale")
         return tuple(name for name in own if name != "lr" or self.lr is None)
-
-    def own(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Settings of the benchmark with the learning rate as the optimizer takes it."""
-        if self.lr_times == 1 or "lr" not in settings:
-            return settings
-        return settings | {"lr": settings["lr"] / self.lr_times}
 
     def build(self, task: Task, settings: dict[str, Any], generator: torch.Generator, device="cpu"):
         """(network, optimizer) for a task, with weights drawn on the CPU from ``generator``.
@@ -177,7 +169,7 @@ class Method:
         network = task.network(
             normalization=self.normalization, scale=settings["scale"], generator=generator
         ).to(device)
-        own = {key: value for key, value in self.own(settings).items() if key != "scale"}
+        own = {key: value for key, value in settings.items() if key != "scale"}
         return network, self.optimizer(network, task.loss, own)
 
 
@@ -298,9 +290,9 @@ METHODS = {
     "acp_low_rank": Method(_acp(1.0, **LOW_RANK), "ACP, fixed α, rank 100", "orange", "longdash", **AS_ACP),
     "nnn2_low_rank": Method(_nnn(**LOW_RANK), "NNN, rank 100", "green", "longdash", **AS_NNN),
     "kfac_low_rank": Method(_kfac(**LOW_RANK), "KFAC, rank 100", "blue", "longdash", **AS_KFAC),
-    "momentum": Method(_momentum, "SGD with momentum", dash="dash", lr_times=10),
-    "adam": Method(_adaptive(torch.optim.Adam), "Adam", dash="dot", lr_times=100),
-    "muon": Method(_adaptive(MuonAndAdam), "Muon", dash="dashdot", lr_times=100),
+    "momentum": Method(_momentum, "SGD with momentum", dash="dash"),
+    "adam": Method(_adaptive(torch.optim.Adam), "Adam", dash="dot"),
+    "muon": Method(_adaptive(MuonAndAdam), "Muon", dash="dashdot"),
 }
 """The methods of Figs. 5.1 to 6.3, by the thesis's legends, and three of torch's to compare them with.
 
@@ -309,7 +301,5 @@ ours: of updated backpropagation with the true Hessian in the place of Gauss-New
 term; of all second-order methods with a bound on a step (ACP then with the bias term of eq. 6.2.5; λ is 10,
 as any large one does, see the experiment ``learning_rates``); of the amortised ones with statistics of rank
 100, half that of their minibatches. All are searched over the same domain, bounded ones by their bound in
-the place of λ. One range of λ serves all: that of momentum, whose steps add up to ten, is a tenth of SGD's
-(``dampening=0.9`` would do that too, but torch does not dampen the first gradient), that of Adam and Muon,
-which is the step itself, in each weight, a hundredth (``lr_times``).
+the place of λ.
 """

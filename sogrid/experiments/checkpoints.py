@@ -220,8 +220,12 @@ class Checkpoint:
                 self.path.parent.rmdir()
 
 
+@cache
 def source_digest() -> str:
-    """Digest of the code that a curve's numbers come from; comments and docstrings do not count."""
+    """Digest of the code that a curve's numbers come from; comments and docstrings do not count.
+
+    It is that of the first call: what runs is what was imported then.
+    """
     digest = hashlib.sha256()
     for file in sorted(PACKAGE.rglob("*.py")):
         name = file.relative_to(PACKAGE).as_posix()
@@ -230,15 +234,22 @@ def source_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-@cache
 def _code(source: bytes) -> str:
     """What a file says without its comments and docstrings."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
-        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
-        if documented and ast.get_docstring(node, clean=False) is not None:
-            del node.body[0]
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            node.body = [line for line in node.body if not _is_text(line)]
     return ast.dump(tree)
+
+
+def _is_text(line: ast.stmt) -> bool:
+    """Whether it is a string and nothing else: what documents a function, or the line above."""
+    return (
+        isinstance(line, ast.Expr)
+        and isinstance(line.value, ast.Constant)
+        and isinstance(line.value.value, str)
+    )
 
 
 def _header(payload: bytes) -> bytes:

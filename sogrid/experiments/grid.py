@@ -35,6 +35,7 @@ from sogrid.factorize import failures_are_nan
 from sogrid.losses import Loss, Quadratic
 from sogrid.method import Gradient, LayerMethod
 from sogrid.networks import MLP
+from sogrid.optimizers.adaptive import ADAPTIVE
 from sogrid.optimizers.layerwise import Layerwise
 from sogrid.optimizers.updated_backprop import Chain, UpdatedBackprop, UpdatedBackpropMethod
 from sogrid.rows import Rows, share
@@ -49,7 +50,7 @@ REASONS = (
     "a damped matrix is not positive definite, or not finite",
     "the evaluated loss is not finite",
 )
-MORE_THAN_SGD = "momentum", "weight_decay", "maximize"
+MORE_THAN_A_STEP = "momentum", "weight_decay", "maximize"
 
 
 def pooled_digits(**options) -> Task:
@@ -268,12 +269,18 @@ def _rows(x: Tensor) -> Tensor:
 def _method(
     optimizer: torch.optim.Optimizer, groups: Sequence[dict[str, Any]], loss: Loss
 ) -> LayerMethod | UpdatedBackpropMethod:
-    """What a kind of optimizer does in a step."""
-    if isinstance(optimizer, Layerwise | UpdatedBackprop):
-        return optimizer.method
-    if isinstance(optimizer, torch.optim.SGD) and not any(g[key] for g in groups for key in MORE_THAN_SGD):
+    """What a kind of optimizer does in a step, if it does nothing else."""
+    more = [key for key in MORE_THAN_A_STEP if any(group.get(key) for group in groups)]
+    more += ["refresh_every"] * (getattr(optimizer, "refresh_every", None) == ADAPTIVE)
+    if more:
+        raise ValueError(f"a grid has no {more[0]} as this {type(optimizer).__name__} has: leave it out")
+    if isinstance(optimizer, torch.optim.SGD):
         return GradientDescent(loss.reduction)
-    raise ValueError(f"{optimizer!r} has no update that a grid could take")
+    method = getattr(optimizer, "method", None)
+    known = isinstance(optimizer, Layerwise | UpdatedBackprop)
+    if not known or getattr(method, "uses_moments", False):
+        raise ValueError(f"{type(optimizer).__name__} has no update that a grid could take")
+    return method
 
 
 def _together(key: str, values: Sequence[Any], like: Tensor) -> Any:

@@ -104,7 +104,7 @@ def _commit() -> str:
 
     It is that of the first call: what runs is what was imported then.
     """
-    here = Path(__file__).parent
+    here = Path(__file__).parents[1]
     try:
         run = lambda *args: subprocess.run(  # noqa: E731
             ["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=10

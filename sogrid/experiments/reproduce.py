@@ -46,7 +46,7 @@ class Profile:
     """How much of an experiment is run.
 
     Attributes:
-        updates: Of each run of a learning curve: ``{benchmark: parameter updates}``.
+        updates: Of each run of a learning curve: ``{benchmark, or a figure of it: parameter updates}``.
         trials: Of each search of hyperparameters.
         trial_updates: Of each of its trials that is not stopped before: ``{benchmark: parameter updates}``.
         landscape: Random trials of Fig. 2.2, and their updates.
@@ -74,7 +74,7 @@ class Profile:
 
 AE, CIFAR, SMALL = "mnist_autoencoder", "cifar10_classifier", "mnist_small_autoencoder"
 LAPTOP = Profile(
-    {AE: 10_000, CIFAR: 20_000}, 60, {AE: 3_000, CIFAR: 5_000}, (200, 5_000), (20, 64, 300),
+    {AE: 10_000, CIFAR: 20_000, "fig5_1": 5_000}, 60, {AE: 3_000, CIFAR: 5_000}, (200, 5_000), (20, 64, 300),
     halvings=3, finalists=3,
 )  # fmt: skip
 PROFILES = {
@@ -202,6 +202,11 @@ class _Job:
     place: str
     make: Callable[[str | None, Checkpoint | None], dict[str, Any]]
     shared: bool = False  # several processes may be at it
+    varied: tuple[str, ...] = ()  # hyperparameters in which runs of a record differ by design
+
+    def kept(self, run: dict[str, Any]) -> dict[str, Any]:
+        """The hyperparameters that all runs of a method should share."""
+        return {name: value for name, value in run.get("settings", {}).items() if name not in self.varied}
 
 
 def reproduce(
@@ -237,7 +242,8 @@ def reproduce(
             cannot be written, or another process is at the same run.
         DataError: If the profile needs the full data set and it is not there.
         Interrupted: By SIGINT or SIGTERM.
-        RecordError: If the file is damaged, holds another experiment, or cannot be written.
+        RecordError: If the file is damaged, holds another experiment or a method's runs with other
+            hyperparameters, or cannot be written.
         SearchError: If there are no hyperparameters for a method, or a study is of another plan.
         ValueError: For an unknown experiment, profile or method, and a seed out of range.
     """
@@ -285,7 +291,8 @@ def tune(
         methods: Only these; default all that the benchmark's figures compare.
         storage: Database URL of the studies, for several machines ``postgresql+psycopg://…``; default an
             SQLite file beside the record.
-        begin_with: Record of an earlier search: what it chose for a method is among the method's trials.
+        begin_with: Record of an earlier search: what it chose for a method, or for what that is a variant of,
+            is among the method's trials; hyperparameters that it lacks are drawn.
         progress: Show a bar for each method.
 
     Raises:
@@ -401,8 +408,8 @@ def _common(task: Task, profile: str) -> dict[str, Any]:
 def _curves(
     plan: Curves, task: Task, profile: str, seed: int, methods: Sequence[str], out: Path
 ) -> tuple[dict[str, Any], list[_Job]]:
-    scale, found = PROFILES[profile], _tuned(plan.benchmark, profile, out)
-    updates = scale.updates[plan.benchmark]
+    scale, found = PROFILES[profile], _tuned(plan.benchmark, profile, out, plan.methods)
+    updates = scale.updates.get(plan.figure, scale.updates[plan.benchmark])
     points, jobs = _points(plan.benchmark, updates), []
     for method in methods:
         last = updates if METHODS[method].searched else updates // VARIANTS
@@ -426,7 +433,7 @@ def _sweep(
     plan: Sweep, task: Task, profile: str, seed: int, methods: Sequence[str], out: Path
 ) -> tuple[dict[str, Any], list[_Job]]:
     count, updates = PROFILES[profile].sweep
-    found, jobs, (low, high) = _tuned(plan.benchmark, profile, out), [], plan.rates
+    found, jobs, (low, high) = _tuned(plan.benchmark, profile, out, plan.methods), [], plan.rates
     options = {"updates": updates, "points": [updates], "seed": seed}  # an evaluation costs many updates
     options["evaluate_on"] = PROFILES[profile].evaluate_on
     for method in methods:
@@ -435,7 +442,7 @@ def _sweep(
             settings = {**_chosen(found, method), "lr": lr}
             make = partial(_train, task, method, settings, options)
             key = {"method": method, "settings": settings, "seed": seed}
-            jobs.append(_Job(key, f"{method}.lr{lr}.seed{seed}", make))
+            jobs.append(_Job(key, f"{method}.lr{lr}.seed{seed}", make, varied=("lr",)))
     how = "by biased random search, except the learning rate"
     return {**_common(task, profile), "updates": updates, "hyperparameters": how}, jobs
 
@@ -459,7 +466,7 @@ def _train(task: Task, method: str, settings: dict, options: dict, title: str | 
 
 
 def _points(benchmark: str, updates: int) -> list[int]:
-    """When curves are evaluated: the same for all figures of a benchmark, with the thesis's points."""
+    """When curves are evaluated: the same for a benchmark and a length, with the thesis's points."""
     theirs = set()
     for plan in EXPERIMENTS.values():
         if isinstance(plan, Curves) and plan.benchmark == benchmark:
@@ -470,16 +477,24 @@ def _points(benchmark: str, updates: int) -> list[int]:
     return evaluation_points(updates, also={*theirs, updates // VARIANTS})
 
 
-def _tuned(benchmark: str, profile: str, out: Path) -> dict[str, Any]:
-    """The record of the searches: the user's own of this profile, or at laptop scale, or the book's."""
+def _tuned(benchmark: str, profile: str, out: Path, methods: Sequence[str]) -> dict[str, Any]:
+    """The record of the searches: the user's own of this profile, or at laptop scale, or the book's.
+
+    The book has a second one, of shorter searches, beside its own: for figures of which some methods have
+    only that.
+    """
     places = [search_path(out, benchmark, profile), search_path(out, benchmark, "laptop")]
     places.append(search_path(RESULTS, benchmark, "laptop"))
-    for place in places:
-        if place.exists():
-            return Record.read(place)
-    raise SearchError(
-        f"the hyperparameters of {benchmark} have not been searched: run python -m sogrid search {benchmark}"
-    )
+    place = next((place for place in places if place.exists()), None)
+    if place is None:
+        raise SearchError(
+            f"the hyperparameters of {benchmark} have not been searched: "
+            f"run python -m sogrid search {benchmark}"
+        )
+    found, short = Record.read(place), search_path(place.parent, benchmark, "short")
+    searched = {run["method"] for run in found["runs"]}
+    whole = all({method, METHODS[method].tuned_as} & searched for method in methods)
+    return found if whole or not short.exists() else Record.read(short)
 
 
 def _searches(
@@ -520,6 +535,8 @@ def _complete(
 ) -> dict[str, Any]:
     """Make the runs that the record lacks, or take them from another figure's."""
     record = Record(path, experiment, settings)
+    for job in jobs:
+        _require_same(record, job)
     for number, job in enumerate(jobs, start=1):
         if record.find(**job.key) is not None:
             continue
@@ -530,6 +547,21 @@ def _complete(
                 title = f"{job.place} ({number} of {len(jobs)})" if progress else None
                 record.add(_elsewhere(path, settings, job.key) or job.make(title, checkpoint), once=job.key)
     return record.content
+
+
+def _require_same(record: Record, job: _Job) -> None:
+    """A search made again may choose anew; a record has one choice for each method.
+
+    Raises:
+        RecordError: If the record has the method's runs with another.
+    """
+    method, ours = job.key["method"], job.kept(job.key)
+    for theirs in (job.kept(found) for found in record.content["runs"] if found["method"] == method):
+        if theirs != ours:
+            raise RecordError(
+                f"{record.path} has runs of {method} with {theirs}, and its search has chosen {ours} since: "
+                f"choose another folder, or move the record away"
+            )
 
 
 def _elsewhere(path: Path, settings: dict[str, Any], key: dict[str, Any]) -> dict[str, Any] | None:

@@ -364,7 +364,8 @@ def run(
         task: The benchmark, its data on the device to use.
         method: Key of ``methods``.
         settings: Its hyperparameters and the initialisation's ``scale``.
-        seed: Of weights, data order and everything else.
+        seed: Of weights, data order and statistics minibatches. Targets that an optimizer samples have a seed
+            of its own.
         progress: Title of the progress bar, by default the method; ``None`` for no bar.
         checkpoint: See :func:`train`. A run that was taken up says so under ``"resumed"``.
         methods: The table that it is a row of.

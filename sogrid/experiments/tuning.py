@@ -266,7 +266,10 @@ def _finished(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def _retry(study: optuna.Study, trial: FrozenTrial, max_retry: int | None = None) -> None:
-    """Queue a trial's hyperparameters once more; it is compared anew, also where the old one has been."""
+    """Queue a trial's hyperparameters once more; it is compared anew, also where the old one has been.
+
+    What the old one came to there is still among what others are compared with.
+    """
     trial, attributes = copy(trial), trial.system_attrs.items()
     trial.system_attrs = {k: v for k, v in attributes if not k.startswith("completed_rung")}
     RetryHeartbeatStaleTrialCallback(max_retry)(study, trial)

@@ -12,7 +12,7 @@ from sogrid.experiments.grid import StackedMLP, pooled_digits, train_grid
 from sogrid.experiments.training import run
 from sogrid.losses import CrossEntropyAtLogits, Quadratic
 from sogrid.networks import MLP
-from sogrid.optimizers import ACP, KFAC, CenteredGradientDescent, NaturalNN, UpdatedBackprop
+from sogrid.optimizers import ACP, EKFAC, KFAC, CenteredGradientDescent, NaturalNN, UpdatedBackprop
 
 ROUNDING = 1e-11
 N, WIDTH, CLASSES = 120, 12, 3
@@ -215,6 +215,9 @@ def test_pooled_digits_are_means_of_nine_pixels():
     assert small[3, 4] == pytest.approx(float(image[11:14, 14:17].mean()))
 
 
+MORE = {"momentum": 0.5}, {"weight_decay": 0.01}, {"maximize": True}, {"refresh_every": "adaptive"}
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -222,8 +225,10 @@ def test_pooled_digits_are_means_of_nine_pixels():
         ("adagrad", {}, "method must be one of"),
         ("adam", {}, "no update"),
         ("standard_sgd", {"seeds": [1]}, "as many seeds"),
-        (Method(lambda m, loss, s: torch.optim.SGD(m.parameters(), **s, momentum=0.5)), {}, "no update"),
-        (Method(lambda m, loss, s: torch.optim.Adam(m.parameters(), **s)), {}, "no update"),
+        (Method(lambda m, loss, s: torch.optim.SGD(m.parameters(), **s, momentum=0.5)), {}, "momentum"),
+        *((Method(lambda m, loss, s, own=own: ACP(m, **s, **own)), {}, next(iter(own))) for own in MORE),
+        (Method(lambda m, loss, s: EKFAC(m, **s, loss=loss)), {}, "EKFAC has no update"),
+        (Method(lambda m, loss, s: torch.optim.Adam(m.parameters(), **s)), {}, "Adam has no update"),
         (Method(lambda m, loss, s: ACP(m, **s, params=m.linear1.parameters())), {}, "all weights and biases"),
     ],
 )

@@ -5,10 +5,13 @@ import json
 import os
 import threading
 from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from children import Child
 
+import sogrid
 from sogrid.experiments import records
 from sogrid.experiments.records import RESULTS, Record, RecordError, alone, provenance, write_atomically
 
@@ -267,3 +270,15 @@ def test_the_commit_is_that_of_the_first_call(monkeypatch):
     first = provenance()
     monkeypatch.setattr(records.subprocess, "run", None)
     assert provenance() == first
+
+
+def test_a_change_anywhere_in_the_package_marks_the_commit(monkeypatch):
+    asked = []
+
+    def git(command, *, cwd, **options):
+        asked.append((command[1], cwd))
+        return SimpleNamespace(stdout="")
+
+    monkeypatch.setattr(records.subprocess, "run", git)
+    records._commit.__wrapped__()
+    assert ("status", Path(sogrid.__file__).parent) in asked

@@ -14,7 +14,7 @@ from sogrid.experiments.benchmarks import BENCHMARKS, METHODS
 from sogrid.experiments.checkpoints import FOLDER, Checkpoint, Interrupted
 from sogrid.experiments.data import DataError
 from sogrid.experiments.parameters import ParameterError, checked
-from sogrid.experiments.records import Record
+from sogrid.experiments.records import Record, RecordError
 from sogrid.experiments.reference import thesis_values
 from sogrid.experiments.reproduce import (
     AE,
@@ -246,6 +246,39 @@ def test_ones_own_search_of_the_profile_comes_first_then_that_at_laptop_scale_th
         search_path(tmp_path / place[0], AE, place[1]).unlink()
 
 
+def test_a_figure_with_a_method_that_only_the_shorter_searches_have_is_tuned_by_them(
+    tiny, tmp_path, monkeypatch
+):
+    """All of it, whichever of its methods are asked for."""
+    book = tmp_path / "book"
+    monkeypatch.setattr(module, "RESULTS", book)
+    leave_searches(book, AE, profile="short", lr=0.002)
+    for there, asked, lr in ((FEW[:1], FEW[:1], 0.002), (FEW[:1], FEW, 0.002), (FEW, FEW[:1], 0.001)):
+        search_path(book, AE, "laptop").unlink(missing_ok=True)
+        leave_searches(book, AE, methods=there, profile="laptop", lr=0.001)
+        runs = reproduce(FIG, out=tmp_path / f"{len(there)}{len(asked)}", methods=asked)["runs"]
+        assert {run["settings"]["lr"] for run in runs} == {lr}
+
+
+@pytest.mark.parametrize(
+    ("name", "methods", "changed"),
+    [(FIG, ["standard_sgd"], "lr"), (FIG, ["acp_fixedalpha"], "damping"), (SWEEP, ["kfac"], "damping")],
+)
+def test_a_record_has_one_choice_for_each_method(tiny, tmp_path, name, methods, changed):
+    before = reproduce(name, out=tmp_path, methods=methods)
+    search_path(tmp_path, AE, "smoke").unlink()
+    leave_searches(tmp_path, AE, **{changed: 0.02})
+    options = dict(out=tmp_path, seed=1)
+    with pytest.raises(RecordError, match=f"runs of {methods[0]} with .*{VALUES[changed]}.*0.02.*folder"):
+        reproduce(name, **options)
+    path = module.record_path(tmp_path, name, "smoke")
+    assert module.Record.read(path) == before, "nothing was begun"
+    if name == SWEEP:
+        search_path(tmp_path, AE, "smoke").unlink()
+        leave_searches(tmp_path, AE, lr=0.02)  # the sweep's own
+        assert len(reproduce(name, **options, methods=methods)["runs"]) == 2 * len(before["runs"])
+
+
 def test_a_variant_takes_over_the_hyperparameters_of_its_method(small, tmp_path, monkeypatch):
     leave_searches(tmp_path, AE)
     methods = ("jaco_update", "jaco_update_without")
@@ -273,9 +306,8 @@ def test_a_bounded_method_has_a_learning_rate_of_its_own_and_what_was_found_for_
     for run in reproduce("bounded", out=tmp_path, methods=methods)["runs"]:
         assert run["settings"] == {**best, "lr": METHODS["acp_bounded"].lr}
     own = {"damping": 0.1, "max_change": 0.05, "scale": 3.0, "lr": METHODS["acp_bounded"].lr}
-    search_path(tmp_path, AE, "smoke").unlink()
-    leave_searches(tmp_path, AE, methods=["acp_fixedalpha", "acp_bounded"], **own)
-    bounded, low_rank = reproduce("bounded", out=tmp_path, methods=methods)["runs"][2:]
+    leave_searches(tmp_path / "own", AE, methods=["acp_fixedalpha", "acp_bounded"], **own)
+    bounded, low_rank = reproduce("bounded", out=tmp_path / "own", methods=methods)["runs"]
     assert bounded["settings"] == low_rank["settings"] == own
     assert (bounded["update"][-1], low_rank["update"][-1]) == (2, 0), "a variant is trained for a fifth"
 

@@ -209,18 +209,3 @@ def test_progress_bars_are_silent_unless_asked(task, capsys):
     model = nn.Sequential(nn.Linear(6, 6))
     train(model, torch.optim.SGD(model.parameters(), 0.01), task, updates=2, points=[2], seed=0, batch=20)
     assert capsys.readouterr().err == ""
-
-
-def test_momentum_s_learning_rate_means_what_it_does_for_sgd():
-    """Of a gradient that never changes, each step is λ times it in the end, and the first a tenth of that."""
-    weight = torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))
-    holder = torch.nn.ParameterList([weight])
-    method, slope, path = METHODS["momentum"], torch.ones(3), []
-    optimizer = method.optimizer(holder, None, method.own({"lr": 0.5}))
-    for _ in range(400):
-        before = weight.detach().clone()
-        weight.grad = slope.double()
-        optimizer.step()
-        path.append(before - weight.detach())
-    torch.testing.assert_close(path[0], 0.05 * slope.double())
-    torch.testing.assert_close(path[-1], 0.5 * slope.double(), rtol=1e-12, atol=0)

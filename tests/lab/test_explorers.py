@@ -469,19 +469,6 @@ def test_a_stopped_trial_is_told_and_not_the_best():
     assert "stopped" not in hyperparameter_interaction(search_record(search())).at(shown=11)["text"]
 
 
-def test_interaction_shows_the_learning_rates_that_optimizers_take():
-    """Adam's is a hundredth of the benchmark's, and so is the axis."""
-    sgd, adam = search(count=12), search("adam", count=12)
-    found = hyperparameter_interaction(search_record(sgd, adam))
-    first, second = (found.at(search=i) for i in (0, 1))
-    np.testing.assert_allclose(second["traces"][1]["x"], np.array(adam["trials"]["lr"]) / 100, rtol=1e-6)
-    np.testing.assert_allclose(np.array(first["traces"][0]["x"]) / second["traces"][0]["x"], 100, rtol=1e-5)
-    ranges = (np.array(picture["layout"]["xaxis"]["range"]) for picture in (first, second))
-    np.testing.assert_allclose(next(ranges) - next(ranges), 2)
-    assert "divided by 100" in second["text"]
-    assert "divided" not in first["text"]
-
-
 def test_interaction_keeps_to_a_window_of_the_third_hyperparameter():
     found = explorer("interaction")
     run = search("acp", updates=400, count=12, domain={**DOMAIN, "damping": [0.001, 1.0]})

@@ -14,6 +14,7 @@ from lab.figures import (
     cost_growth,
     cost_table,
     good_learning_rates,
+    horizon_table,
     landscape,
     learning_curves,
     learning_rate_table,
@@ -63,6 +64,20 @@ def with_clock(record):
 
 def lines(figure, name):
     return [trace for trace in figure.data if trace.mode == "lines" and trace.name == name]
+
+
+def test_seconds_of_one_axis_are_measured_in_one_way(record):
+    """A method that came after the clock: all seconds are the runs' own until the clock is asked again."""
+    partial = with_clock(record)
+    assert max(learning_curves(partial, x="second", y="train").data[0].x) == 1 + 120
+    partial["clock"]["rows"].pop()
+    drawn = learning_curves(partial, x="second", y="train")
+    assert max(drawn.data[0].x) == 1 + 300
+    assert "measured on its own" not in caption(partial)
+    longer = {**record, "settings": {**record["settings"], "updates": 9000}, "runs": []}
+    longer["runs"] = [{**record["runs"][0], "update": [0, 300, 1000, 9000]}]
+    drawn = learning_curves(with_clock(record), x="second", y="train", longer=longer)
+    assert max(max(trace.x) for trace in drawn.data) == 1 + 360
 
 
 def test_a_line_is_a_seed(record):
@@ -256,14 +271,37 @@ def test_the_table_of_searches(searches):
     rows = search_table(searches).splitlines()
     assert rows[4] == "| biased random search | 2 | 30.50 ± 0.71 | 26.61 ± 0.13 |"
     assert settings_table(searches).splitlines()[2] == "| SGD | 4 | 1 | 30 | λ 0.1, s 10 |"
-    for run in searches["runs"]:
-        run["method"] = "adam"
-    assert (
-        settings_table(searches).splitlines()[2] == "| Adam | 4 | 1 | 30 | λ 0.001, s 10 |"
-    )  # as torch takes it
     assert "24 runs of 300 updates" in search_caption(searches)
     halved = {**searches, "settings": {**searches["settings"], "halvings": 2}}
     assert "24 runs of up to 300 updates" in search_caption(halved)
+
+
+def test_the_table_of_a_longer_search():
+    """What came first may be any of its trials; one that was stopped says so, one chosen again too."""
+
+    def run(method, first, best, loss, update):
+        trials = {"lr": [0.1, 0.2, 0.3], "scale": [4.0, 5.0, 6.0], "loss": loss, "update": update}
+        known = {key: trials[key][first] for key in ("lr", "scale")}
+        finals = {"trial": [best, 0], "loss": [[9.0, None], [10.0, 11.0]]}
+        return {
+            **{"method": method, "updates": 3000, "domain": {"lr": [0.1, 1.0], "scale": [1.0, 9.0]}},
+            **{"first": known, "trials": trials, "finals": finals},
+        }
+
+    runs = [
+        run("kfac", 1, 2, [8.0, 50.25, 9.0], [3000, 375, 3000]),
+        run("acp", 2, 2, [8.0, 9.5, 7.25], [3000] * 3),
+        run("jaco_update", 1, 0, [8.0, None, 9.0], [3000, 200, 3000]),
+        {**run("nnn2", 1, 0, [8.0, 7.0, 9.0], [3000] * 3), "first": None},
+    ]
+    table = horizon_table({"settings": {"updates": 3000}, "runs": runs}, "fig6_1", "fig6_2").splitlines()
+    theirs = thesis_loss_at("fig6_2", 3000)
+    assert table[2:] == [
+        f"| KFAC | 50.2, stopped at 375 | 8 | 9, diverged | {theirs['kfac']:.3g} |",
+        f"| ACP, heuristic α | 7.25 | 7.25 | 9, diverged (it is the same) | {theirs['acp']:.3g} |",
+        "| updated backpropagation | diverged | 8 | 9, diverged |  |",
+        f"| NNN |  | 7 | 9, diverged | {theirs['nnn2']:.3g} |",
+    ]
 
 
 # Learning rates
@@ -298,6 +336,17 @@ def test_good_learning_rates_are_those_next_to_the_best_without_a_gap(sweep):
     assert good_learning_rates(sweep, "kfac", margin=0.1)["low"] == 1.0
     table = learning_rate_table(sweep).splitlines()
     assert table[-1] == "| KFAC | 2 | 10 | 1 | 0.1 to 1 | 1.0 |"
+
+
+def test_a_method_that_diverges_at_every_rate_has_no_good_one(sweep):
+    for run in sweep["runs"]:
+        if (run["method"], run["seed"]) == ("kfac", 1):
+            run |= {"train": [50.0], "update": [0], "status": "diverged"}
+    found = good_learning_rates(sweep, "kfac")
+    assert found.pop("loss") == math.inf
+    assert all(map(math.isnan, found.values()))
+    assert learning_rate_table(sweep).splitlines()[-1] == "| KFAC | 2 | diverged at every λ | | | |"
+    assert "KFAC none" in by_learning_rate(sweep).layout.meta["alt"]
 
 
 def test_losses_by_learning_rate_have_no_point_where_a_seed_diverged(sweep):

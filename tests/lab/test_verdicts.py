@@ -322,7 +322,7 @@ def test_the_interaction_is_a_correlation_of_the_twenty_best():
 
 def test_fisher_and_gauss_newton_are_compared_where_they_reach_one_percent():
     ends = {"kfac_nat": [0.5] * 3, "kfac": [0.8] * 3, "acp": FAR}
-    clock = {"kfac_nat": (5.5, 60), "kfac": (5, 30)}
+    clock = {"kfac_nat": (5.5, 60), "kfac": (5, 30), "acp": (5, 20)}
     record = curves("fig6_3_cifar10", ends, clock=clock)
     found = verdict(record, "than with the Gauss-Newton")
     assert found.verdict == "holds"

@@ -11,7 +11,6 @@ import numpy as np
 
 from lab.explorers.core import At, Explorer, First, Short, ring, say, select, short, slider
 from lab.plotting import looks
-from sogrid.experiments.benchmarks import METHODS
 from sogrid.experiments.search import winsorise
 
 __all__ = ["Scale", "cells", "hyperparameter_interaction", "unit"]
@@ -71,8 +70,7 @@ def hyperparameter_interaction(*records: dict[str, Any], searches: int = 3) -> E
     """Landscape and trials of searches by learning rate and init scale; the current best is ringed.
 
     A trial that was stopped on its way is an open circle, and can be best only of those that got no farther.
-    Learning rates are those that the optimizers take: where the benchmark's is a multiple of it, the axis is
-    shifted. What there is only one of has no control: search (method, sampler, seed), updates of a trial, and
+    What there is only one of has no control: search (method, sampler, seed), updates of a trial, and
     where a third hyperparameter may lie.
 
     Args:
@@ -90,8 +88,6 @@ def hyperparameter_interaction(*records: dict[str, Any], searches: int = 3) -> E
     shown = At(np.arange(1, data.count + 1), "shown")
     best, third = data.column("best", "window", "shown"), data.third
     log = {"type": "log", "dtick": 1, "exponentformat": "power"}
-    low, high = np.log10(data.domain["lr"])
-    across = At([[low - shift, high - shift] for shift in np.log10(data.times)], "search")
     windows = list(map(_words, data.windows))
     return Explorer(
         alt=f"Runs by learning rate and init scale, coloured by loss (crosses diverged), the first so many "
@@ -108,7 +104,11 @@ def hyperparameter_interaction(*records: dict[str, Any], searches: int = 3) -> E
             ring(At(data.column("lr"), best), At(data.column("scale"), best)),
         ],
         layout={
-            "xaxis": {"title": {"text": "learning rate λ"}, "range": across, **log},
+            "xaxis": {
+                "title": {"text": "learning rate λ"},
+                "range": np.log10(data.domain["lr"]).tolist(),
+                **log,
+            },
             "yaxis": {
                 "title": {"text": "init scale s"},
                 "range": np.log10(data.domain["scale"]).tolist(),
@@ -126,7 +126,6 @@ class _Searches:
     Attributes:
         halving: Whether trials were stopped on their way.
         names: Method, sampler and seed of each.
-        times: So many times the optimizer's learning rate is the benchmark's, of each.
         budgets: Updates of a trial.
         third: A hyperparameter beside those of the axes, or ``None``.
         windows: Where it may lie.
@@ -140,7 +139,6 @@ class _Searches:
         seeds = sorted({run["seed"] for run in runs})[:searches]
         found = {(run["method"], run["sampler"], run["seed"], run["updates"]): run for run in runs}
         self.names = list(dict.fromkeys(key[:3] for key in found if key[2] in seeds))
-        self.times = [METHODS[name[0]].lr_times for name in self.names]
         third = self.third = next((key for run in runs for key in run["domain"] if key not in AXES), None)
         self.windows = _windows(next((run["domain"][third] for run in runs if third in run["domain"]), None))
         self.count = max(len(run["trials"]["loss"]) for run in runs)
@@ -160,7 +158,7 @@ def _background(data: _Searches) -> dict[str, Any]:
     of = At(np.array([methods.index(name[0]) for name in data.names]), "search")
     return {
         "type": "heatmap",
-        "x": At(np.array([cells(data.domain["lr"]) / times for times in data.times]), "search"),
+        "x": cells(data.domain["lr"]),
         "y": cells(data.domain["scale"]),
         "z": At(np.array(landscapes), of, "budget"),
         "zmin": 0,
@@ -199,13 +197,10 @@ def _foreground(data: _Searches, shown: At) -> dict[str, Any]:
 def _sentence(data: _Searches, shown: At, best: At) -> list[Any]:
     at_best = lambda name: Short(At(data.column(name), best))  # noqa: E731
     has_third = data.column("has_third") if data.third else 0
-    shift = [f" λ is searched in SGD's range, divided by {t:g}." if t != 1 else "" for t in data.times]
     return say(
         "Best of the first {shown}: loss {loss} with λ {lr}, s {scale}{comma}{third}. {diverged} diverged"
-        f"{', {stopped} stopped on the way' if data.halving else ''}."
-        "{shift}",
+        f"{', {stopped} stopped on the way' if data.halving else ''}.",
         **({"stopped": Short(data.column("stopped", "shown"))} if data.halving else {}),
-        shift=At(shift, "search"),
         shown=Short(shown),
         loss=at_best("loss"),
         lr=at_best("lr"),
@@ -234,7 +229,7 @@ def _table(
         for w in windows
     ]
     return {
-        "lr": pad(trials["lr"]) / (METHODS[run["method"]].lr_times if run else 1),
+        "lr": pad(trials["lr"]),
         "scale": pad(trials["scale"]),
         "loss": losses,
         "third": other,
