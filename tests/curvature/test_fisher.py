@@ -58,7 +58,8 @@ def test_empirical_fisher_is_the_mean_outer_product_of_observed_scores(case_):
         total = total + torch.outer(s, s) / len(x)
     F = empirical_fisher(model, loss, x, y)
     if case_.targets.__name__ == "reached":
-        assert F.abs().max() == total.abs().max() == 0
+        assert F.abs().max() == 0
+        assert total.abs().max() < 1e-28  # an example alone is not rounded as in its minibatch
     else:
         assert relative_error(F, total) < RTOL
 
