@@ -478,7 +478,7 @@ def _fisher_beats_gauss_newton(record: Record, longer: Record | None) -> tuple[s
     ]
     all_do = not any(None in arrivals for arrivals in each)
     verdict = _judge(*each) if all_do else _below(record, longer, "kfac_nat", "kfac")
-    if all_do and verdict == HOLDS and nat >= 0.9 * gn:
+    if all_do and verdict == HOLDS and fmean(each[0]) >= 0.9 * fmean(each[1]):
         verdict = CAVEAT
     if nat and gn:
         reached = f"1% training error after {nat:,.0f} updates against {gn:,.0f}"
@@ -514,8 +514,8 @@ def _heuristic_is_unstable(record: Record, longer: Record | None) -> tuple[str, 
 
     def fates(method: str) -> tuple[int, list[int], list[int], float]:
         """Seeds, when they diverged in the beginning and later, and the largest rise of the loss."""
-        runs = {run["seed"]: run for each in (record, longer or {"runs": []}) for run in each["runs"]
-                if run["method"] == method}  # fmt: skip
+        both = (record, longer or {"runs": []})
+        runs = {run["seed"]: run for each in both for run in runs_by_method(each).get(method, ())}
         ends = [_lost_at(run) for run in runs.values() if run["status"] != "finished"]
         ratios = [1.0]
         for run in runs.values():

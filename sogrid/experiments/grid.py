@@ -276,11 +276,10 @@ def _method(
         raise ValueError(f"a grid has no {more[0]} as this {type(optimizer).__name__} has: leave it out")
     if isinstance(optimizer, torch.optim.SGD):
         return GradientDescent(loss.reduction)
-    method = getattr(optimizer, "method", None)
     known = isinstance(optimizer, Layerwise | UpdatedBackprop)
-    if not known or getattr(method, "uses_moments", False):
-        raise ValueError(f"{type(optimizer).__name__} has no update that a grid could take")
-    return method
+    if known and not getattr(optimizer.method, "uses_moments", False):
+        return optimizer.method
+    raise ValueError(f"{type(optimizer).__name__} has no update that a grid could take")
 
 
 def _together(key: str, values: Sequence[Any], like: Tensor) -> Any:
