@@ -105,7 +105,7 @@ BENCHMARKS = {
             "cifar10",
             cifar10_classifier,
             CrossEntropyAtLogits(),
-            {"lr": (1e-3, 1.0), "damping": (1e-3, 1.0), "max_change": (3e-3, 0.3), "scale": (0.5, 8.0)},
+            {"lr": (1e-4, 1.0), "damping": (1e-4, 1.0), "max_change": (3e-3, 0.3), "scale": (0.5, 8.0)},
         ),
         Benchmark(
             "mnist_small_autoencoder",
