@@ -216,7 +216,9 @@ def _contest(options: argparse.Namespace) -> int:
     for seed in seeds:
         if seed not in SEEDS:
             fail(f"--seeds: there are {', '.join(map(str, SEEDS))}, got {seed}")
-    if "soap" in methods and not find_spec("pytorch_optimizer"):
+    if options.clock and (options.methods or options.seeds):
+        fail("--clock times all methods that have been searched: leave --methods and --seeds out")
+    if "soap" in methods and not options.clock and not find_spec("pytorch_optimizer"):
         fail("soap needs the packages of `make bench`: set PYTHONPATH=.venv/peers, or leave it out")
     if options.clock:
         for row in clock(out=options.out, progress=not options.quiet):

@@ -21,9 +21,10 @@ These were committed before any of the runs:
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -43,7 +44,7 @@ from lab.trials import is_smoke
 from sogrid.experiments import data
 from sogrid.experiments.benchmarks import BATCH, BENCHMARKS, Method, Task
 from sogrid.experiments.muon import MuonAndAdam
-from sogrid.experiments.records import Record, alone, provenance
+from sogrid.experiments.records import Record, RecordError, alone, provenance
 from sogrid.experiments.reproduce import SMOKE_EXAMPLES
 from sogrid.experiments.training import evaluation_points, run, updates_to
 from sogrid.experiments.tuning import Search, chosen, open_storage, search
@@ -217,7 +218,10 @@ def contest(
         key = {"part": "search", "method": method}
         with alone(record.path.with_suffix(f".{method}")):  # another process may be at it: its result is ours
             record = _record(out, profile)
-            if record.find(**key) is None:
+            found = record.find(**key)
+            if found is not None and not _by_the_rules(found, _plan(method, scale)):
+                raise RecordError(f"{record.path} has a search of {method} by other rules: move it away")
+            if found is None:
                 storage = open_storage(f"sqlite:///{record.path.with_suffix('.sqlite3')}")
                 wanted = {"storage": storage, "name": method, "methods": METHODS, "alone": True}
                 found = search(task, _plan(method, scale), progress=method if progress else None, **wanted)
@@ -227,13 +231,22 @@ def contest(
     for seed in (seed for seed in seeds if seed in scale.seeds):
         for method in methods:
             key = {"part": "run", "method": method, "seed": seed}
-            if record.find(**key) is None:
-                settings = chosen(record.find(part="search", method=method))
-                title = f"{method}, seed {seed}" if progress else None
-                until = _Until(scale)
-                found = run(task, method, settings, seed=seed, progress=title, go_on=until, **options)
-                record.add({**key, **found}, once=key)
+            with alone(record.path.with_suffix(f".{method}{seed}")):
+                record = _record(out, profile)
+                if record.find(**key) is None:
+                    settings = chosen(record.find(part="search", method=method))
+                    title = f"{method}, seed {seed}" if progress else None
+                    until = _Until(scale)
+                    found = run(task, method, settings, seed=seed, progress=title, go_on=until, **options)
+                    record.add({**key, **found}, once=key)
     return record.content
+
+
+def _by_the_rules(found: dict[str, Any], plan: Search) -> bool:
+    """Whether a search of a record is what the plan would have made."""
+    wanted = asdict(plan)
+    made = {key: found.get(key) for key in wanted} | {"trials": len(found["trials"]["loss"])}
+    return json.dumps(made) == json.dumps(wanted)
 
 
 class _Until:
@@ -248,8 +261,8 @@ class _Until:
 
 
 def _task(smoke: bool = False) -> Task:
-    embedded = {"source": "embedded", "subset": SMOKE_EXAMPLES} if smoke else {}
-    task = BENCHMARKS[BENCHMARK].task(data.load("mnist", **embedded))
+    embedded = {"source": "embedded", "subset": SMOKE_EXAMPLES}
+    task = BENCHMARKS[BENCHMARK].task(data.load("mnist", **embedded) if smoke else data.load_whole("mnist"))
     count = SCALES["smoke" if smoke else "laptop"].evaluate_on
     return replace(task, test=tuple(part[:count] for part in task.test))
 
@@ -279,7 +292,11 @@ class _Float32Muon(Contestant):
 def clock(
     *, out: str | Path = "out", rounds: int = 2 * REFRESH_EVERY, progress: bool = True
 ) -> list[dict[str, Any]]:
-    """Measure what an update of each method that has been searched costs, at its setting, into the record."""
+    """Measure what an update of each method that has been searched costs, at its setting, into the record.
+
+    Raises:
+        RecordError: If no method has been, and see :func:`contest`.
+    """
     task, record, contestants = _task(), _record(out), {}
     for found in (entry for entry in record.content["runs"] if entry["part"] == "search"):
         name = found["method"]
@@ -288,6 +305,8 @@ def clock(
         contestants[name] = kind(*make(torch.Generator().manual_seed(0)), task.loss)
         if name == "muon":
             contestants["muon float32"] = _Float32Muon(*make(torch.Generator().manual_seed(0)), task.loss)
+    if not contestants:
+        raise RecordError(f"{record.path} has no search yet: there is nothing to time")
     batch = minibatch(next(iter(contestants.values())))
     rows = race(contestants, batch, rounds=rounds, progress=progress, refresh_every=REFRESH_EVERY)
     record.set_clock({"rounds": rounds, "rows": rows, "provenance": provenance()})
@@ -295,10 +314,16 @@ def clock(
 
 
 def prices(content: dict[str, Any]) -> dict[str, float]:
-    """Seconds of an update by method; of Muon in the cheaper of two precisions."""
+    """Seconds of an update by method; of Muon in the cheaper of two precisions.
+
+    Raises:
+        RecordError: If one that takes part has not been timed.
+    """
     found = {row["method"]: row["update_ms"] / 1e3 for row in content["clock"]["rows"]}
     if "muon float32" in found:
         found["muon"] = min(found["muon"], found.pop("muon float32"))
+    if missing := [method for method in _whole(content) if method not in found]:
+        raise RecordError(f"no prices of {', '.join(missing)}: run python -m lab contest --clock")
     return found
 
 
@@ -331,9 +356,12 @@ def verdict(
 
 def taking_part(content: dict[str, Any]) -> list[str]:
     """The methods that have run from all seeds that any has; the soonest first, those without a time last."""
+    return sorted(_whole(content), key=lambda method: mean_time(content, method) or math.inf)
+
+
+def _whole(content: dict[str, Any]) -> list[str]:
     seeds = {method: len(runs(content, method)) for method in METHODS}
-    methods = [method for method in METHODS if seeds[method] == max(seeds.values()) > 0]
-    return sorted(methods, key=lambda method: mean_time(content, method) or math.inf)
+    return [method for method in METHODS if seeds[method] == max(seeds.values()) > 0]
 
 
 def mean_time(content: dict[str, Any], method: str, *, seconds: bool = False) -> float | None:
@@ -425,13 +453,13 @@ def report(content: dict[str, Any], rival: str = "muon") -> list[tuple[str, ...]
 
 
 def p_words(p: float) -> str:
-    """What is told of a p.
+    """What is told of a p, which is not a number where there was nothing to test.
 
     Example:
         >>> p_words(0.0123), p_words(4.4e-6)
         ('= 0.012', '< 10⁻⁵')
     """
-    if p >= 1e-3:
+    if not p < 1e-3:
         return f"= {p:.2g}"
     return "< 10⁻" + str(min(math.floor(-math.log10(max(p, 1e-99))), 9)).translate(SUPERSCRIPTS)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -221,7 +222,8 @@ def fit(
     for done in tqdm(range(updates + 1), **title):
         if done in points:
             with torch.no_grad():
-                value = task.risk(model, x[:EVALUATE_ON], y[:EVALUATE_ON]).item()
+                value = task.risk(model.eval(), x[:EVALUATE_ON], y[:EVALUATE_ON]).item()
+            model.train()
             if not math.isfinite(value):
                 return {**found, "status": "diverged", "reason": f"update {done}: the loss is not finite"}
             found["update"].append(done)
@@ -277,9 +279,14 @@ def out_of_the_box(
 
 
 def by_seed(content: dict[str, Any], task: str, method: str) -> list[dict[str, Any]]:
-    """The runs of a method on a task, one for each seed; of several, as on other prose, the last."""
-    runs = (run for run in content["runs"] if (run["task"], run["method"]) == (task, method))
-    return [run for _, run in sorted({run["seed"]: run for run in runs}.items())]
+    """The runs of a method on a task, one for each seed.
+
+    If there are some on other data, as on other prose, those are taken that more runs are on, or the last.
+    """
+    on_task = [run for run in content["runs"] if run["task"] == task]
+    many = Counter(run["data"]["checksum"] for run in reversed(on_task)).most_common(1)
+    runs = [r for r in on_task if r["method"] == method and r["data"]["checksum"] == many[0][0]]
+    return sorted(runs, key=lambda run: run["seed"])
 
 
 def _tasks(content: dict[str, Any]) -> list[str]:

@@ -77,7 +77,8 @@ def network(generator: torch.Generator | None = None) -> MLP:
 
 def trained(line: str, epochs: int, seed: int, smoke: bool = False) -> dict[str, Any]:
     """One run: the losses after each epoch that is shown; an entry of the record."""
-    found = data.load("mnist", **({"source": "embedded", "subset": 50} if smoke else {}))
+    few = {"source": "embedded", "subset": 50}
+    found = data.load("mnist", **few) if smoke else data.load_whole("mnist")
     task = Task("published_autoencoder", found, (found.train[0],) * 2, (found.test[0],) * 2, network, LOSS)
     batch = 50 if smoke else BATCH
     each = len(found.train[0]) // batch
@@ -151,7 +152,12 @@ def published(file: str | Path, out: str | Path = RESULTS) -> dict[str, Any]:
 
 def best_line(content: dict[str, Any], method: str) -> str:
     """That of a method's lines whose mean loss over the seeds is lowest after the short runs."""
-    return min(LINES[method], key=lambda line: fmean(run["train"][-1] for run in of(content, line)))
+    return min(LINES[method], key=lambda line: fmean(map(_end, of(content, line))))
+
+
+def _end(run: dict[str, Any], part: str = "train") -> float:
+    """The last loss; infinite if the run diverged."""
+    return run[part][-1] if run["status"] == "finished" else math.inf
 
 
 def of(content: dict[str, Any], line: str, epochs: int = EPOCHS) -> list[dict[str, Any]]:
@@ -220,7 +226,9 @@ def table(content: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, ..
             if runs:
                 soon = [epochs_to(run) for run in runs]
                 losses = [
-                    f"{fmean(run[part][run['epoch'].index(EPOCHS)] for run in runs):.1f}"
+                    "diverged"
+                    if any(EPOCHS not in run["epoch"] for run in runs)
+                    else f"{fmean(run[part][run['epoch'].index(EPOCHS)] for run in runs):.1f}"
                     for part in ("train", "test")
                 ]
                 least = f"{fmean(min(run['test']) for run in runs):.2f}"

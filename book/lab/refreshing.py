@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest import mock
 
 import plotly.graph_objects as go
 import torch
@@ -76,25 +77,32 @@ def _layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Linear]]:
 
 
 def fit(task: Task, method: str, every: int | str, seed: int, updates: int = UPDATES) -> dict[str, Any]:
-    """Train, and return losses at some updates and how often each layer was refreshed by then."""
+    """Train, and return losses at some updates and how often each layer was refreshed by then.
+
+    An adaptive schedule also has ``"looks"``: how many quadratic forms of layers it has taken.
+    """
     model, optimizer = _made(task, method, every, seed)
     batches = Minibatches(len(task.train[0]), BATCH, torch.Generator().manual_seed(seed))
     points, few = evaluation_points(updates, per_decade=16), [part[:EVALUATE_ON] for part in task.train]
     counts = {name: 0 for name, _ in _layers(model)}
-    found: dict[str, list] = {"update": [], "train": [], "refreshes": []}
-    for done in range(updates + 1):
-        if done in points:
-            found["update"].append(done)
-            found["train"].append(evaluate(model, task.loss, *few)[0])
-            found["refreshes"].append(list(counts.values()))
-        if done < updates:
-            for name in _step(task, model, optimizer, next(batches)):
-                counts[name] += 1
+    found: dict[str, list] = {"update": [], "train": [], "refreshes": [], "looks": []}
+    with mock.patch.object(optimizer, "_quadratic", wraps=optimizer._quadratic) as form:
+        for done in range(updates + 1):
+            if done in points:
+                found["update"].append(done)
+                found["train"].append(evaluate(model, task.loss, *few)[0])
+                found["refreshes"].append(list(counts.values()))
+                found["looks"].append(form.call_count)
+            if done < updates:
+                for name in _step(task, model, optimizer, next(batches)):
+                    counts[name] += 1
+    if every != ADAPTIVE:
+        del found["looks"]
     return found
 
 
 def clock(task: Task, method: str, rounds: int = 15) -> dict[str, Any]:
-    """Milliseconds of an update, fixed and adaptive, and of refreshes beside it; medians, interleaved."""
+    """Milliseconds of an update, fixed and adaptive, of refreshes and of a look; medians, interleaved."""
     batches = Minibatches(len(task.train[0]), BATCH, torch.Generator().manual_seed(0))
     fixed, adaptive = (_made(task, method, every, 0) for every in (2, ADAPTIVE))
     names = [name for name, _ in _layers(fixed[0])]
@@ -108,12 +116,13 @@ def clock(task: Task, method: str, rounds: int = 15) -> dict[str, Any]:
 
     for made in (fixed, adaptive):
         _step(task, *made, next(batches))
-    found: dict[str, list[float]] = {key: [] for key in ("update", "adaptive", "all", *names)}
+    found: dict[str, list[float]] = {key: [] for key in ("update", "adaptive", "look", "all", *names)}
     for _ in range(rounds):
         found["update"].append(timed(*fixed))
         found["all"].append(timed(*fixed))
-        adaptive[1].param_groups[0]["schedule"] |= {"budget": 1e9, "look": 10**9}
-        found["adaptive"].append(timed(*adaptive))
+        for key, look in (("look", 0), ("adaptive", 10**9)):
+            adaptive[1].param_groups[0]["schedule"] |= {"budget": 1e9, "look": look}
+            found[key].append(timed(*adaptive))
         for name in names:
             timed(*adaptive)  # its fresh value, and whatever was to go first
             found[name].append(timed(*adaptive, [name]))
@@ -124,6 +133,7 @@ def clock(task: Task, method: str, rounds: int = 15) -> dict[str, Any]:
         "adaptive_update_ms": middle["adaptive"],
         "refresh_ms": middle["all"] - middle["update"],
         "layer_refresh_ms": own,
+        "look_ms": (middle["look"] - middle["adaptive"]) / len(names),
     }
 
 
@@ -135,11 +145,12 @@ def refreshing(
     clocked: bool = False,
     out: str | Path = "out",
     progress: bool = True,
-    load: Callable = data.load,
+    load: Callable = data.load_whole,
 ) -> dict[str, Any]:
     """Do the runs that are missing, or time updates; the content of ``<out>/adaptive_refresh.json``.
 
     Raises:
+        DataError: If MNIST is not there.
         RecordError: If the record is damaged, of other settings, or cannot be written.
     """
     task = BENCHMARKS["mnist_autoencoder"].task(load("mnist"))
@@ -210,6 +221,7 @@ def elapsed(run: dict[str, Any], prices: dict[str, Any]) -> list[float]:
             prices["refresh_ms"] * any(n) + sum(p * max(k - 1, 0) for p, k in zip(own, n, strict=True))
             for n in run["refreshes"]
         ]
+        refreshes = [r + prices["look_ms"] * n for r, n in zip(refreshes, run["looks"], strict=True)]
         update = prices["adaptive_update_ms"]
     else:
         refreshes = [prices["refresh_ms"] * max(counts) for counts in run["refreshes"]]

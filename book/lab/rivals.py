@@ -77,7 +77,7 @@ class FOOFMethod(LayerMethod):
     def invert(self, statistics, group, name):  # noqa: D102
         return {"inverse": tikhonov_inverse(statistics.covariance, group["damping"], name, group["rank"])}
 
-    def quadratic_form(self, h, biased, state, group):  # noqa: D102
+    def quadratic_form(self, h, mean_h, biased, state, group):  # noqa: D102
         return quadratic_form(h, state["inverse"])
 
     def update(self, gradient, state, group):  # noqa: D102

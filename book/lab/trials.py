@@ -2,12 +2,13 @@
 
 Every method of a study gets the same number of settings, tried from two seeds; the best of each runs from
 twenty others, the same for all. Two methods are then pairs, and of the logarithm of their ratio a t-test has
-to say p < 0.01. ``python -m lab study NAME`` makes the record.
+to say p < 0.01, a one-sided one where a study says so. ``python -m lab study NAME`` makes the record.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ from scipy.stats import ttest_1samp
 from tqdm.auto import tqdm
 
 from lab.plotting import COLORS, figure
-from sogrid.experiments.records import RESULTS, Record, provenance
+from sogrid.experiments.records import RESULTS, Record, alone, provenance
 
 __all__ = [
     "FEW_SEEDS",
@@ -97,11 +98,16 @@ def tuned(
         grid: What is searched.
         seeds: Of the runs that count.
         search_seeds: Of the search.
+
+    Raises:
+        ValueError: If there is no setting from which all runs of the search finished.
     """
     grid = list(grid)
     found = run(grid * len(search_seeds), [seed for seed in search_seeds for _ in grid])
     losses = [number(one["loss"]) for one in found]
     means = [fmean(losses[k :: len(grid)]) for k in range(len(grid))]
+    if not math.isfinite(min(means)):
+        raise ValueError("every setting of the grid diverged from a seed: search another grid")
     best = grid[means.index(min(means))]
     return Trials(best, means, run([best] * len(seeds), list(seeds)))
 
@@ -202,8 +208,11 @@ class Study:
             Path(out) / f"{self.name}{'.smoke' * smoke}.json", self.name, {**self.settings, **few}
         )
         for key in tqdm(self.keys, disable=not progress):
-            if record.find(**key) is None:
-                record.add({**key, **self.run(**key, **few)}, once=key)
+            place = record.path.with_suffix("." + "-".join(re.findall(r"\w+", str([*key.values()]))))
+            with alone(place):  # another process may be at it: its result is ours
+                record = Record(record.path, self.name, record.content["settings"])
+                if record.find(**key) is None:
+                    record.add({**key, **self.run(**key, **few)}, once=key)
         return record.content
 
     def read(self) -> dict[str, Any]:

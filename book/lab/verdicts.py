@@ -448,7 +448,10 @@ def _keeps_up(a: float, b: float) -> str:
 def _best_test_error(record: Record, longer: Record | None) -> tuple[str, str]:
     best, lows, far = {}, {}, runs_by_method(longer or {"runs": []})
     for method in runs_by_method(record):
-        curves = [_mean_curve(r, method, "test") for r in (record, *([longer] if method in far else []))]
+        carried = {run["seed"] for run in far.get(method, ())}
+        same = [run for run in record["runs"] if run["seed"] in carried or not carried]
+        curves = [_mean_curve({**record, "runs": same}, method, "test")]
+        curves += [_mean_curve(longer, method, "test")] if carried else []
         updates, values = (np.concatenate(parts) for parts in zip(*curves, strict=True))
         at = int(values.argmin())
         best[method] = float(values[at]), float(updates[at]), updates[at] == updates.max()

@@ -24,13 +24,13 @@ from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["DataError", "Dataset", "load", "write_subset"]
+__all__ = ["DataError", "Dataset", "load", "load_whole", "write_subset"]
 
 SHAPES = {"mnist": (28, 28), "cifar10": (3, 32, 32)}
 SOURCES = ("auto", "folder", "download", "embedded")
@@ -130,6 +130,26 @@ class Dataset:
         """Variant, sizes and first digits of the checksum, for the foot of a figure."""
         n_train, n_test = len(self.train[1]), len(self.test[1])
         return f"{self.variant}: {n_train:,} train / {n_test:,} test, sha256 {self.checksum[:8]}"
+
+
+def load_whole(name: str, **options: Any) -> Dataset:
+    """:func:`load` for what is about the full data set.
+
+    Args:
+        name: ``"mnist"`` or ``"cifar10"``.
+        **options: Those of :func:`load`.
+
+    Raises:
+        DataError: Also if only a part of it is there.
+        ValueError: See :func:`load`.
+    """
+    found = load(name, **options)
+    if "subset" in found.variant:
+        raise DataError(
+            f"this needs the full data set, not the {found.variant}: set SOGRID_DATA or run "
+            f"sogrid.experiments.data.load({name!r}, source='download') once"
+        )
+    return found
 
 
 def load(

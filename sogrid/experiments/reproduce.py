@@ -373,13 +373,7 @@ def _task(benchmark: str, profile: str, device: str) -> Task:
     if not PROFILES[profile].full:
         digits = data.load("mnist", source="embedded", subset=SMOKE_EXAMPLES, device=device)
         return plan.task(digits if plan.dataset == "mnist" else as_cifar10(digits))
-    found = data.load(plan.dataset, device=device)
-    if "subset" in found.variant:
-        raise data.DataError(
-            f"profile {profile!r} needs the full data set, not the {found.variant}: set SOGRID_DATA or "
-            f"run sogrid.experiments.data.load({plan.dataset!r}, source='download') once"
-        )
-    return plan.task(found)
+    return plan.task(data.load_whole(plan.dataset, device=device))
 
 
 def as_cifar10(digits: data.Dataset) -> data.Dataset:

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from lab import cli
 from lab import contest as contest_module
 from lab.contest import BOUNDED, METHODS, RATES, SCALES, Scale, _plan, _theirs, prices, times, verdict
 from sogrid.experiments.benchmarks import Task
-from sogrid.experiments.records import RESULTS, Record
+from sogrid.experiments.records import RESULTS, Record, RecordError
 from sogrid.experiments.training import run
 from sogrid.experiments.tuning import chosen
 from sogrid.losses import Quadratic
@@ -69,7 +70,7 @@ def test_what_is_missing_is_said_before_hours_are_spent(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [["--methods", "adagrad"], ["--seeds", "1"], ["--methods", "soap"]],
+    [["--methods", "adagrad"], ["--seeds", "1"], ["--methods", "soap"], ["--methods", "acp", "--clock"]],
     ids=lambda words: words[-1],
 )
 def test_the_command_line_refuses(wrong, capsys, monkeypatch):
@@ -138,6 +139,18 @@ def test_what_was_made_is_not_made_again(task, tmp_path, monkeypatch):
     assert contest_module.contest(seeds=[1, 2], **options) == first
     rows = contest_module.clock(out=options["out"], rounds=2, progress=False)
     assert [row["method"] for row in rows] == ["sgd", "acp"]
+    with pytest.raises(RecordError, match="nothing to time"):
+        contest_module.clock(out=tmp_path / "empty", progress=False)
+    scale = SCALES["laptop"]
+    for other, rates in (
+        (replace(scale, finalists=1), RATES["sgd"]),
+        (replace(scale, halvings=2), RATES["sgd"]),
+        (scale, (1e-6, 1e-3)),
+    ):
+        monkeypatch.setitem(SCALES, "laptop", other)
+        monkeypatch.setitem(RATES, "sgd", rates)
+        with pytest.raises(RecordError, match="a search of sgd by other rules"):
+            contest_module.contest(seeds=[1], **options)
 
 
 @pytest.fixture
@@ -150,6 +163,11 @@ def whole():
 
 def test_those_who_have_run_from_every_seed_take_part_the_soonest_first(whole):
     assert contest_module.taking_part(whole) == ["acp", "muon", "sgd", "adamw"]
+    whole["clock"]["rows"].pop()
+    prices(whole)
+    whole["clock"]["rows"].pop()
+    with pytest.raises(RecordError, match="no prices of adamw: run python -m lab contest --clock"):
+        contest_module.dots(whole, seconds=True)
     whole["runs"].pop(0)
     assert contest_module.taking_part(whole) == ["muon", "sgd", "adamw"]
 

@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import torch
 from torch import nn
 
 from lab import cli
@@ -61,7 +62,7 @@ def made_up(ours, adam):
     return {
         "runs": [
             {"task": "digits", "method": method, "seed": seed, "train": [9.0, loss or 9.0], "update": [0, 1]}
-            | {"status": "finished" if loss else "diverged"}
+            | {"status": "finished" if loss else "diverged", "data": {"checksum": "a"}}
             for method, losses in (("acp_bounded", ours), (ADAM, adam))
             for seed, loss in reversed(list(enumerate(losses)))
         ]
@@ -84,6 +85,29 @@ def test_the_verdict_is_by_seed(ours, expected):
     assert row[-1] == expected
     assert adam[-1] == ""
     assert row[2] == ", ".join("diverged" if v is None else f"{v:.3g}" for v in ours)
+
+
+def test_runs_on_other_data_are_not_compared():
+    """As an interrupted run on other prose leaves them."""
+    record = made_up((1.0, 2.0, 3.0), (1.0, 2.0, 3.0))
+    other = {"data": {"checksum": "b"}, "train": [9.0, 8.0]}
+    record["runs"] += [run | other for run in record["runs"][:3]]
+    assert verdict(record, "digits", "acp_bounded") == "holds"
+    assert ends(record, "digits", "acp_bounded") == [1.0, 2.0, 3.0]
+
+
+def test_a_look_at_the_loss_leaves_a_network_as_it_was():
+    """Batch norm has statistics, dropout draws: a loss is of the network in use, and training goes on."""
+    seen = []
+
+    class Watched(nn.Linear):
+        def forward(self, x):
+            seen.append((self.training, torch.is_grad_enabled()))
+            return super().forward(x)
+
+    task = Task("digits", TASKS["digits"].examples, lambda: nn.Sequential(Watched(784, 10)))
+    fit(task, LINES[ADAM], seed=5, updates=2)
+    assert seen == [(False, False), (True, True)] * 2 + [(False, False)]
 
 
 def small() -> Task:

@@ -55,6 +55,23 @@ def test_a_run_is_an_entry_of_a_record(method):
     assert found["status"] == "finished"
 
 
+def test_a_run_that_diverged_makes_no_line_the_best():
+    runs = [
+        {"line": line, "epochs": 20, "seed": seed, "status": "finished", "epoch": [10, 20]}
+        | {part: [70.0, 60.0 + k] for part in ("train", "test")}
+        for k, line in enumerate(line for lines in LINES.values() for line in lines)
+        for seed in (1, 2)
+    ]
+    best = best_line({"runs": runs}, "adam")
+    (first, _) = of({"runs": runs}, best)
+    first |= {"status": "diverged", "epoch": [10], "train": [1.0], "test": [1.0]}
+    assert best_line({"runs": runs}, "adam") != best
+    (last,) = LINES["acp_bounded"]
+    of({"runs": runs}, last)[0].update(first | {"line": last})
+    rows = {row[0]: row for row in table({"runs": runs}, {"runs": []})}
+    assert rows["ACP, 20 epochs"][2:4] == ("diverged", "diverged")
+
+
 def test_what_was_published_is_what_the_field_says_of_it():
     found = {run["algorithm"]: run for run in Record.read(THEIRS)["runs"]}
     soon = {name: epochs_to(run) for name, run in found.items()}

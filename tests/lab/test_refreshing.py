@@ -29,7 +29,10 @@ def test_refreshes_are_counted(task, method):
     assert fixed["update"][-1] == 12
     assert fixed["refreshes"][-1] == [3, 3, 3]
     assert fixed["refreshes"][0] == [0, 0, 0]
+    assert "looks" not in fixed
     adaptive = fit(task, method, ADAPTIVE, 1, updates=12)
+    assert adaptive["looks"][0] == 0
+    assert adaptive["looks"][-1] >= 3 + 3 * 2  # fresh, and after one update and after two or one more
     assert min(adaptive["refreshes"][-1]) >= 1
     assert adaptive["train"][0] == fixed["train"][0]
 
@@ -39,6 +42,7 @@ def test_prices_are_of_an_update_and_of_each_layer(task):
     assert prices["update_ms"] > 0
     assert prices["adaptive_update_ms"] > 0
     assert len(prices["layer_refresh_ms"]) == 3
+    assert "look_ms" in prices
 
 
 def test_time_is_of_updates_and_of_what_was_refreshed():
@@ -47,11 +51,12 @@ def test_time_is_of_updates_and_of_what_was_refreshed():
         "adaptive_update_ms": 110.0,
         "refresh_ms": 50.0,
         "layer_refresh_ms": [10.0, 20.0],
+        "look_ms": 3.0,
     }
     run = {"every": "5", "update": [0, 10], "refreshes": [[0, 0], [2, 2]]}
     assert elapsed(run, prices) == pytest.approx([0.0, 1.1])
-    run = {"every": ADAPTIVE, "update": [0, 10], "refreshes": [[0, 0], [3, 2]]}
-    assert elapsed(run, prices) == pytest.approx([0.0, 1.1 + 0.05 + 0.02 + 0.02])
+    run = {"every": ADAPTIVE, "update": [0, 10], "refreshes": [[0, 0], [3, 2]], "looks": [0, 10]}
+    assert elapsed(run, prices) == pytest.approx([0.0, 1.1 + 0.05 + 0.02 + 0.02 + 0.03])
 
 
 def test_where_a_curve_comes_down_to_a_loss():
@@ -63,10 +68,11 @@ def test_where_a_curve_comes_down_to_a_loss():
 def made_up(adaptive):
     """A record of two seeds that reach 40 to 10 in as many updates, at a second each."""
     prices = {"update_ms": 1000.0, "adaptive_update_ms": 1000.0, "refresh_ms": 0.0, "layer_refresh_ms": [0.0]}
+    prices["look_ms"] = 0.0
     runs = [{"method": "acp_bounded", "part": "clock", **prices}]
     for every, lengths in {"5": (100, 120), "20": (130, 130), ADAPTIVE: adaptive}.items():
         for seed, length in enumerate(lengths):
-            curve = {"update": [0, length], "train": [50.0, 0.0], "refreshes": [[1], [1]]}
+            curve = {"update": [0, length], "train": [50.0, 0.0], "refreshes": [[1], [1]], "looks": [0, 9]}
             runs.append({"method": "acp_bounded", "every": every, "seed": seed, **curve})
     return {"runs": runs}
 

@@ -87,8 +87,11 @@ def test_foof_watches_its_own_quadratic_form(layer):
     state = optimizer.state[layer.weight]
     inverse = torch.linalg.inv(second_moment(x) + 0.2 * torch.eye(n_in, dtype=torch.float64))
     expected = sum(xi @ inverse @ xi for xi in x) / n
-    found = optimizer.method.quadratic_form(x, True, state, optimizer.param_groups[0])
+    found = optimizer.method.quadratic_form(x, None, True, state, optimizer.param_groups[0])
     assert abs(float(found - expected)) < ROUNDING * float(expected)
+    watching = FOOF(layer, 0.1, 0.2, refresh_every="adaptive")
+    for _ in range(3):  # a look after each of the first updates
+        step(watching, layer, x, y)
 
 
 def test_msgn_has_singular_values_of_one(draw):

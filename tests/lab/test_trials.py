@@ -7,7 +7,11 @@ import pytest
 
 import lab.trials
 from lab import cli
+from lab.contest import contest
+from lab.published import PUBLISHED
+from lab.refreshing import refreshing
 from lab.trials import Study, paired, tuned
+from sogrid.experiments import data
 from sogrid.experiments.records import RecordError
 
 
@@ -27,6 +31,25 @@ def test_the_best_of_the_search_runs_from_the_other_seeds():
     assert found.searched == [math.inf, 5.0, 14.0]
     assert found.losses == [7, 8]
     json.dumps(found.entry(), allow_nan=False)
+    with pytest.raises(ValueError, match="every setting of the grid diverged"):
+        tuned(run, [{"x": 1}], seeds=(7, 8), search_seeds=(0, 10))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda out: contest(methods=["sgd"], out=out, progress=False),
+        lambda out: PUBLISHED.record(out, progress=False),
+        lambda out: refreshing(out=out, progress=False),
+    ],
+    ids=["contest", "published", "refreshing"],
+)
+def test_what_is_said_of_mnist_is_not_made_of_a_part_of_it(make, tmp_path, monkeypatch):
+    monkeypatch.delenv("SOGRID_DATA", raising=False)
+    monkeypatch.setattr(data, "_cache_folder", lambda name: tmp_path / "cache")
+    with pytest.raises(data.DataError, match="needs the full data set, not the MNIST, embedded subset"):
+        make(tmp_path / "out")
+    assert not list(tmp_path.rglob("*.json"))
 
 
 FIRST = [1.0, 1.1, 0.9, 1.05, 0.95, 1.02]

@@ -285,6 +285,27 @@ def test_variants_are_compared_where_they_end():
     assert verdict(one, "as well as the Hessian").verdict == "not settled at this length"
 
 
+def test_what_one_seed_was_carried_on_to_stands_beside_that_seed():
+    """Not beside the mean of all, which another seed may have above it."""
+    cost = dict.fromkeys(("acp", "acp_fixedalpha", "kfac"), (1.0, 1.0))
+    record = curves(
+        "fig6_2_x", {"acp": [4.0, 4.0], "acp_fixedalpha": [4.0, 4.0], "kfac": [3.0, 5.0]}, clock=cost
+    )
+    longer = curves(
+        "fig6_2_x",
+        {method: [values["test"][-1] / 2] for method, values in zip(cost, record["runs"][::2], strict=True)},
+    )
+    for run in longer["runs"]:  # no better than at the end of the record
+        run |= {
+            "update": [*UPDATES, 10_000],
+            "train": [*run["train"], 9.0],
+            "test": [*run["test"], run["test"][-1]],
+        }
+    found = verdict(record, "best test error", longer=longer)
+    assert "still falling" not in found.numbers
+    assert found.numbers.startswith("KFAC 6 at update 5,000; ")
+
+
 def test_samplers_are_compared_by_their_best():
     spread = [0.0, 0.1, -0.1, 0.05]
     losses = {

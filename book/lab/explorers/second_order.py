@@ -1,7 +1,7 @@
 r"""Second order by eye (Thesis ch. 3): four steps from one point of a loss with two parameters.
 
 The network is the smallest whose Hessian, Gauss-Newton and Fisher matrices all differ: one tanh neuron and
-a sigmoid, :math:`f(x) = \sigma(w_2 \tanh(w_1 x))`, with cross-entropy on ten examples, two of them with the
+a sigmoid, :math:`f(x) = \sigma(w_2 \tanh(w_1 x))`, with cross-entropy on ten examples, three of them with the
 wrong label. Gauss-Newton is cut at the probabilities, as in the thesis (§3.4). The origin is a saddle.
 """
 
