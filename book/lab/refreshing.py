@@ -77,9 +77,9 @@ def _layers(model: torch.nn.Module) -> list[tuple[str, torch.nn.Linear]]:
 
 
 def fit(task: Task, method: str, every: int | str, seed: int, updates: int = UPDATES) -> dict[str, Any]:
-    """Train, and return losses at some updates and how often each layer was refreshed by then.
+    """Train, and return losses at some updates, and how often each layer was refreshed by then.
 
-    An adaptive schedule also has ``"looks"``: how many quadratic forms of layers it has taken.
+    ``"looks"`` are the quadratic forms of layers that an adaptive schedule had taken.
     """
     model, optimizer = _made(task, method, every, seed)
     batches = Minibatches(len(task.train[0]), BATCH, torch.Generator().manual_seed(seed))
@@ -96,8 +96,6 @@ def fit(task: Task, method: str, every: int | str, seed: int, updates: int = UPD
             if done < updates:
                 for name in _step(task, model, optimizer, next(batches)):
                     counts[name] += 1
-    if every != ADAPTIVE:
-        del found["looks"]
     return found
 
 
