@@ -127,7 +127,8 @@ def test_a_fit_is_the_ordinary_loop_and_says_why_it_ended():
     assert refused["status"] == "diverged"
 
 
-def test_a_record_is_gone_on_with_and_not_mixed(tmp_path, capsys):
+def test_a_record_is_gone_on_with_and_not_mixed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("lab.out_of_the_box.EVALUATE_ON", 20)
     options = {"tasks": ("transformer",), "updates": 1, "out": tmp_path, "progress": False}
     content = out_of_the_box(**options, seeds=(1,))
     assert [run["method"] for run in content["runs"]] == list(LINES)
