@@ -1,12 +1,11 @@
-"""When does centring pay? The same steps but for the mean of the inputs: ACP against FOOF, and Newton-Muon.
+"""When does centring pay? Steps that differ in the mean they take off the inputs, and Newton-Muon's.
 
 Small autoencoders on the embedded digits, which differ in what the layers' inputs have for a mean. All
 methods step as far as a bound lets them (λ = 10), which leaves no cliff for a search to fall off. Each gets
 the same grid of bounds and dampings, and they are compared as in every study (:mod:`lab.trials`), by a
-two-sided test. Grid and rule come from a pilot with other seeds. ACP with a mean that is kept was added when
-what the others do had been seen.
+two-sided test. Grid, methods and rule come from pilots with other seeds.
 
-Newton-Muon is the second pair (:data:`NEWTON_MUON`): the same networks, uncentred as published, and centred;
+Newton-Muon is the second study (:data:`NEWTON_MUON`): the same networks, uncentred as published, and centred;
 both are searched on one grid of learning rates and ridges, both rates fall to zero over the run. Here the
 test is one-sided: centring *pays* if its loss is lower at p < 0.01, *costs* if the other's is. Grid and rule
 come from a pilot with other seeds.
@@ -17,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
@@ -30,20 +30,26 @@ from sogrid.experiments.benchmarks import Method, Task
 from sogrid.experiments.grid import pooled_digits, train_grid
 from sogrid.factorize import tikhonov_inverse
 from sogrid.optimizers import ACP, NaturalNN
+from sogrid.optimizers.acp import ACPMethod
 from sogrid.statistics import input_moments
-from sogrid.structured import quadratic_form
+from sogrid.structured import quadratic_form, vectorwise
 
 __all__ = [
     "CASES",
+    "CENTRING",
     "DAMPINGS",
     "METHODS",
     "NEWTON_MUON",
     "ORTHOGONALISED",
     "Comparison",
+    "MeanTwice",
+    "OwnCovariance",
+    "PreviousMean",
     "by_damping",
-    "compare",
+    "centred",
     "damped_ratios",
     "distances",
+    "mean_moves",
     "orthogonalised",
     "ratios",
     "recorded",
@@ -55,17 +61,63 @@ BOUNDS = (0.02, 0.04, 0.08)
 DAMPINGS = (0.001, 0.004, 0.016, 0.064, 0.25)
 RATES, RIDGES = (0.028, 0.04, 0.056, 0.08, 0.11, 0.16, 0.22), (0.2, 0.8, 3.2, 12.8, 51.2)
 UPDATES = 200
+OWN_SEEDS, OWN_SEARCH_SEEDS = tuple(range(401, 421)), (31, 32)
+"""Those of the other studies have been seen in a pilot of this one."""
 PLAN: dict[str, Any] = {"batch": 100, "evaluate_on": 1_000}
 
 
-def _method(kind: type[torch.optim.Optimizer]) -> Method:
+def _method(kind: Callable[..., torch.optim.Optimizer]) -> Method:
     options = {"refresh_every": 20, "gradients": "factored"}
     settings = ("damping", "max_change")
     return Method(lambda model, loss, s: kind(model, LR, **s, **options), settings=settings)
 
 
-METHODS = {"centred": _method(ACP), "kept": _method(NaturalNN), "uncentred": _method(FOOF)}
-"""ACP with the bias term; the same with the mean of the statistics, which it keeps; and FOOF."""
+class MeanTwice(ACPMethod):
+    """Algorithm 4, but the minibatch's mean pre-activation moves by −2λ ḡ, as it may without centring."""
+
+    def update(self, gradient, state, group):  # noqa: D102
+        dw, db = super().update(gradient, state, group)
+        return dw, db - vectorwise(group["lr"]) * gradient.b
+
+
+class PreviousMean(ACPMethod):
+    """Algorithm 4, but the mean is of the minibatch of the update before."""
+
+    def update(self, gradient, state, group):  # noqa: D102
+        mean, state["previous"] = state.get("previous", gradient.mean_h), gradient.mean_h
+        return super().update(gradient._replace(mean_h=mean), state, group)
+
+
+class OwnCovariance(ACPMethod):
+    """Algorithm 4, but the covariance, too, is of the update's own minibatch."""
+
+    def update(self, gradient, state, group):  # noqa: D102
+        _, covariance = input_moments(gradient.w.right)
+        own = {**state, "inverse": tikhonov_inverse(covariance, group["damping"])}
+        return super().update(gradient, own, group)
+
+
+def _by(kind: type[ACPMethod]) -> Callable[..., ACP]:
+    """ACP's optimizer with another method in it."""
+
+    def build(*arguments: Any, **options: Any) -> ACP:
+        optimizer = ACP(*arguments, **options)
+        optimizer.method = kind()
+        return optimizer
+
+    return build
+
+
+METHODS = {
+    "centred": _method(ACP),
+    "twice": _method(_by(MeanTwice)),
+    "together": _method(_by(OwnCovariance)),
+    "previous": _method(_by(PreviousMean)),
+    "kept": _method(NaturalNN),
+    "uncentred": _method(FOOF),
+}
+"""Algorithm 4 with the bias term; its mean moved twice; its covariance of the same minibatch; its mean of the
+minibatch before; its mean of the statistics minibatch, and kept; and FOOF."""
 
 
 def shifted(task: Task, change: Callable[[Tensor], Tensor]) -> Task:
@@ -102,9 +154,10 @@ class Comparison(NamedTuple):
 
     Attributes:
         case: Key of :data:`CASES`.
-        settings: κ and ε, by method.
+        settings: The best of the grid, by method.
         losses: Of the last update by seed, by method; infinite if it diverged.
-        by_damping: Of the search, mean loss at the best κ for each ε of the grid, by method.
+        by_damping: Of the search, mean loss at the best κ for each ε of the grid, by method; of Newton-Muon
+            nothing.
     """
 
     case: str
@@ -113,38 +166,32 @@ class Comparison(NamedTuple):
     by_damping: dict[str, list[float]]
 
 
-def compare(
+def centred(
     case: str,
+    method: str,
     *,
-    updates: int = 200,
+    updates: int = UPDATES,
     bounds: Sequence[float] = BOUNDS,
     dampings: Sequence[float] = DAMPINGS,
-    seeds: Sequence[int] = SEEDS,
-) -> Comparison:
-    """Search all methods on the same grid, and train them from the same seeds.
+    seeds: Sequence[int] = OWN_SEEDS,
+    search_seeds: Sequence[int] = OWN_SEARCH_SEEDS,
+) -> Trials:
+    """What becomes of a method on one of the networks.
 
     Args:
         case: Key of :data:`CASES`.
+        method: Key of :data:`METHODS`.
         updates: Of a run, in the search too.
         bounds: κ of the grid.
         dampings: ε of the grid.
-        seeds: Of the runs that count.
+        seeds: See :func:`~lab.trials.tuned`.
+        search_seeds: Likewise.
     """
     build, scale = CASES[case]
-    task, grid = (
-        build(),
-        [{"max_change": k, "damping": d, "scale": scale} for d, k in product(dampings, bounds)],
-    )
-    found = {
-        name: tuned(lambda s, seeds, method=method: _runs(task, method, s, seeds, updates), grid, seeds)
-        for name, method in METHODS.items()
-    }
-    chosen = {name: {key: t.settings[key] for key in ("max_change", "damping")} for name, t in found.items()}
-    by_damping = {
-        name: [min(t.searched[k : k + len(bounds)]) for k in range(0, len(grid), len(bounds))]
-        for name, t in found.items()
-    }
-    return Comparison(case, chosen, {name: t.losses for name, t in found.items()}, by_damping)
+    task = build()
+    grid = [{"damping": d, "max_change": k, "scale": scale} for d, k in product(dampings, bounds)]
+    run = lambda s, own: _runs(task, METHODS[method], s, own, updates)  # noqa: E731
+    return tuned(run, grid, seeds, search_seeds)
 
 
 def _runs(
@@ -190,6 +237,18 @@ def orthogonalised(
     return tuned(lambda s, own: _runs(task, ORTHOGONALISED[method], s, own, updates), grid, **seeds)
 
 
+CENTRING = Study(
+    "centring",
+    {
+        **{"updates": UPDATES, "bounds": BOUNDS, "dampings": DAMPINGS, "plan": PLAN},
+        **{"seeds": OWN_SEEDS, "search_seeds": OWN_SEARCH_SEEDS},
+    },
+    [{"case": case, "method": method} for case in CASES for method in METHODS],
+    lambda case, method, **few: centred(case, method, **few).entry(),
+    few={"updates": 2, "bounds": BOUNDS[:1], "dampings": DAMPINGS[:2], **FEW_SEEDS},
+)
+"""Of every network, all methods."""
+
 NEWTON_MUON = Study(
     "centring_newton_muon",
     {
@@ -204,13 +263,20 @@ NEWTON_MUON = Study(
 
 
 def recorded(content: dict[str, Any]) -> list[Comparison]:
-    """The comparisons of a record of :data:`NEWTON_MUON`."""
-    found = []
+    """The comparisons of a record of :data:`CENTRING` or :data:`NEWTON_MUON`."""
+    found, bounds = [], len(content["settings"].get("bounds", ()))
     for case in CASES:
         own = {run["method"]: run for run in content["runs"] if run["case"] == case}
-        losses = {name: [number(r["loss"]) for r in own[name]["runs"]] for name in own}
-        found.append(Comparison(case, {name: own[name]["settings"] for name in own}, losses, {}))
+        losses = {name: [number(r["loss"]) for r in run["runs"]] for name, run in own.items()}
+        best = {name: _lowest(run["searched"], bounds) for name, run in own.items() if bounds}
+        found.append(Comparison(case, {name: run["settings"] for name, run in own.items()}, losses, best))
     return found
+
+
+def _lowest(searched: Sequence[float | None], bounds: int) -> list[float]:
+    """Of a grid's losses, those at the best bound, for each damping."""
+    losses = [number(loss) for loss in searched]
+    return [min(losses[k : k + bounds]) for k in range(0, len(losses), bounds)]
 
 
 def verdict(comparison: Comparison, sided: int = 2, method: str = "centred") -> tuple[str, float, float]:
@@ -229,6 +295,28 @@ def distances(case: str, damping: float, seed: int = 0, examples: int = 1_000) -
         if isinstance(module, nn.Linear):
             mean, covariance = input_moments(h)
             found.append(float(quadratic_form(mean[None], tikhonov_inverse(covariance, damping))))
+        h = module(h)
+    return found
+
+
+@torch.no_grad()
+def mean_moves(case: str, damping: float, seed: int = 0, batch: int = 100, draws: int = 20) -> list[float]:
+    """δᵀ(C + εI)⁻¹δ of each layer's inputs at the initial weights, the mean of some draws.
+
+    δ is the difference of the means of two minibatches, C the covariance of a third. Centred by the mean of
+    another minibatch, an update moves the mean pre-activation of its own by 1 + δᵀ(C + εI)⁻¹δ times as much.
+    """
+    build, scale = CASES[case]
+    task, generator = build(), torch.Generator().manual_seed(seed)
+    h, found = task.train[0].double(), []
+    picks = [torch.randperm(len(h), generator=generator)[: 3 * batch].view(3, batch) for _ in range(draws)]
+    for module in task.network(scale=scale, generator=generator).double():
+        if isinstance(module, nn.Linear):
+            values = []
+            for one, other, third in picks:
+                inverse = tikhonov_inverse(input_moments(h[third])[1], damping)
+                values.append(float(quadratic_form((h[one].mean(0) - h[other].mean(0))[None], inverse)))
+            found.append(fmean(values))
         h = module(h)
     return found
 

@@ -62,6 +62,7 @@ OUT/NAME.json; what it holds is not run again. Minutes each on one thread.
 """
 
 STUDIES = {
+    "centring": ("lab.centring", "CENTRING"),
     "newton-muon": ("lab.centring", "NEWTON_MUON"),
     "better-blocks": ("lab.blocks", "BETTER_BLOCKS"),
     "gan": ("lab.gan", "GAN"),

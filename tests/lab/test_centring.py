@@ -9,20 +9,28 @@ from studies import require_whole
 
 from lab.centring import (
     CASES,
+    CENTRING,
     METHODS,
     NEWTON_MUON,
     ORTHOGONALISED,
     Comparison,
+    MeanTwice,
+    OwnCovariance,
+    PreviousMean,
     by_damping,
-    compare,
+    centred,
     distances,
+    mean_moves,
     orthogonalised,
     ratios,
     recorded,
     verdict,
 )
 from lab.rivals import foof_update
+from sogrid.method import Gradient
+from sogrid.optimizers import ACP
 from sogrid.optimizers.acp import acp_inverse, acp_update
+from sogrid.structured import Factored
 
 ROUNDING = 1e-10
 n, n_in, n_out, lr = 40, 5, 3, 0.7
@@ -98,6 +106,15 @@ def test_the_mean_moves_twice(seen):
     dw, db = seen.apart
     again = (seen.gamma @ seen.P @ seen.mean + seen.m2 * seen.grad_b) / (1 + seen.m2)
     assert references.relative_error(dw @ seen.mean + db, -lr * (seen.grad_b + again)) < ROUNDING
+
+
+def test_by_another_mean_it_moves_further(seen, draw):
+    """Centred by m: by −λ[(1 + δᵀPδ) ḡ + ΓPδ], δ = h̄ − m."""
+    apart = draw(n_in)
+    options = {"lr": lr, "bias_correction": True}
+    dw, db = acp_update(seen.grad_w, seen.grad_b, seen.mean - apart, seen.P, **options)
+    expected = -lr * ((1 + apart @ seen.P @ apart) * seen.grad_b + seen.gamma @ seen.P @ apart)
+    assert references.relative_error(dw @ seen.mean + db, expected) < ROUNDING
 
 
 def test_far_from_zero_it_moves_exactly_twice(draw):
@@ -183,13 +200,67 @@ def test_who_diverges_is_not_ahead():
     assert verdict(comparison(CENTRED, [math.inf, *uncentred[1:]]))[0] == "pays"
 
 
-def test_both_are_searched_alike_and_run_from_the_same_seeds():
-    found = compare("tanh", updates=3, bounds=(0.05, 0.1), dampings=(0.1, 1.0), seeds=(1, 2, 3))
-    assert found.losses.keys() == found.settings.keys() == METHODS.keys()
-    assert all(len(losses) == 3 for losses in found.losses.values())
-    assert all(len(by) == 2 for by in found.by_damping.values())
-    assert ratios([found]).layout.meta["alt"]
-    assert len(by_damping([found], (0.1, 1.0)).data) == 1
+def test_all_are_searched_alike():
+    few = {"updates": 3, "bounds": (0.05, 0.1), "dampings": (0.1, 1.0), "seeds": (1, 2), "search_seeds": (3,)}
+    found = {method: centred("tanh", method, **few) for method in METHODS}
+    assert all(len(t.searched) == 4 and len(t.losses) == 2 for t in found.values())
+    assert len({t.losses[0] for t in found.values()}) == len(METHODS)
+
+
+def test_the_record_is_whole():
+    found = recorded(require_whole(CENTRING))
+    assert [c.case for c in found] == list(CASES)
+    assert all(c.losses.keys() == c.settings.keys() == METHODS.keys() for c in found)
+    assert ratios(found).layout.meta["alt"]
+    assert len(by_damping(found).data) == len(CASES)
+    assert min(found[0].by_damping["centred"]) == min(CENTRING.read()["runs"][0]["searched"])
+
+
+class Layer:
+    """A layer's minibatches, as a method of :data:`METHODS` sees them."""
+
+    def __init__(self, draw):
+        self.draw, self.inverse = draw, torch.linalg.inv(torch.cov(draw(20, n_in).mT))
+        self.state = {"inverse": self.inverse}
+        self.group = ACP(torch.nn.Linear(n_in, n_out), lr, damping=0.0).param_groups[0]
+
+    def step(self, method):
+        """(h, g, ΔW, Δb) of an update."""
+        h, g = self.draw(n, n_in) + 1, self.draw(n, n_out) + 0.5
+        gradient = Gradient(Factored(g, h, 1 / n), g.mean(0), h.mean(0))
+        dw, db = method.update(gradient, self.state, self.group)
+        return h, g, dw.dense() if isinstance(dw, Factored) else dw, db
+
+
+def test_the_mean_twice(draw):
+    layer = Layer(draw)
+    h, g, dw, db = layer.step(MeanTwice())
+    assert references.relative_error(dw @ h.mean(0) + db, -2 * lr * g.mean(0)) < ROUNDING
+
+
+def test_the_mean_of_the_update_before(draw):
+    layer, method = Layer(draw), PreviousMean()
+    before = layer.step(method)[0]
+    h, g, *found = layer.step(method)
+    means = g.mT @ h / n, g.mean(0), before.mean(0)
+    assert error(found, acp_update(*means, layer.inverse, lr=lr, bias_correction=True)) < ROUNDING
+
+
+def test_the_covariance_of_the_update_itself(draw):
+    """Mean and covariance of one minibatch: the least-squares fit to −λg on it, by torch.linalg.lstsq."""
+    h, g, dw, db = Layer(draw).step(OwnCovariance())
+    tilde = torch.cat([h, torch.ones(n, 1, dtype=h.dtype)], 1)
+    fit = torch.linalg.lstsq(tilde, -lr * g).solution
+    assert error((dw, db), (fit[:-1].mT, fit[-1])) < ROUNDING
+
+
+def test_by_how_much_another_mean_moves_more():
+    """E[δᵀPδ] = 2 tr(CP)/n for minibatches that are independent, and falls with the damping."""
+    small, large = (mean_moves("tanh", damping, draws=200)[0] for damping in (10.0, 100.0))
+    assert small > 5 * large
+    x = CASES["tanh"][0]().train[0].double()
+    expected = 2 * float(torch.cov(x.mT, correction=0).trace()) / 100 / 100
+    assert large == pytest.approx(expected, rel=0.1)
 
 
 def test_cases_differ_in_their_means():
