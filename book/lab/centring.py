@@ -331,10 +331,14 @@ def ratios(comparisons: Sequence[Comparison], sided: int = 2) -> go.Figure:
 
 
 def by_damping(
-    comparisons: Sequence[Comparison], dampings: Sequence[float] = DAMPINGS, method: str = "centred"
+    comparisons: Sequence[Comparison],
+    dampings: Sequence[float] = DAMPINGS,
+    method: str = "centred",
+    against: str = "uncentred",
+    y: str = "loss, uncentred / centred",
 ) -> go.Figure:
-    """The same ratio by damping, at the best bound of each method: a line for each network."""
-    found = {c.case: damped_ratios(c, method) for c in comparisons}
+    """Loss of a method over another's by damping, each at its best bound: a line for each network."""
+    found = {c.case: damped_ratios(c, method, against) for c in comparisons}
     colors = ("grey", "blue", "purple", "brown", "orange")
     traces = [
         go.Scatter(x=list(dampings), y=values, name=case, line={"color": COLORS[color]})
@@ -344,15 +348,14 @@ def by_damping(
     ends = "; ".join(f"{case}: {values[0]:.2f} to {values[-1]:.2f}" for case, values in found.items())
     return figure(
         traces,
-        alt="Loss of the uncentred method over that of the centred one, by damping, a line for each network. "
-        f"From the smallest damping to the largest: {ends}.",
+        alt=f"{y}, by damping, a line for each network. From the smallest damping to the largest: {ends}.",
         xaxis={"title": "damping ε", "type": "log", "exponentformat": "power", "dtick": 1},
-        yaxis={"title": "loss, uncentred / centred", "type": "log"},
+        yaxis={"title": y, "type": "log"},
         shapes=[{"type": "line", "line": line, "y0": 1, "y1": 1, "x0": 0, "x1": 1, "xref": "paper"}],
     )
 
 
-def damped_ratios(comparison: Comparison, method: str = "centred") -> list[float]:
-    """Uncentred loss over a centred method's in the search, for each ε of the grid."""
-    pairs = zip(comparison.by_damping["uncentred"], comparison.by_damping[method], strict=True)
-    return [u / c for u, c in pairs]
+def damped_ratios(comparison: Comparison, method: str = "centred", against: str = "uncentred") -> list[float]:
+    """Another method's loss over a method's in the search, for each ε of the grid."""
+    pairs = zip(comparison.by_damping[against], comparison.by_damping[method], strict=True)
+    return [other / own for other, own in pairs]
