@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
@@ -27,7 +26,7 @@ from lab.plotting import COLORS, figure
 from lab.rivals import FOOF, InGrid, NewtonMuonMethod
 from lab.trials import FEW_SEEDS, SEARCH_SEEDS, SEEDS, Study, Trials, dots, number, paired, tuned
 from sogrid.experiments.benchmarks import Method, Task
-from sogrid.experiments.grid import pooled_digits, train_grid
+from sogrid.experiments.grid import pooled_digits, train_grid, training_grid
 from sogrid.factorize import tikhonov_inverse
 from sogrid.optimizers import ACP, NaturalNN
 from sogrid.optimizers.acp import ACPMethod
@@ -49,7 +48,7 @@ __all__ = [
     "centred",
     "damped_ratios",
     "distances",
-    "mean_moves",
+    "mean_shares",
     "orthogonalised",
     "ratios",
     "recorded",
@@ -300,24 +299,36 @@ def distances(case: str, damping: float, seed: int = 0, examples: int = 1_000) -
 
 
 @torch.no_grad()
-def mean_moves(case: str, damping: float, seed: int = 0, batch: int = 100, draws: int = 20) -> list[float]:
-    """δᵀ(C + εI)⁻¹δ of each layer's inputs at the initial weights, the mean of some draws.
+def mean_shares(case: str, damping: float, seeds: Sequence[int] = range(4)) -> dict[str, list[float]]:
+    """Share of the mean in what each method's step changes in the pre-activations, between 0 and 1, by layer.
 
-    δ is the difference of the means of two minibatches, C the covariance of a third. Centred by the mean of
-    another minibatch, an update moves the mean pre-activation of its own by 1 + δᵀ(C + εI)⁻¹δ times as much.
+    The norm of the change's mean over the update's minibatch, by its root mean square: a bound leaves that as
+    it is. Of the second update after the first refresh, the mean over seeds.
+
+    Args:
+        case: Key of :data:`CASES`.
+        damping: ε.
+        seeds: Of weights and minibatches.
     """
     build, scale = CASES[case]
-    task, generator = build(), torch.Generator().manual_seed(seed)
-    h, found = task.train[0].double(), []
-    picks = [torch.randperm(len(h), generator=generator)[: 3 * batch].view(3, batch) for _ in range(draws)]
-    for module in task.network(scale=scale, generator=generator).double():
-        if isinstance(module, nn.Linear):
-            values = []
-            for one, other, third in picks:
-                inverse = tikhonov_inverse(input_moments(h[third])[1], damping)
-                values.append(float(quadratic_form((h[one].mean(0) - h[other].mean(0))[None], inverse)))
-            found.append(fmean(values))
-        h = module(h)
+    task = build()
+    settings = [{"damping": damping, "max_change": BOUNDS[0], "scale": scale}] * len(seeds)
+    order = [torch.randperm(len(task.train[0]), generator=torch.Generator().manual_seed(s)) for s in seeds]
+    picks = torch.stack(order)[:, : 3 * PLAN["batch"]].chunk(3, 1)
+    statistics, first, second = ([part[i] for part in task.train] for i in picks)
+    found = {}
+    for name, method in METHODS.items():
+        grid = training_grid(task, method, settings, list(seeds))
+        grid.refresh(*statistics)
+        grid.update(*first)
+        before = [(w.clone(), b.clone()) for w, b in zip(grid.stack.weights, grid.stack.biases, strict=True)]
+        inputs = grid.stack.trace(second[0]).inputs
+        grid.update(*second)
+        found[name] = []
+        for h, w, b, (w0, b0) in zip(inputs, grid.stack.weights, grid.stack.biases, before, strict=True):
+            change = h @ (w - w0).mT + (b - b0).unsqueeze(-2)
+            root = change.square().sum(-1).mean(-1).sqrt()
+            found[name].append(float((change.mean(-2).norm(dim=-1) / root).mean()))
     return found
 
 

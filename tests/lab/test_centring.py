@@ -20,7 +20,7 @@ from lab.centring import (
     by_damping,
     centred,
     distances,
-    mean_moves,
+    mean_shares,
     orthogonalised,
     ratios,
     recorded,
@@ -109,7 +109,7 @@ def test_the_mean_moves_twice(seen):
 
 
 def test_by_another_mean_it_moves_further(seen, draw):
-    """Centred by m: by −λ[(1 + δᵀPδ) ḡ + ΓPδ], δ = h̄ − m."""
+    """Centred by μ: by −λ[(1 + δᵀPδ) ḡ + ΓPδ], δ = h̄ − μ."""
     apart = draw(n_in)
     options = {"lr": lr, "bias_correction": True}
     dw, db = acp_update(seen.grad_w, seen.grad_b, seen.mean - apart, seen.P, **options)
@@ -254,13 +254,13 @@ def test_the_covariance_of_the_update_itself(draw):
     assert error((dw, db), (fit[:-1].mT, fit[-1])) < ROUNDING
 
 
-def test_by_how_much_another_mean_moves_more():
-    """E[δᵀPδ] = 2 tr(CP)/n for minibatches that are independent, and falls with the damping."""
-    small, large = (mean_moves("tanh", damping, draws=200)[0] for damping in (10.0, 100.0))
-    assert small > 5 * large
-    x = CASES["tanh"][0]().train[0].double()
-    expected = 2 * float(torch.cov(x.mT, correction=0).trace()) / 100 / 100
-    assert large == pytest.approx(expected, rel=0.1)
+def test_shares_of_the_mean():
+    """With much damping all of a step is the mean's that damping does not reach; moved twice, it has more."""
+    small, large = (mean_shares("tanh", damping, seeds=(1, 2)) for damping in (0.001, 1e6))
+    assert small.keys() == METHODS.keys()
+    assert all(0 < share <= 1 for shares in small.values() for share in shares)
+    assert all(twice > once for twice, once in zip(small["twice"], small["centred"], strict=True))
+    assert min(large["centred"]) > 0.999 > max(small["centred"])
 
 
 def test_cases_differ_in_their_means():
