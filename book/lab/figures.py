@@ -632,16 +632,15 @@ def horizon_table(record: dict[str, Any], *figure_keys: str) -> str:
 
     Args:
         record: Of searches that began with those choices and ran their finalists again.
-        figure_keys: Figures of the thesis that have these methods.
+        figure_keys: Figures of the thesis that have these methods by update, if there are any.
     """
     update = record["settings"]["updates"]
     thesis: dict[str, float] = {}
     for key in figure_keys:
         thesis |= thesis_loss_at(key, update)
-    lines = [
-        "| method | the earlier choice | the best trial | this choice, by these two runs | thesis 2017 |",
-        "|---|---|---|---|---|",
-    ]
+    columns = ["method", "the earlier choice", "the best trial", "this choice, by these two runs"]
+    columns += ["thesis 2017"] * bool(thesis)
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for run in record["runs"]:
         trials, first, number, before = run["trials"], run.get("first") or {}, None, ""
         if len(first) == len(run["domain"]):
@@ -651,9 +650,10 @@ def horizon_table(record: dict[str, Any], *figure_keys: str) -> str:
             before = "diverged" if loss is None else f"{loss:.3g}" + f", stopped at {end:,}" * (end < update)
         now = ", ".join("diverged" if loss is None else f"{loss:.3g}" for loss in run["finals"]["loss"][0])
         now += " (it is the same)" * (run["finals"]["trial"][0] == number)
-        theirs = f"{thesis[run['method']]:.3g}" if run["method"] in thesis else ""
-        best = f"{best_so_far(run)[-1]:.3g}"
-        lines.append(f"| {looks(run['method']).name} | {before} | {best} | {now} | {theirs} |")
+        cells = [looks(run["method"]).name, before, f"{best_so_far(run)[-1]:.3g}", now]
+        if thesis:
+            cells.append(f"{thesis[run['method']]:.3g}" if run["method"] in thesis else "")
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
