@@ -118,7 +118,7 @@ def test_who_is_sooner_is_a_one_sided_test_of_all_seeds():
 
 
 def test_all_go_as_far_and_those_who_are_late_go_on():
-    soon, late = (contest_module._Until(SCALES["laptop"]) for _ in range(2))
+    soon, late = (contest_module._Until(TARGET, 500) for _ in range(2))
     assert all(soon(update, loss) for update, loss in ((10, 30.0), (90, 18.0), (400, 20.0)))
     assert not soon(500, 20.0)
     assert all(late(update, 30.0) for update in (400, 500, 1900))
@@ -127,13 +127,20 @@ def test_all_go_as_far_and_those_who_are_late_go_on():
 
 def test_what_was_made_is_not_made_again(task, tmp_path, monkeypatch):
     monkeypatch.setattr(contest_module, "_task", lambda *smoke: task)
-    monkeypatch.setitem(SCALES, "laptop", Scale(1e-9, 16, trials=2, evaluate_on=50, seeds=(1, 2)))
+    monkeypatch.setitem(SCALES, "laptop", Scale(1e-9, 16, trials=2, evaluate_on=50, seeds=(1, 2), longest=20))
     options = {"methods": ["sgd", "acp"], "out": tmp_path / "new", "progress": False}
     first = contest_module.contest(seeds=[1, 2], **options)
     assert [(r["part"], r["method"]) for r in first["runs"]] == [
         *(("search", m) for m in options["methods"]),
         *(("run", m) for _ in range(2) for m in options["methods"]),
+        *(("longer", m) for m in options["methods"]),
     ]
+    for method in options["methods"]:  # the longer run is the first seed's, and goes on
+        of_seed_1, longer = (contest_module.runs(first, method, part)[0] for part in ("run", "longer"))
+        assert (of_seed_1["update"][-1], longer["update"][-1], longer["seed"]) == (16, 20, 1)
+        common = dict(zip(longer["update"], longer["train"], strict=True)).items()
+        common &= dict(zip(of_seed_1["update"], of_seed_1["train"], strict=True)).items()
+        assert len(common) > 2
     monkeypatch.setattr(contest_module, "run", None)
     monkeypatch.setattr(contest_module, "search", None)
     assert contest_module.contest(seeds=[1, 2], **options) == first
@@ -180,6 +187,26 @@ def test_the_table_has_means_prices_and_tests(whole):
     assert rows["AdamW"][2] == ""
     assert rows["AdamW"][4:] == ("1", "1")
     assert rows["Muon"][4:] == ("", "")
+
+
+def test_later_losses_are_of_the_one_run_that_goes_on(whole):
+    assert len(contest_module.later(whole)) == 1  # the head: nobody has gone on
+    losses = {
+        "acp": [80.0, 40.0, 5.0, 6.0],
+        "sgd": [80.0, 40.0, 20.0, 10.0],
+        "muon": [80.0, 40.0, 20.0, 20.0],
+    }
+    for method, train in losses.items():
+        whole["runs"].append(
+            {"part": "longer", "method": method, "update": [0, 100, 1000, 4000], "train": train}
+        )
+    to_10 = 100 * 10 ** (2 / 3)  # two of the three halvings from 40 to 5
+    assert {row[0]: row[1:] for row in contest_module.later(whole)[1:]} == {
+        "ACP": (f"{to_10:.0f} ({4000 / (4 * to_10):.1f} times sooner)", "1,000", "–", "5, 1,000"),
+        "Muon": ("–", "–", "–", "20, 1,000"),
+        "SGD": ("4,000", "–", "–", "10, 4,000"),
+    }
+    assert contest_module.report(whole)[1][1] == "94 ± 3"  # which is no seed of the others
 
 
 @pytest.mark.parametrize("seconds", [False, True])
