@@ -49,7 +49,7 @@ from sogrid.experiments.muon import MuonAndAdam
 from sogrid.experiments.records import Record, RecordError, alone, provenance
 from sogrid.experiments.reproduce import SMOKE_EXAMPLES
 from sogrid.experiments.training import evaluation_points, run, updates_to
-from sogrid.experiments.tuning import Search, chosen, open_storage, search
+from sogrid.experiments.tuning import Search, chosen, open_storage, search, sqlite_url
 from sogrid.optimizers import ACP, KFAC, CenteredGradientDescent, NaturalNN
 
 __all__ = [
@@ -229,7 +229,7 @@ def contest(
             if found is not None and not _by_the_rules(found, _plan(method, scale)):
                 raise RecordError(f"{record.path} has a search of {method} by other rules: move it away")
             if found is None:
-                storage = open_storage(f"sqlite:///{record.path.with_suffix('.sqlite3')}")
+                storage = open_storage(sqlite_url(record.path.with_suffix(".sqlite3")))
                 wanted = {"storage": storage, "name": method, "methods": METHODS, "alone": True}
                 found = search(task, _plan(method, scale), progress=method if progress else None, **wanted)
                 record.add({**key, **found}, once=key)

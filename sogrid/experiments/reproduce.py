@@ -24,7 +24,7 @@ from sogrid.experiments.checkpoints import FOLDER, Checkpoint
 from sogrid.experiments.records import RESULTS, Record, RecordError
 from sogrid.experiments.reference import thesis_values
 from sogrid.experiments.training import evaluation_points, run
-from sogrid.experiments.tuning import Search, SearchError, chosen, open_storage, search
+from sogrid.experiments.tuning import Search, SearchError, chosen, open_storage, search, sqlite_url
 
 __all__ = [
     "COMPARISONS",
@@ -511,7 +511,7 @@ def _search_jobs(plans: list[Search], task: Task, path: Path, url: str | None) -
     def storage() -> BaseStorage:
         if url is None:
             path.parent.mkdir(parents=True, exist_ok=True)
-        return open_storage(url or f"sqlite:///{path.with_suffix('.sqlite3')}")
+        return open_storage(url or sqlite_url(path.with_suffix(".sqlite3")))
 
     def make(plan: Search, name: str, title: str | None, checkpoint: Checkpoint | None) -> dict[str, Any]:
         return search(task, plan, storage=storage(), name=name, alone=url is None, progress=title)

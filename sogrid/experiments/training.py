@@ -71,8 +71,9 @@ def evaluation_points(updates: int, per_decade: int = 8, also: Iterable[int] = (
 def updates_to(updates: Sequence[int], losses: Sequence[float], loss: float) -> float | None:
     """Updates until a curve first comes down to a loss; ``None`` if it never does.
 
-    Between two evaluations the logarithm of the loss is taken to be linear in that of the update; what is
-    there at update 0 has no logarithm, so that a curve that comes down at once does so at its next point.
+    Between two evaluations the logarithm of the loss is taken to be linear in that of the update. Update 0
+    has no logarithm, and neither has a loss of zero: a curve that comes down from the one, or to the other,
+    does so at its next point.
 
     Example:
         >>> round(updates_to([0, 10, 40], [90.0, 80.0, 20.0], 40.0), 6)
@@ -80,7 +81,7 @@ def updates_to(updates: Sequence[int], losses: Sequence[float], loss: float) -> 
     """
     for k, (update, value) in enumerate(zip(updates, losses, strict=True)):
         if value <= loss:
-            if k == 0 or updates[k - 1] == 0:
+            if k == 0 or updates[k - 1] == 0 or value <= 0:
                 return float(update)
             share = math.log(losses[k - 1] / loss) / math.log(losses[k - 1] / value)
             return updates[k - 1] * (update / updates[k - 1]) ** share

@@ -22,17 +22,19 @@ import math
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
 from statistics import fmean
 from typing import Any
+from urllib.parse import quote
 
 import optuna
-from optuna.exceptions import ExperimentalWarning, OptunaError, TrialPruned
+from optuna.exceptions import ExperimentalWarning, OptunaError, TrialPruned, UpdateFinishedTrialError
 from optuna.pruners import NopPruner, SuccessiveHalvingPruner
 from optuna.storages import (
     BaseStorage,
@@ -40,6 +42,7 @@ from optuna.storages import (
     RetryHeartbeatStaleTrialCallback,
     fail_stale_trials,
 )
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 from tqdm.auto import tqdm
@@ -57,6 +60,7 @@ __all__ = [
     "chosen",
     "open_storage",
     "search",
+    "sqlite_url",
     "updates_spent",
 ]
 
@@ -149,6 +153,11 @@ def open_storage(url: str) -> BaseStorage:
     raise AssertionError("unreachable")
 
 
+def sqlite_url(path: Path) -> str:
+    """The URL of an SQLite file, whatever is in its name."""
+    return f"sqlite:///{quote(str(path), safe='/ :')}"
+
+
 def _shown(url: str) -> str:
     """A database URL without its password."""
     return re.sub(r"//([^:/@]*):[^/]*@", r"//\1:***@", url)
@@ -200,13 +209,14 @@ def search(
         trials' ``loss`` (with a target, the cost in updates; ``None`` where it diverged), ``second`` (of
         training) and ``seed``, in the order they began, with halvings also the ``update`` at which each
         ended; ``"finals"`` if there are any: the number of each finalist among the trials (``trial``), the
-        best first, and the ``loss`` of its other runs; and ``"provenance"``.
+        best first, and the ``loss`` of its other runs; and ``"provenance"``, with the commits of trials that
+        were made before it.
 
     Raises:
-        SearchError: If the study is of another plan, or its storage fails.
+        SearchError: If the plan cannot be carried out, the study is of another one, or its storage fails.
     """
-    if plan.updates < 2**plan.halvings:
-        raise SearchError(f"{plan.updates} updates cannot be halved {plan.halvings} times")
+    _check(plan)
+    made_by = provenance(task.train[0].device)
     enter = partial(_enter, storage, task, plan, alone)
     blind = replace(task, test=tuple(part[:1] for part in task.test))  # a search does not look there
     found = {key: value for key, value in asdict(plan).items() if key != "trials" and value is not None}
@@ -217,29 +227,56 @@ def search(
             if plan.first and len(_finished(study)) < plan.trials:
                 study.enqueue_trial(plan.first, skip_if_exists=True)
             sampler = partial(SAMPLERS[plan.sampler], plan)
-            _optimize(study, plan.trials, sampler, partial(_trial, fit, plan), 100_003 * plan.seed, progress)
+            objective = partial(_trial, fit, plan, made_by["commit"])
+            _optimize(study, plan.trials, sampler, objective, 100_003 * plan.seed, progress)
             found["trials"] = _columns(study, plan)
             if plan.first and not _tried(found, plan.first):
                 del found["first"]
             if best := _ranked(found)[: plan.finalists]:
-                again = lambda number: enter(f"{name}.again{number}")  # noqa: E731
+                again = lambda i: enter(f"{name}.again{i}", setting=_settings(found, i))  # noqa: E731
                 found["finals"] = _finals(again, fit, plan, found, best, progress)
     except (SQLAlchemyError, OptunaError) as error:
         raise SearchError(
             f"the storage of the study {name!r} failed: {_first_line(error)}. The trials it holds are kept: "
             "run the same again when it works"
         ) from error
-    return {**found, "provenance": provenance(task.train[0].device)}
+    if others := _commits(study, plan) - {made_by["commit"]}:
+        made_by["trials_also_of"] = sorted(others)
+    return {**found, "provenance": made_by}
+
+
+def _check(plan: Search) -> None:
+    """Refuse what would end after hours, or in something else than was meant."""
+    if plan.trials < 1:
+        raise SearchError(f"a search needs a trial, got trials={plan.trials}")
+    if plan.sampler not in SAMPLERS:
+        raise SearchError(f"sampler must be one of {', '.join(SAMPLERS)}, got {plan.sampler!r}")
+    if plan.updates < 2**plan.halvings:
+        raise SearchError(f"{plan.updates} updates cannot be halved {plan.halvings} times")
+    if plan.target is not None and not plan.target > 0:
+        raise SearchError(f"the target must be a positive loss, got {plan.target}")
+    for key, value in (plan.first or {}).items():
+        low, high = plan.domain.get(key, (math.inf, math.inf))
+        if not low <= value <= high:
+            raise SearchError(f"first has {key}={value}, which is not in the domain {plan.domain}")
 
 
 def _enter(
-    storage: BaseStorage, task: Task, plan: Search, alone: bool, name: str, rungs: list[int] | None = None
+    storage: BaseStorage,
+    task: Task,
+    plan: Search,
+    alone: bool,
+    name: str,
+    rungs: list[int] | None = None,
+    setting: dict[str, float] | None = None,
 ) -> optuna.Study:
-    """A study of the plan, new or as it was left; with rungs, the worse half ends at each."""
+    """A study of the plan or a setting, new or as it was left; with rungs, the worse half ends at each."""
     pruner = SuccessiveHalvingPruner(rungs[0], 2) if rungs else NopPruner()
     study = optuna.create_study(storage=storage, study_name=name, pruner=pruner, load_if_exists=True)
     free = {"first", "finalists", *(["trials"] if plan.sampler != "grid" else [])}  # it may go on with more
     own = {key: value for key, value in asdict(plan).items() if key not in free}
+    if setting is not None:
+        own["setting"] = setting
     _claim(study, {**own, "task": task.name, "data": getattr(task.data, "checksum", None)})
     if alone:
         _try_again(study)
@@ -249,7 +286,10 @@ def _enter(
 def _claim(study: optuna.Study, identity: dict[str, Any]) -> None:
     """Note whose study this is, or refuse another's."""
     identity = json.loads(json.dumps(identity))
+    begun = bool(study.get_trials(deepcopy=False))  # asked first: whoever makes one has claimed it before
     found = study.user_attrs.get("plan")
+    if found is None and (begun or study.direction != StudyDirection.MINIMIZE):
+        raise SearchError(f"the study {study.study_name!r} is of something else; use another storage")
     if found is None:
         study.set_user_attr("plan", identity)
         return
@@ -257,7 +297,7 @@ def _claim(study: optuna.Study, identity: dict[str, Any]) -> None:
         if found.get(key) != value:
             raise SearchError(
                 f"the study {study.study_name!r} has another {key}: {found.get(key)} instead of {value}; use "
-                "another storage, or delete that study"
+                "another storage, or delete that study and those that its name begins"
             )
 
 
@@ -282,10 +322,16 @@ def _try_again(study: optuna.Study) -> None:
     """
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
+    _queue_failed(study)
+
+
+def _queue_failed(study: optuna.Study, numbers: Container[int] | None = None) -> None:
+    """Queue the trials that failed, or those of some numbers, unless they have been."""
     trials = study.get_trials()
     repeated = {number for trial in trials for number in trial.system_attrs.get("retry_history", ())}
     for trial in trials:
-        if trial.state == TrialState.FAIL and trial.number not in repeated:
+        wanted = numbers is None or trial.number in numbers
+        if wanted and trial.state == TrialState.FAIL and trial.number not in repeated:
             _retry(study, trial)
 
 
@@ -311,8 +357,13 @@ def _optimize(
     with tqdm(total=count, initial=min(len(_finished(study)), count), **title) as bar:
         while (wanted := _missing(study, count)) is not None:
             if wanted:
-                study.optimize(first, n_trials=1)
-                state = f"best={min(trial.value for trial in _finished(study)):.3g}"
+                try:
+                    study.optimize(first, n_trials=1)
+                except BaseException as error:
+                    _queue_failed(study, begun[-1:])
+                    if not _given_up(error):
+                        raise
+                state = f"best={min((trial.value for trial in _finished(study)), default=math.nan):.3g}"
             else:
                 time.sleep(POLL)
                 fail_stale_trials(study)
@@ -321,7 +372,13 @@ def _optimize(
             bar.set_postfix_str(state)
 
 
-def _trial(fit: Callable, plan: Search, trial: Trial) -> float:
+def _given_up(error: BaseException) -> bool:
+    """Whether a trial could not be told because others took its worker for dead, while it was asleep."""
+    return isinstance(error, UpdateFinishedTrialError) or str(error).startswith("Cannot tell a FAIL trial")
+
+
+def _trial(fit: Callable, plan: Search, commit: str, trial: Trial) -> float:
+    trial.set_user_attr("commit", commit)
     settings = {k: trial.suggest_float(k, *ends, log=True) for k, ends in plan.domain.items()}
     return _cost(fit, plan, settings, trial, 1000 * (plan.seed + 1) + trial.number, plan.rungs)
 
@@ -407,6 +464,12 @@ def _missing(study: optuna.Study, count: int) -> bool | None:
         return True
     open_ = {trial.state for trial in trials[: done[count - 1]] if not trial.state.is_finished()}
     return TrialState.WAITING in open_ if open_ else None
+
+
+def _commits(study: optuna.Study, plan: Search) -> set[str]:
+    """Those whose code made the trials, as far as they have noted it."""
+    noted = (trial.user_attrs.get("commit") for trial in _finished(study)[: plan.trials])
+    return {commit for commit in noted if commit}
 
 
 def _columns(study: optuna.Study, plan: Search) -> dict[str, list]:

@@ -33,6 +33,7 @@ from sogrid.experiments.tuning import (
     chosen,
     open_storage,
     search,
+    sqlite_url,
     updates_spent,
 )
 from sogrid.losses import Quadratic
@@ -500,9 +501,23 @@ def test_halved_trials_are_runs_of_the_training_loop(task, memory):
         assert loss == pytest.approx(by_hand["train"][-1], rel=1e-4)
 
 
-def test_what_cannot_be_halved_so_often_is_refused(task, memory):
-    with pytest.raises(SearchError, match="7 updates cannot be halved 3 times"):
-        search(task, replace(HALVED, updates=7), storage=memory, name="s")
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"trials": 0}, "needs a trial"),
+        ({"sampler": "tpe"}, "grid, random, biased, got 'tpe'"),
+        ({"updates": 7, "halvings": 3}, "7 updates cannot be halved 3 times"),
+        *(({"target": target}, f"positive loss, got {target}") for target in (0.0, -10.0, math.nan)),
+        *(({"first": {"lr": lr}}, f"lr={lr}, which is not in") for lr in (1e-4, 11.0, -1.0, math.nan)),
+        ({"first": {"momentum": 0.9}}, "momentum=0.9, which is not in"),
+    ],
+)
+def test_a_plan_that_cannot_be_carried_out_is_refused_before_it_is_begun(
+    landscape, task, memory, changes, named
+):
+    with pytest.raises(SearchError, match=re.escape(named)):
+        search(task, replace(PLAN, **changes), storage=memory, name="s")
+    assert not memory.get_all_studies()
 
 
 def test_a_halved_search_that_is_stopped_ends_as_if_it_had_not_been(falling, task, storage, monkeypatch):
@@ -600,6 +615,40 @@ def test_a_study_of_another_plan_is_refused_and_left(landscape, task, memory, ch
     search(task, replace(PLAN, **changes), storage=memory, name="other name")
 
 
+@pytest.mark.parametrize("direction", ["minimize", "maximize"])
+def test_a_study_of_somebody_else_is_refused_and_left(landscape, task, memory, direction):
+    study = optuna.create_study(storage=memory, study_name="s", direction=direction)
+    if direction == "minimize":
+        study.add_trial(optuna.create_trial(value=1.0))
+    with pytest.raises(SearchError, match="'s' is of something else"):
+        search(task, PLAN, storage=memory, name="s")
+    assert len(trials_of(memory)) == (direction == "minimize")
+    assert not study.user_attrs
+
+
+def test_runs_again_are_of_the_setting_that_they_were_made_for(falling, task, memory):
+    plan = replace(PLAN, finalists=1)
+    found = search(task, plan, storage=memory, name="s")
+    [best] = found["finals"]["trial"]
+    optuna.delete_study(study_name="s", storage=memory)
+    first = {key: found["trials"][key][best] * 1.01 for key in plan.domain}
+    begun = replace(plan, first=first, trials=1) if best == 0 else replace(plan, seed=1, finalists=4)
+    with pytest.raises(
+        SearchError, match=f"'s.again{best}' has another (setting|seed).* that its name begins"
+    ):
+        search(task, begun, storage=memory, name="s")
+
+
+def test_the_commits_of_earlier_trials_are_noted(falling, task, memory, monkeypatch):
+    def by(commit, **changes):
+        monkeypatch.setattr(tuning, "provenance", lambda device: {"commit": commit})
+        return search(task, replace(PLAN, **changes), storage=memory, name="s")["provenance"]
+
+    assert by("first") == {"commit": "first"}
+    assert by("second", trials=6) == {"commit": "second", "trials_also_of": ["first"]}
+    assert by("third", trials=8) == {"commit": "third", "trials_also_of": ["first", "second"]}
+
+
 def test_a_grid_cannot_go_on_with_more_points(landscape, task, memory):
     plan = replace(PLAN, sampler="grid")
     search(task, plan, storage=memory, name="s")
@@ -628,15 +677,16 @@ def test_a_finished_search_is_not_made_again(landscape, task, storage, sampler, 
     assert search(task, replace(PLAN, sampler=sampler), **options) == found
 
 
+@pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize(
     ("sampler", "place"), [("grid", "memory"), ("random", "memory"), ("biased", "storage")]
 )
 def test_a_search_stopped_by_ctrl_c_again_and_again_ends_with_the_trials_that_were_asked_for(
-    landscape, task, place, sampler, monkeypatch, capfd, request
+    landscape, task, place, sampler, alone, monkeypatch, capfd, request
 ):
     """In the middle of a trial: none is lost, and no proposal comes twice."""
     plan, storage = replace(PLAN, sampler=sampler, trials=16), request.getfixturevalue(place)
-    options = dict(storage=storage, name="s", alone=True)
+    options = dict(storage=storage, name="s", alone=alone)
     for number in (3, 1, 1, 6, 2):
         with monkeypatch.context() as patch:
             stopped_in(patch, number)
@@ -653,6 +703,37 @@ def test_a_search_stopped_by_ctrl_c_again_and_again_ends_with_the_trials_that_we
     if sampler == "grid":
         assert [len(set(found["trials"][key])) for key in plan.domain] == [4, 4]
     assert "".join(capfd.readouterr()) == "", "no log lines of Optuna's"
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_known_setting_is_tried_although_its_trial_was_cut_off(falling, task, memory, alone, monkeypatch):
+    plan = replace(PLAN, first={"lr": 0.2, "scale": 3.0})
+    with monkeypatch.context() as patch:
+        stopped_in(patch, 1)
+        with pytest.raises(KeyboardInterrupt):
+            search(task, plan, storage=memory, name="s", alone=alone)
+    found = search(task, plan, storage=memory, name="s", alone=alone)
+    assert found["first"] == plan.first
+    assert proposals(found)[0] == (0.2, 3.0)
+
+
+@pytest.mark.parametrize("halvings", [0, 1])
+def test_a_worker_that_was_taken_for_dead_goes_on_with_other_trials(
+    falling, task, memory, halvings, monkeypatch
+):
+    """It slept in the middle of its second trial, and another one has given that up, and queued it again."""
+    plan = replace(PLAN, updates=8, halvings=halvings)
+
+    def give_up():
+        study = optuna.load_study(study_name="s", storage=memory)
+        *_, running = study.get_trials()
+        study.tell(running.number, state=TrialState.FAIL)
+        tuning._retry(study, running, max_retry=1)
+
+    stopped_in(monkeypatch, 2, give_up)
+    found = search(task, plan, storage=memory, name="s")
+    assert len(set(proposals(found))) == 4
+    assert [trial.state.name for trial in trials_of(memory)].count("FAIL") == 1
 
 
 def test_only_one_who_is_alone_takes_running_trials_for_dead(landscape, task, storage, monkeypatch):
@@ -770,6 +851,20 @@ def test_a_storage_that_cannot_be_used_is_one_line_without_its_password(url, fin
     assert "\n" not in str(error.value)
     assert "sec" not in str(error.value)
     assert str(error.value).startswith(f"the storage {url.split(':')[0]}")
+
+
+@pytest.mark.parametrize(
+    "folders", [("run?1", "run?2"), ("d%41", "dA"), ("{x}", "{y}"), ("a b", "a#b"), ("é;&@", "e")]
+)
+def test_every_folder_has_its_own_studies(tmp_path, folders):
+    for count, folder in enumerate(folders, start=1):
+        path = tmp_path / folder / "s.sqlite3"
+        path.parent.mkdir()
+        storage = open_storage(sqlite_url(path))
+        optuna.create_study(storage=storage, study_name="s")
+        storage.engine.dispose()
+        assert path.exists()
+        assert len(list(tmp_path.rglob("*.sqlite3"))) == count
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.9, 20])
