@@ -242,7 +242,12 @@ def contest(
             key = {"part": part, "method": method, "seed": seed}
             with alone(record.path.with_suffix(f".{part}.{method}{seed}")):
                 record = _record(out, profile)
-                if record.find(**key) is None:
+                found = record.find(**key)
+                if part == "longer" and found is not None and not _as_far(found, scale):
+                    raise RecordError(
+                        f"{record.path} has a longer run of {method} by other rules: move it away"
+                    )
+                if found is None:
                     settings = chosen(record.find(part="search", method=method))
                     title = f"{method}, seed {seed}" if progress else None
                     until = _Until(scale.target if part == "run" else scale.later[-1], scale.all)
@@ -256,6 +261,13 @@ def _by_the_rules(found: dict[str, Any], plan: Search) -> bool:
     wanted = asdict(plan)
     made = {key: found.get(key) for key in wanted} | {"trials": len(found["trials"]["loss"])}
     return json.dumps(made) == json.dumps(wanted)
+
+
+def _as_far(run_: dict[str, Any], scale: Scale) -> bool:
+    """Whether a longer run went on as long as it has to."""
+    if run_["status"] == "diverged" or run_["update"][-1] == scale.longest:
+        return True
+    return run_["train"][-1] <= scale.later[-1] and run_["update"][-1] >= scale.all
 
 
 class _Until:
@@ -328,7 +340,7 @@ def prices(content: dict[str, Any]) -> dict[str, float]:
     Raises:
         RecordError: If one that takes part has not been timed.
     """
-    found = {row["method"]: row["update_ms"] / 1e3 for row in content["clock"]["rows"]}
+    found = {row["method"]: row["update_ms"] / 1e3 for row in content.get("clock", {"rows": []})["rows"]}
     if "muon float32" in found:
         found["muon"] = min(found["muon"], found.pop("muon float32"))
     if missing := [method for method in _whole(content) if method not in found]:
@@ -354,31 +366,35 @@ def verdict(
 ) -> float:
     """The p of the one-sided test that ``a`` needs less than ``b``; 1 where a seed of ``a`` is lost.
 
-    A lost seed of ``b`` counts with all of its updates, which is less than it needs.
+    A lost seed of ``b`` counts with all of its updates, which is less than it needs. One seed is no test: 1.
     """
     ours, theirs = (times(content, method, loss) for method in (a, b))
-    if None in ours:
+    if None in ours or min(map(len, (ours, theirs))) < 2:
         return 1.0
     cost = prices(content) if seconds else {a: 1.0, b: 1.0}
-    ours = [math.log(cost[a] * t) for t in ours]
-    theirs = [math.log(cost[b] * (content["settings"]["updates"][1] if t is None else t)) for t in theirs]
+    last = content["settings"]["updates"][1]
+    ours, theirs = (
+        [math.log(cost[method] * (last if t is None else max(t, 1))) for t in found]
+        for method, found in ((a, ours), (b, theirs))
+    )
     return float(ttest_ind(ours, theirs, equal_var=False, alternative="less").pvalue)
 
 
 def taking_part(content: dict[str, Any]) -> list[str]:
     """The methods that have run from all seeds that any has; the soonest first, those without a time last."""
-    return sorted(_whole(content), key=lambda method: mean_time(content, method) or math.inf)
+    means = {method: mean_time(content, method) for method in _whole(content)}
+    return sorted(means, key=lambda method: math.inf if means[method] is None else means[method])
 
 
 def _whole(content: dict[str, Any]) -> list[str]:
-    seeds = {method: len(runs(content, method)) for method in METHODS}
-    return [method for method in METHODS if seeds[method] == max(seeds.values()) > 0]
+    seeds = {method: {run["seed"] for run in runs(content, method)} for method in METHODS}
+    return [method for method in METHODS if seeds[method] == set().union(*seeds.values()) != set()]
 
 
 def mean_time(content: dict[str, Any], method: str, *, seconds: bool = False) -> float | None:
     """Mean over seeds of the updates until the target, or of their seconds; ``None`` if a seed is lost."""
     found = times(content, method)
-    if None in found:
+    if None in found or not found:
         return None
     return fmean(found) * (prices(content)[method] if seconds else 1)
 
@@ -435,7 +451,11 @@ def ends_of(content: dict[str, Any], method: str) -> list[float]:
 
 
 def report(content: dict[str, Any], rival: str = "muon") -> list[tuple[str, ...]]:
-    """Rows of a table, the first one the head; means over seeds ± standard deviations."""
+    """Rows of a table, the first one the head; means over seeds ± standard deviations.
+
+    Raises:
+        RecordError: See :func:`prices`.
+    """
     sgd, cost = mean_time(content, "sgd", seconds=True), prices(content)
     head = (
         "",
@@ -450,17 +470,21 @@ def report(content: dict[str, Any], rival: str = "muon") -> list[tuple[str, ...]
     for method in taking_part(content):
         found, ends = times(content, method), ends_of(content, method)
         lost = found.count(None)
-        reached = f"{lost} of {len(found)} lost" if lost else f"{fmean(found):.0f} ± {stdev(found):.0f}"
+        reached = f"{lost} of {len(found)} lost" if lost else _spread(found, ".0f")
         own = mean_time(content, method, seconds=True)
         sooner = "" if own is None or sgd is None else f"{sgd / own:.1f} times"
         tests = ["", ""]
         if method != rival and rival in taking_part(content):
             found_p = [verdict(content, method, rival, seconds=seconds) for seconds in (False, True)]
             tests = [p_words(p).removeprefix("= ") for p in found_p]
-        loss = "diverged" if math.inf in ends else f"{fmean(ends):.2f} ± {stdev(ends):.2f}"
-        price = f"{cost[method] / cost['sgd']:.2f}"
+        loss = "diverged" if math.inf in ends else _spread(ends, ".2f")
+        price = f"{cost[method] / cost['sgd']:.2f}" if "sgd" in cost else ""
         rows.append((METHODS[method].name, reached, price, sooner, loss, *tests))
     return rows
+
+
+def _spread(values: Sequence[float], digits: str) -> str:
+    return f"{fmean(values):{digits}}" + (f" ± {stdev(values):{digits}}" if len(values) > 1 else "")
 
 
 def later(content: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -478,8 +502,9 @@ def later(content: dict[str, Any]) -> list[tuple[str, ...]]:
             cells.append("–" if found is None else f"{found:,.0f}")
             if found and sgd.get(loss) and method != "sgd":
                 cells[-1] += f" ({sgd[loss] * cost['sgd'] / (found * cost[method]):.1f} times sooner)"
-        low = min(range(len(run_["train"])), key=run_["train"].__getitem__)
-        rows.append((METHODS[method].name, *cells, f"{run_['train'][low]:.3g}, {run_['update'][low]:,}"))
+        low, at = min(zip(run_["train"], run_["update"], strict=True), default=(math.inf, 0))
+        cells.append(f"{low:.3g}, {at:,}" if math.isfinite(low) else "diverged")
+        rows.append((METHODS[method].name, *cells))
     return rows
 
 

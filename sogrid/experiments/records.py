@@ -195,8 +195,8 @@ class Record:
         """
         path = Path(path)
         try:
-            content = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            content = json.loads(path.read_text(), parse_constant=_refuse)
+        except (OSError, ValueError, RecursionError) as error:
             raise RecordError(f"{path} cannot be read as a record: {error}") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise RecordError(f"{path} is not a sogrid record of format {FORMAT}")
@@ -254,6 +254,10 @@ class Record:
                 "folder writable, with room for it, and run the same again"
             ) from error
         self.content, self._in_file = content, content["runs"]
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
 
 
 def _find(runs: list[dict[str, Any]], key: dict[str, Any]) -> dict[str, Any] | None:

@@ -55,6 +55,8 @@ def test_damage_is_noticed(tmp_path):
         "[]",
         json.dumps({"format": 99}),
         json.dumps({"format": 1}),
+        *(good.replace("1.0", constant) for constant in ("NaN", "Infinity", "-Infinity")),
+        "[" * 100_000,
         "",
     ):
         path.write_text(bad)

@@ -36,6 +36,8 @@ def test_the_first_crossing_counts_even_if_the_loss_rises_again():
     assert updates_to(updates, losses, 0.5) is None
     assert updates_to(updates, losses, 9.0) == 0
     assert updates_to([0, 1, 10], [9.0, 1.0, 0.5], 2.0) == 1
+    assert updates_to([0, 1, 10], [9.0, 3.0, 0.0], 2.0) == 10
+    assert updates_to([0, 1, 10], [9.0, 3.0, 0.0], 0.0) == 10
 
 
 def test_every_epoch_shows_each_example_once_in_a_new_order():

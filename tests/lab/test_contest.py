@@ -160,6 +160,18 @@ def test_what_was_made_is_not_made_again(task, tmp_path, monkeypatch):
             contest_module.contest(seeds=[1], **options)
 
 
+def test_a_longer_run_by_other_rules_is_refused(task, tmp_path, monkeypatch):
+    monkeypatch.setattr(contest_module, "_task", lambda *smoke: task)
+    scale = Scale(1e-9, 16, 2, trials=1, halvings=1, evaluate_on=50, seeds=(1,), later=(100.0,), longest=20)
+    monkeypatch.setitem(SCALES, "laptop", scale)
+    options = {"methods": ["sgd"], "out": tmp_path, "progress": False}
+    contest_module.contest(seeds=[1], **options)
+    for other in (replace(scale, later=(100.0, 1e-9)), replace(scale, later=(1e-9,), longest=30)):
+        monkeypatch.setitem(SCALES, "laptop", other)
+        with pytest.raises(RecordError, match="a longer run of sgd by other rules: move it away"):
+            contest_module.contest(seeds=[1], **options)
+
+
 @pytest.fixture
 def whole():
     """Ten seeds of four methods; SGD is late, and AdamW misses the target from one seed."""
@@ -177,6 +189,33 @@ def test_those_who_have_run_from_every_seed_take_part_the_soonest_first(whole):
         contest_module.dots(whole, seconds=True)
     whole["runs"].pop(0)
     assert contest_module.taking_part(whole) == ["muon", "sgd", "adamw"]
+
+
+def test_of_workers_that_share_the_seeds_nobody_takes_part_before_all_are_there(whole):
+    whole["runs"] = [run for run in whole["runs"] if (run["method"] == "acp") == (run["seed"] < 5)]
+    assert contest_module.taking_part(whole) == []
+
+
+def test_who_is_there_at_once_is_the_soonest():
+    content = record({"acp": [5, 5], "sgd": [100, 200]})
+    for run_ in contest_module.runs(content, "acp"):
+        run_["train"][0] = 1.0
+    assert contest_module.taking_part(content) == ["acp", "sgd"]
+    assert verdict(content, "acp", "sgd") < 0.5
+
+
+def test_what_is_not_there_yet_has_words_or_no_cell(whole):
+    del whole["clock"]
+    for look in (contest_module.report, contest_module.later):
+        with pytest.raises(RecordError, match="no prices of sgd, acp, muon, adamw"):
+            look(whole)
+    one = record({"acp": [90], "muon": [130]}, {"acp": 40.0, "muon": 80.0})
+    assert contest_module.report(one)[1:] == [
+        ("ACP", "90", "", "", "diverged", "1", "1"),
+        ("Muon", "130", "", "", "diverged", "", ""),
+    ]
+    one["runs"].append({"part": "longer", "method": "acp", "update": [], "train": []})
+    assert contest_module.later(one)[1] == ("ACP", "–", "–", "–", "diverged")
 
 
 def test_the_table_has_means_prices_and_tests(whole):
