@@ -45,7 +45,13 @@ def searches(losses, searches=20):
 
 
 def verdict(record, words, longer=None) -> Verdict:
-    """The one whose claim has these words."""
+    """The one whose claim has these words; of methods that it needs besides, far behind."""
+    if words == "best per update":
+        claim = next(c for c in CLAIMS[record["experiment"][:6]] if words in c.text)
+        others = set(claim.methods) - {run["method"] for run in record["runs"]}
+        ends, last = {method: [60.0, 61.0, 59.0] for method in others}, record["settings"]["updates"]
+        more = curves(record["experiment"], ends, last=last)["runs"]
+        record = {**record, "runs": record["runs"] + more}
     (found,) = (v for v in verdicts(record, longer) if words in v.claim)
     return found
 
@@ -58,7 +64,7 @@ CLEAR, NEAR, FAR = [3.0, 3.1, 2.9], [3.2, 2.9, 3.3], [6.0, 6.1, 5.9]
     [
         (CLEAR, "holds"),
         ([3.6, 3.5, 3.7], "does not hold"),
-        ([3.2, 3.3, 3.1], "does not hold"),  # 2.4 standard errors above the one rival
+        ([3.2, 3.3, 3.1], "not settled at this length"),  # 2.4 standard errors above the best of five
         (NEAR, "not settled at this length"),  # its mean is above the other's, but not two standard errors
         ([2.9, 3.3, 2.5], "not settled at this length"),  # nor is it if below
         ([2.0], "not settled at this length"),  # one seed separates nothing
@@ -72,10 +78,15 @@ def test_lower_means_two_standard_errors(kfac, expected):
 
 
 def test_what_diverged_is_beaten():
-    record = curves("fig6_2_mnist_autoencoder", {"kfac": CLEAR, "acp": [math.inf, 1.0, 1.0]})
+    """Also by what was behind until then."""
+    lost = [math.inf, 1.0, 1.0]
+    record = curves("fig6_2_mnist_autoencoder", {"kfac": CLEAR, "acp": lost})
+    assert verdict(record, "best per update").verdict == "holds"
+    record = curves("fig6_2_mnist_autoencoder", {"kfac": lost, "acp": CLEAR}, last=2000)
+    record["runs"][0]["train"][3] = 0.1  # ahead, until then
     found = verdict(record, "best per update")
-    assert found.verdict == "holds"
-    assert "diverged in 1 of 3 runs" in found.numbers
+    assert found.verdict == "does not hold"
+    assert found.numbers.startswith("diverged in 1 of 3 runs against 1.9 ")
 
 
 @pytest.mark.parametrize("kfac", [CLEAR, [9.0, 9.1, 8.9]])
@@ -143,10 +154,10 @@ def test_small_runs_decide_nothing():
 
 
 def test_what_the_record_lacks_is_named():
-    record = curves("fig6_2_mnist_autoencoder", {"acp": FAR})
-    found = verdict(record, "best per update")
+    record = curves("fig6_2_mnist_autoencoder", {"acp": FAR, "kfac": CLEAR})
+    found = next(v for v in verdicts(record) if "best per update" in v.claim)
     assert found.verdict == "not testable at this scale"
-    assert found.numbers == "the record lacks KFAC"
+    assert found.numbers == "the record lacks ACP, fixed α, NNN, batch norm, SGD"
     everything = {"kfac": CLEAR, "acp": CLEAR, "acp_fixedalpha": CLEAR, "standard_sgd": FAR}
     assert "lab clock" in verdict(curves("fig6_2_x", everything), "in time").numbers
 
@@ -195,16 +206,25 @@ def test_a_test_error_that_still_falls_decides_nothing_but_a_longer_run_may():
 
 def test_the_best_of_several_rivals_may_be_best_by_chance():
     """At 2.4 standard errors, beside one rival; not beside five. To be below all five asks for no more."""
-    kfac, others = [3.2, 3.3, 3.1], ("acp_fixedalpha", "nnn2", "bn", "standard_sgd")
-    ends = {"kfac": kfac, "acp": CLEAR, **dict.fromkeys(others, FAR)}
+    near = [3.2, 3.3, 3.1]
+    one = curves("fig5_1_x", {"jaco_update": near, "standard_sgd": CLEAR})
+    assert verdict(one, "fewer updates").verdict == "does not hold"
+    ends = {"kfac": near, "acp": CLEAR}
     assert verdict(curves("fig6_2_x", ends), "best per update").verdict == "not settled at this length"
-    ends |= {"kfac": CLEAR, "acp": kfac}
+    ends = {"kfac": CLEAR, "acp": near}
     assert verdict(curves("fig6_2_x", ends), "best per update").verdict == "holds"
 
 
-def test_where_both_diverge_nothing_is_settled():
-    ends = {"kfac": [3.0, math.inf], "acp": [3.0, math.inf]}
+def test_the_best_is_settled_against_every_rival():
+    """One whose seeds lie far apart is not settled, though its mean is above that of another, which is."""
+    ends = {"kfac": CLEAR, "nnn2": [4.0, 4.1, 3.9], "acp": [2.0, 2.6, 8.2]}
     assert verdict(curves("fig6_2_x", ends), "best per update").verdict == "not settled at this length"
+    assert verdict(curves("fig6_2_x", {**ends, "acp": FAR}), "best per update").verdict == "holds"
+
+
+def test_where_both_diverge_nothing_is_settled():
+    record = curves("fig5_1_x", {"jaco_update": [3.0, math.inf], "standard_sgd": [3.0, math.inf]})
+    assert verdict(record, "fewer updates").verdict == "not settled at this length"
     record = curves("fig5_1_x", {"jaco_update": CLEAR, "standard_sgd": [3.0, math.inf]})
     assert verdict(record, "fewer updates").verdict == "holds"
 
@@ -246,6 +266,11 @@ def test_centring_at_the_end_needs_the_end():
     early = verdict(record, "early")
     assert early.verdict == "does not hold"
     assert "after 1,000 updates" in early.numbers
+    helps = curves("fig6_1_centering", {"standard_sgd": FAR, "centered_gradient_descent": CLEAR})
+    assert verdict(helps, "early").verdict == "holds"
+    for key in ("update", "train", "test"):
+        helps["runs"][-1][key] = helps["runs"][-1][key][:3]  # lost before
+    assert verdict(helps, "early").verdict == "does not hold"
 
 
 def test_updates_to_a_level_are_interpolated_on_log_scales():
@@ -283,6 +308,12 @@ def test_variants_are_compared_where_they_end():
     assert verdict(record, "as well as the Hessian").verdict == "does not hold"
     one = {**record, "runs": record["runs"][::3]}
     assert verdict(one, "as well as the Hessian").verdict == "not settled at this length"
+    lost = curves("fig5_1_x", {**ends, "jaco_update_hessian": [math.inf] * 3})
+    found = verdict(lost, "as well as the Hessian")
+    assert found.verdict == "holds"
+    assert (
+        "after 5,000 updates: Gauss-Newton 3 (2.9 to 3.1), Hessian diverged in 3 of 3 runs" in found.numbers
+    )
 
 
 def test_what_one_seed_was_carried_on_to_stands_beside_that_seed():
@@ -352,19 +383,26 @@ def test_fisher_and_gauss_newton_are_compared_where_they_reach_one_percent():
     assert verdict(near, "than with the Gauss-Newton").verdict == "not settled at this length"
     assert verdict(record, "recompute").verdict == "holds with a caveat"
     slower = curves("fig6_3_cifar10", {**ends, "kfac": FAR}, clock=clock)
-    assert "KFAC does not get to 1%" in verdict(slower, "than with the Gauss-Newton").numbers
+    slower["runs"][3]["train_error"][-1] = 0.001
+    words = (
+        "KFAC, Fisher gets to 1% training error from 3 of 3 seeds, KFAC gets to 1% training error from 1 of 3"
+    )
+    assert words in verdict(slower, "than with the Gauss-Newton").numbers
 
 
 def test_instability_is_a_rise_of_the_loss():
     ends = {"acp": CLEAR, "acp_fixedalpha": CLEAR}
     record = curves("fig6_3_cifar10", ends)
+    assert verdict(record, "unstable").verdict == "not settled at this length"  # it never got to 2%
+    ends = {"acp": [1.5, 1.6, 1.4], "acp_fixedalpha": CLEAR}
+    record = curves("fig6_3_cifar10", ends)
     assert verdict(record, "unstable").verdict == "does not hold"
     record["runs"][0]["train"][3] = 40.0
     assert verdict(record, "unstable").verdict == "holds"
-    lost = curves("fig6_3_x", {**ends, "acp": [3.0, math.inf]})
+    lost = curves("fig6_3_x", {**ends, "acp": [1.5, math.inf]})
     assert verdict(lost, "unstable").verdict == "holds"
     assert "diverged: 1 of 2 (at update 1,042), with a fixed α 0 of 3" in verdict(lost, "unstable").numbers
-    fixed = {"acp": CLEAR, "acp_fixedalpha": [3.0, math.inf]}
+    fixed = {**ends, "acp_fixedalpha": [3.0, math.inf]}
     assert verdict(curves("fig6_3_x", fixed), "unstable").verdict == "does not hold"
     both = curves("fig6_3_x", fixed | {"acp": [3.0, math.inf, 3.0]})
     assert verdict(both, "unstable").verdict == "not settled at this length"
