@@ -659,7 +659,7 @@ def horizon_table(record: dict[str, Any], *figure_keys: str) -> str:
 
 def settings_table(record: dict[str, Any]) -> str:
     """Markdown table of the searches behind learning curves: what each method's search chose."""
-    lines = ["| method | trials | diverged | best loss | chosen |", "|---|---|---|---|---|"]
+    lines = ["| method | trials | diverged | lowest loss of a trial | chosen |", "|---|---|---|---|---|"]
     for run in record["runs"]:
         losses = run["trials"]["loss"]
         diverged = sum(loss is None for loss in losses)
