@@ -526,5 +526,7 @@ SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 def setting_words(content: dict[str, Any], method: str) -> str:
     """The chosen setting in the book's letters."""
     found = next(r for r in content["runs"] if r["part"] == "search" and r["method"] == method)
-    letters = {"lr": "λ", "damping": "ε", "max_change": "κ", "friction": "1 − m", "scale": "scale"}
-    return ", ".join(f"{letters[name]} {value:.3g}" for name, value in chosen(found).items())
+    return ", ".join(f"{LETTERS[name]} {value:.3g}" for name, value in chosen(found).items())
+
+
+LETTERS = {"lr": "λ", "damping": "ε", "max_change": "κ", "friction": "1 − m", "scale": "scale"}
