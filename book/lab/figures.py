@@ -269,14 +269,18 @@ def provenance_table(records: dict[str, dict[str, Any]]) -> str:
     """
     lines = ["| record | data | made on | until |", "|---|---|---|---|"]
     for name, record in records.items():
-        data = record.get("settings", {}).get("data", "")
-        if isinstance(data, dict):
-            data = f"{data['variant']}, sha256 {data['checksum'][:8]}"
+        each = [record.get("settings", {}), *record.get("runs", ())]
+        data = "; ".join(dict.fromkeys(_data_words(part["data"]) for part in each if part.get("data")))
         parts = [*record.get("runs", ()), record.get("clock", {})]
         for where, date in _origins(part["provenance"] for part in parts if "provenance" in part).items():
             lines.append(f"| {name} | {data} | {where} | {date} |")
             name = data = ""
     return "\n".join(lines)
+
+
+def _data_words(data: str | dict[str, str]) -> str:
+    """The name of a data set, and the beginning of its hash where it is known."""
+    return data if isinstance(data, str) else f"{data['variant']}, sha256 {data['checksum'][:8]}"
 
 
 def _origins(provenances: Iterable[dict[str, Any]]) -> dict[str, str]:
