@@ -490,10 +490,10 @@ def _spread(values: Sequence[float], digits: str) -> str:
 def later(content: dict[str, Any]) -> list[tuple[str, ...]]:
     """Rows of a table, the first one the head: updates to the losses below the target, in one longer run.
 
-    Where SGD gets there too: how many times sooner than it, in seconds.
+    In brackets, where SGD gets there too: how many times sooner than it, in seconds.
     """
     cost, losses = prices(content), SCALES["laptop"].later
-    rows = [("", *(f"to {loss:g}" for loss in losses), "lowest loss, at update")]
+    rows = [("", *(f"to {loss:g}" for loss in losses), "lowest")]
     sgd = {loss: t for loss in losses for t in times(content, "sgd", loss, "longer")}
     for method in (method for method in taking_part(content) if runs(content, method, "longer")):
         [run_], cells = runs(content, method, "longer"), []
@@ -501,9 +501,8 @@ def later(content: dict[str, Any]) -> list[tuple[str, ...]]:
             [found] = times(content, method, loss, "longer")
             cells.append("–" if found is None else f"{found:,.0f}")
             if found and sgd.get(loss) and method != "sgd":
-                cells[-1] += f" ({sgd[loss] * cost['sgd'] / (found * cost[method]):.1f} times sooner)"
-        low, at = min(zip(run_["train"], run_["update"], strict=True), default=(math.inf, 0))
-        cells.append(f"{low:.3g}, {at:,}" if math.isfinite(low) else "diverged")
+                cells[-1] += f" ({sgd[loss] * cost['sgd'] / (found * cost[method]):.1f} ×)"
+        cells.append(f"{min(run_['train']):.3g}" if run_["train"] else "diverged")
         rows.append((METHODS[method].name, *cells))
     return rows
 

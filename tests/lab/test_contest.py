@@ -241,9 +241,9 @@ def test_later_losses_are_of_the_one_run_that_goes_on(whole):
         )
     to_10 = 100 * 10 ** (2 / 3)  # two of the three halvings from 40 to 5
     assert {row[0]: row[1:] for row in contest_module.later(whole)[1:]} == {
-        "ACP": (f"{to_10:.0f} ({4000 / (4 * to_10):.1f} times sooner)", "1,000", "–", "5, 1,000"),
-        "Muon": ("–", "–", "–", "20, 1,000"),
-        "SGD": ("4,000", "–", "–", "10, 4,000"),
+        "ACP": (f"{to_10:.0f} ({4000 / (4 * to_10):.1f} ×)", "1,000", "–", "5"),
+        "Muon": ("–", "–", "–", "20"),
+        "SGD": ("4,000", "–", "–", "10"),
     }
     assert contest_module.report(whole)[1][1] == "94 ± 3"  # which is no seed of the others
 
