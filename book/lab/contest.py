@@ -113,6 +113,7 @@ DOMAIN = {
     "scale": (4.0, 128.0),
 }
 """``friction`` is 1 − m. The range of a rate is that of :data:`RATES`, around where such rates are in use."""
+LETTERS = {"lr": "λ", "damping": "ε", "max_change": "κ", "friction": "1 − m", "scale": "scale"}
 
 
 def _ours(kind: Callable) -> Callable:
@@ -526,6 +527,3 @@ def setting_words(content: dict[str, Any], method: str) -> str:
     """The chosen setting in the book's letters."""
     found = next(r for r in content["runs"] if r["part"] == "search" and r["method"] == method)
     return ", ".join(f"{LETTERS[name]} {value:.3g}" for name, value in chosen(found).items())
-
-
-LETTERS = {"lr": "λ", "damping": "ε", "max_change": "κ", "friction": "1 − m", "scale": "scale"}
