@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 from sogrid.cli import (
@@ -53,7 +52,8 @@ The record is OUT/adaptive_refresh.json; what it holds is not run again.
 CONTEST = """\
 Search and train the thesis's methods and today's to one training loss of the thesis's autoencoder: hours on
 one thread; stopped, the same command goes on. With --clock, on an idle machine, measure what their updates
-cost. The record is OUT/contest.json. SOAP needs the packages of `make bench`.
+cost. The record is OUT/contest.json. SOAP and Shampoo need the packages of
+`make bench`.
 """
 
 STUDY = """\
@@ -208,7 +208,7 @@ def _refreshing(options: argparse.Namespace) -> int:
 
 
 def _contest(options: argparse.Namespace) -> int:
-    from lab.contest import METHODS, SEEDS, clock, contest
+    from lab.contest import METHODS, PACKAGE, PACKAGED, SEEDS, clock, contest
 
     fail, methods, seeds = options.parser.error, options.methods or METHODS, options.seeds or SEEDS
     for method in methods:
@@ -219,13 +219,17 @@ def _contest(options: argparse.Namespace) -> int:
             fail(f"--seeds: there are {', '.join(map(str, SEEDS))}, got {seed}")
     if options.clock and (options.methods or options.seeds):
         fail("--clock times all methods that have been searched: leave --methods and --seeds out")
-    if "soap" in methods and not options.clock and not find_spec("pytorch_optimizer"):
-        fail("soap needs the packages of `make bench`: set PYTHONPATH=.venv/peers, or leave it out")
-    if options.clock:
-        for row in clock(out=options.out, progress=not options.quiet):
-            print(f"  {row['method']}: {row['update_ms']:.2f} ms")
-    else:
-        contest(methods=methods, seeds=seeds, out=options.out, progress=not options.quiet)
+    try:
+        if options.clock:
+            for row in clock(out=options.out, progress=not options.quiet):
+                print(f"  {row['method']}: {row['update_ms']:.2f} ms")
+        else:
+            contest(methods=methods, seeds=seeds, out=options.out, progress=not options.quiet)
+    except ModuleNotFoundError as missing:
+        if missing.name != PACKAGE:
+            raise
+        names = " and ".join(PACKAGED)
+        fail(f"{names} need the packages of `make bench`: set PYTHONPATH=.venv/peers, or leave them out")
     print(f"record: {Path(options.out) / 'contest.json'}")
     return OK
 

@@ -72,6 +72,7 @@ __all__ = [
 ]
 
 BENCHMARK, REFRESH_EVERY, LEVEL = "mnist_autoencoder", 20, 0.01
+PACKAGE = "pytorch_optimizer"
 SEEDS = tuple(range(401, 411))
 
 
@@ -152,15 +153,29 @@ def _newton_muon(model, loss, s):
     return NewtonMuon(model, s["lr"], **options)
 
 
-def _soap_of_a_package(parameters, **options):
-    from pytorch_optimizer import SOAP  # of the extra `bench`
+def _packaged(name: str, **fixed: Any) -> Callable:
+    """An optimizer of a package of the extra `bench`, which need not be there."""
 
-    return SOAP(parameters, weight_decay=0.0, **options)
+    def kind(parameters, **options):
+        return getattr(import_module(PACKAGE), name)(parameters, weight_decay=0.0, **fixed, **options)
+
+    return kind
 
 
 _momentum, _muon = _theirs(torch.optim.SGD), _theirs(MuonAndAdam)
 _adamw = _theirs(torch.optim.AdamW, 0.999, weight_decay=0.0)
-_soap = _theirs(_soap_of_a_package, 0.95)
+_soap = _theirs(_packaged("SOAP"), 0.95)
+_shampoo = _theirs(
+    _packaged(
+        "ScalableShampoo",
+        start_preconditioning_step=REFRESH_EVERY,
+        preconditioning_compute_steps=REFRESH_EVERY,
+        graft_type=3,  # the length of RMSProp's step
+        moving_average_for_momentum=True,
+        use_svd=True,
+    ),
+    0.999,
+)
 BALL, BOUNDED = ("lr", "friction"), ("damping", "max_change", "friction")
 METHODS = {
     "sgd": Method(_sgd, "SGD"),
@@ -174,13 +189,17 @@ METHODS = {
     "newton_muon": Method(_newton_muon, "Newton-Muon", "brown", "dash", settings=("damping", *BALL)),
     "centred": Method(_centred, "centred gradient", "purple", settings=BALL),
     "soap": Method(_soap, "SOAP", "pink", settings=BALL),
+    "shampoo": Method(_shampoo, "Shampoo", "pink", "dash", settings=BALL),
 }
-"""Who takes part. Ours and FOOF have λ = 10, since the bound is what is searched."""
+"""Who takes part. Ours and FOOF have λ = 10, since the bound is what is searched. As their package has them,
+SOAP turns its basis every ten updates, and Shampoo has blocks of 512 and steps as long as RMSProp's (Anil et
+al., 2020)."""
 
-REFRESH_THEMSELVES = {"newton_muon", "soap"}
+PACKAGED = ("soap", "shampoo")
+REFRESH_THEMSELVES = {"newton_muon", *PACKAGED}
 SMALL, LARGE = (3e-5, 3e-2), (3e-3, 3.0)
 RATES = {"sgd": LARGE, "momentum": (1e-3, 1.0), "centred": LARGE}
-RATES |= dict.fromkeys(("muon", "adamw", "newton_muon", "soap"), SMALL)
+RATES |= dict.fromkeys(("muon", "adamw", "newton_muon", *PACKAGED), SMALL)
 
 
 def _plan(method: str, scale: Scale = SCALES["laptop"]) -> Search:
@@ -217,8 +236,8 @@ def contest(
         SearchError: If the storage cannot be used, or holds a search of other rules.
         ValueError: For another profile.
     """
-    if "soap" in methods:
-        import_module("pytorch_optimizer")  # now, and not after hours
+    if not set(methods).isdisjoint(PACKAGED):
+        import_module(PACKAGE)  # now, and not after hours
     smoke = is_smoke(profile)
     scale, task, record = SCALES[profile], _task(smoke), _record(out, profile)
     Path(out).mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,20 @@ from scipy.stats import ttest_ind
 
 from lab import cli
 from lab import contest as contest_module
-from lab.contest import BOUNDED, METHODS, RATES, SCALES, Scale, _plan, _theirs, prices, times, verdict
+from lab.contest import (
+    BOUNDED,
+    METHODS,
+    PACKAGE,
+    PACKAGED,
+    RATES,
+    SCALES,
+    Scale,
+    _plan,
+    _theirs,
+    prices,
+    times,
+    verdict,
+)
 from sogrid.experiments.benchmarks import Task
 from sogrid.experiments.records import RESULTS, Record, RecordError
 from sogrid.experiments.training import run
@@ -40,8 +53,8 @@ def test_every_method_has_the_same_trials_and_ranges_as_wide(method):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_trains_and_is_given_what_was_searched(task, method):
-    if method == "soap":
-        pytest.importorskip("pytorch_optimizer", reason="needs the packages of `make bench`")
+    if method in PACKAGED:
+        pytest.importorskip(PACKAGE, reason="needs the packages of `make bench`")
     settings = {name: math.sqrt(low * high) for name, (low, high) in _plan(method).domain.items()}
     settings["scale"] = 4.0
     options = {"updates": 4, "points": [0, 4], "evaluate_on": 100, "progress": None}
@@ -62,19 +75,26 @@ def test_every_method_trains_and_is_given_what_was_searched(task, method):
 
 
 def test_what_is_missing_is_said_before_hours_are_spent(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    monkeypatch.setitem(sys.modules, PACKAGE, None)
     monkeypatch.setattr(contest_module, "_task", None)
-    with pytest.raises(ModuleNotFoundError, match="pytorch_optimizer"):
-        contest_module.contest(out=tmp_path)
+    for method in PACKAGED:
+        with pytest.raises(ModuleNotFoundError, match=PACKAGE):
+            contest_module.contest(methods=[method], out=tmp_path)
 
 
 @pytest.mark.parametrize(
     "wrong",
-    [["--methods", "adagrad"], ["--seeds", "1"], ["--methods", "soap"], ["--methods", "acp", "--clock"]],
+    [
+        ["--methods", "adagrad"],
+        ["--seeds", "1"],
+        ["--methods", "soap"],
+        ["--methods", "sgd", "shampoo"],
+        ["--methods", "acp", "--clock"],
+    ],
     ids=lambda words: words[-1],
 )
 def test_the_command_line_refuses(wrong, capsys, monkeypatch):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setitem(sys.modules, PACKAGE, None)
     with pytest.raises(SystemExit):
         cli.main(["contest", *wrong])
     assert wrong[-1] in capsys.readouterr().err
