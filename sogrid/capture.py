@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from collections import Counter
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -127,14 +128,18 @@ class Capture:
         self._uses: dict[Use, GradientEdge | None] = {}  # in the latest forward pass; in collect(), in all
         self._latest: dict[str, list[Use]] = {}
         self._root: GradientEdge | None = None  # the latest output, if roots are wanted
-        self._pass, self._passes, self._task = Pass(), 0, -1
-        self._collecting, self._collected = False, 0
+        self._pass, self._task = Pass(), -1
+        self._running = self._collecting = False
+        self._collected, self._probed = 0, weakref.WeakSet()
+        self._trained, self._searched = Counter(), set()  # uses of layers, and passes of the model
         self.version, self.made, self.asked, self._warned = 0, None, False, False
         self.clear()
         self._end = listen(self, model, self._rules, _begins, _ends)
 
     def clear(self) -> None:
         """Forget what has been seen."""
+        if self._pass.over:
+            self._uses, self._latest, self._root = {}, {name: [] for name in self._latest}, None
         self._pass.over = True
         self.records = {name: LayerRecord() for name, _ in self._rules.values()}
         self.roots: list[RootRecord] = []
@@ -198,6 +203,7 @@ class Capture:
 
     def begins(self, inputs: tuple) -> None:
         """A forward pass of the model starts; on what the last one gave, it is of the same examples."""
+        self._running = True
         edges = [*self._uses.values(), self._root]
         if any(edges) and not self._pass.over:
             nodes = {edge.node for edge in edges if edge is not None}
@@ -215,7 +221,6 @@ class Capture:
         if not self._collecting:
             self._uses = {}
         self._latest, self._pass, self._root, self.asked = {}, Pass(), None, False
-        self._passes += 1
 
     @staticmethod
     def _require(condition: bool, otherwise: str) -> None:
@@ -255,8 +260,9 @@ class Capture:
             not self.factors(layer),
             f"{what} may, and gradients='factored' cannot tell: give the optimizer gradients='matrix'",
         )
+        self._trained[layer] += 1
         self._require(
-            self._passes % LOOKS != 1 or _is_map(layer, rule, x),
+            self._trained[layer] % LOOKS != 1 or _is_map(layer, rule, x),
             f"{what}: train it in a parameter group with preconditioned=False",
         )
 
@@ -289,16 +295,20 @@ class Capture:
     def see_layer(self, layer: nn.Module, x: Tensor, output: Tensor, heard: list[Hearer] | None) -> None:
         """A watched layer has computed its output; ``heard`` by the function that handed it on, if any."""
         name, rule = self._rules[layer]
-        earlier = self._latest.get(name, [])
+        earlier = self._latest.get(name)
         if in_backward():
-            if earlier:  # an activation checkpoint computes again what was seen
+            if earlier is not None:  # an activation checkpoint computes again what was seen
                 return
             raise CaptureError(
                 f"layer {name!r} was first seen in a backward pass: give torch.utils.checkpoint "
                 "use_reentrant=False, and call the model in training mode"
             )
-        if earlier and self._pass.over:
+        if earlier is not None and self._pass.over:
             self._begin()  # parts of the model are called on their own
+        elif earlier and not (self._running or self._collecting or self.wanted.roots):
+            for use in earlier:  # likewise, and no gradient may ever come: keep no graph
+                del self._uses[use]
+            earlier.clear()
         if self.wanted.cut or self.wanted.factored:
             self._require_owner(self.records[name], layer)
         use = self._use(name, layer, rule, x.detach(), output)
@@ -363,8 +373,10 @@ class Capture:
     def see_root(self, inputs: tuple, output: Any) -> None:
         """The model's own forward pass is over."""
         latest = [use for uses in self._latest.values() for use in uses]
-        if self._passes % LOOKS == 1:
+        self._trained[self._model] += 1
+        if self._trained[self._model] % LOOKS == 1 or self._latest.keys() - self._searched:
             self._look_for_others(inputs, output)
+            self._searched |= self._latest.keys()
         output = _part(output, self.wanted.output)
         # a loss may be one number; a later call in the same pass may be of a part of the examples
         sizes = [len(x) for x in (*tensors(output), *tensors(inputs)) if x.dim() and x.shape != (1,)]
@@ -403,17 +415,18 @@ class Capture:
         output.register_hook(arrived)
 
     def _earlier(self) -> int:
-        """How many passes of the update, or of the closure, came before: those whose gradient is there."""
+        """How many passes of the update or the closure came before: their gradient is there, or may come."""
         if self._collecting:
             self._collected += 1
             return self._collected - 1
-        found = 0
+        coming, found = sum(not forward.over for forward in self._probed), 0
+        self._probed.add(self._pass)
         for layer, (name, _) in self._rules.items():
             if record := self.records[name]:
                 grad = self._parameters[layer][self.factors(layer)].grad
                 if grad is not None and not _cleared(grad, record.version, record.made):
                     found = max(found, record.passes)
-        return found
+        return found + coming
 
     def _look_for_others(self, inputs: tuple, output: Any) -> None:
         """Refuse a weight or bias that is used outside its layer."""
@@ -503,10 +516,15 @@ def _is_map(layer: nn.Module, rule: Rule, x: Tensor) -> bool:
     """Whether the gradients of W and b are those of W h + b, whatever else is added to it."""
     trained = [p for p in (layer.weight, layer.bias) if p is not None and p.requires_grad]
     with torch.random.fork_rng():
-        output = layer.forward(x.detach())
+        try:
+            output = layer.forward(x.detach())
+        except TypeError:  # it takes more than its input
+            return False
         g = torch.arange(output.numel(), device=x.device).cos().view_as(output).to(output.dtype)
         found = torch.autograd.grad(output, trained, g, allow_unused=True)
     h, g = (rows.to(layer.weight.dtype) for rows in (rule.inputs(layer, x.detach()), rule.outputs(layer, g)))
+    if h.shape[:-1] != g.shape[:-1]:  # as where a convolution pads by itself
+        return False
     expected = torch.einsum("...nso,...nsi->...oi", g, h), g.sum((-3, -2))
     return all(
         grad is not None and (grad - right.reshape_as(grad)).abs().max() <= 0.02 * right.abs().max()
@@ -538,7 +556,7 @@ def _ends(captures: list[Capture], module: nn.Module, inputs: tuple, output: Any
     rooted = [capture for capture in captures if module is capture._model]
     if rooted:
         for capture in rooted:
-            capture.asked = False
+            capture.asked = capture._running = False
         rooted = [capture for capture in rooted if capture.ends()]
         if isinstance(output, Tensor) and any(capture.wanted.cut for capture in rooted):
             handed_on = without_graph(module, inputs, handed_on)

@@ -73,6 +73,13 @@ def _seed(text: str) -> int:
     return int(text)
 
 
+def _folder(text: str) -> str:
+    for path in (Path(text), *Path(text).parents):
+        if path.exists() and not path.is_dir():
+            raise argparse.ArgumentTypeError(f"{path} is a file, and the record needs a folder")
+    return text
+
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "profile": {"default": "smoke", "help": "how much of it, see below (default: smoke)"},
     "seed": {"type": _seed, "default": 0, "help": "of weights and data order (default: 0)"},
@@ -92,7 +99,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "help": "of an earlier search: what it chose for a method is that method's first trial",
     },
     "device": {"default": "cpu", "help": "where to compute, e.g. cuda (default: cpu)"},
-    "out": {"default": "out", "help": "folder of the record (default: out)"},
+    "out": {"type": _folder, "default": "out", "help": "folder of the record (default: out)"},
     "quiet": {"action": "store_true", "help": "no progress bars, only the result"},
 }
 """What the commands have in common, here and in the book's laboratory."""

@@ -139,7 +139,7 @@ def inverse_square_root(matrix: Tensor, damping: float | Tensor = 0.0, name: str
     shifted = shift_diagonal(matrix, damping)
     if matrix.device.type == "cpu":
         _require_finite(shifted, name)
-    values, vectors = torch.linalg.eigh(shifted)
+    values, vectors = _eigh(shifted, name)
     if matrix.device.type == "cpu" and not bool((values > 0).all()):
         raise _indefinite(values.double(), matrix.dtype, damping, name)
     return (vectors * values.rsqrt().unsqueeze(-2)) @ vectors.mT
@@ -161,17 +161,20 @@ def _eigh(matrix: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Eigenvalues and eigenvectors of a symmetric matrix.
 
     LAPACK may not converge where many eigenvalues are zero, as of fewer examples than inputs with many
-    that are never on. A shift that is within rounding moves them all alike and turns no eigenvector.
+    that are never on, or find vectors of NaN and not say so. A shift that is within rounding moves them all
+    alike and turns no eigenvector; float64 is the last resort.
     """
-    shift = torch.zeros_like(matrix[..., 0, 0])
-    for _ in range(3):
+    shift, failure = torch.zeros_like(matrix[..., 0, 0]), "they are not finite"
+    for dtype in (*3 * [matrix.dtype], torch.float64):
         try:
-            values, vectors = torch.linalg.eigh(shift_diagonal(matrix, shift))
-            return values - shift.unsqueeze(-1), vectors
+            values, vectors = torch.linalg.eigh(shift_diagonal(matrix.to(dtype), shift))
         except torch.linalg.LinAlgError as error:
             failure = error
-            shift = 4 * shift + torch.finfo(matrix.dtype).eps * matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
-    raise FactorizationError(f"{name}: no eigenvectors were found: {failure}") from failure
+        else:
+            if bool(torch.isfinite(vectors).all()) or not bool(torch.isfinite(matrix).all()):
+                return (values - shift.unsqueeze(-1)).to(matrix.dtype), vectors.to(matrix.dtype)
+        shift = 4 * shift + torch.finfo(matrix.dtype).eps * matrix.diagonal(dim1=-2, dim2=-1).sum(-1)
+    raise FactorizationError(f"{name}: no eigenvectors were found: {failure}")
 
 
 def _thin_inverse(matrix: Gram, damping: float | Tensor, name: str) -> Tensor | ThinInverse:

@@ -61,6 +61,11 @@ class Loss:
         Raises:
             ValueError: If the shapes of outputs and targets do not belong together.
         """
+        if f.dim() < 2:
+            raise ValueError(
+                f"outputs are [n, k], k numbers for each of n examples, got {tuple(f.shape)}: leave out a "
+                "squeeze(-1), or give outputs and targets an unsqueeze(-1)"
+            )
         self._require_shapes(f, y)
         value = self.value(f, y)
         return value.mean(-1) if self.reduction == "mean" else value.sum(-1)
@@ -278,10 +283,11 @@ class _Categorical(Loss):
     """What the two categorical cuts share: targets as class indices, one-hot rows or soft rows."""
 
     def _require_shapes(self, f, y):
-        if y.shape[-2:] != f.shape[-2:] and y.shape[-1:] != f.shape[-2:-1]:
+        rows, classes = y.shape[-2:] == f.shape[-2:], y.shape[-1:] == f.shape[-2:-1]
+        if not rows and (y.is_floating_point() or not classes):
             raise ValueError(
-                f"outputs {tuple(f.shape)} need targets {tuple(f.shape[:-1])} (classes) or {tuple(f.shape)} "
-                f"(rows), got {tuple(y.shape)}"
+                f"outputs {tuple(f.shape)} need targets {tuple(f.shape[:-1])} (classes, as integers) or "
+                f"{tuple(f.shape)} (rows), got {tuple(y.shape)} of {y.dtype}"
             )
 
     def _rows(self, f: Tensor, y: Tensor) -> Tensor:

@@ -91,6 +91,10 @@ class LayerMethod:
         """
         raise NotImplementedError
 
+    def keeps(self, group: dict[str, Any]) -> set[str]:
+        """What has to be in a layer's state."""
+        return set()
+
     def moments(self, rows: Rows, state: dict[str, Tensor], group: dict[str, Any]) -> Tensor:
         """A mean over examples in the basis that :meth:`invert` found, kept in the state as ``moments``."""
         raise NotImplementedError

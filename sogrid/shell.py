@@ -97,19 +97,20 @@ class LayerOptimizer(Watching):
         params: What to train, as in torch: parameters or groups of them with hyperparameters of their
             own; default all trainable parameters. A layer's weight and bias go in one group; a bias left
             out or frozen stays as it is, and the layer's inputs are then not centred. In a group with
-            ``preconditioned=False`` everything is trained by plain SGD.
+            ``preconditioned=False`` everything is trained by ``other``.
         gradients: ``"matrix"``: the step starts from ``.grad``. ``"factored"``: it starts from the
             factors g and h of each linear layer's gradient, and the ``.grad`` of its weight stays ``None``:
-            faster, but what works on ``.grad`` is refused: clipping, ``GradScaler.unscale_`` (not
-            ``GradScaler``), a penalty on a weight, ``create_graph=True``. The ``.grad`` of the bias is
-            formed, and tells whether gradients were cleared or changed; layers without one, and
-            convolutions, have a ``.grad`` as ever. Until ``step()`` the minibatch must not be changed in
-            place.
+            faster for wide linear layers on a CPU, but what works on ``.grad`` is refused: clipping,
+            ``GradScaler.unscale_`` (not ``GradScaler``), a penalty on a weight, ``create_graph=True``. The
+            ``.grad`` of the bias is formed, and tells whether gradients were cleared or changed; layers
+            without one, and convolutions, have a ``.grad`` as ever. Until ``step()`` the minibatch must not
+            be changed in place.
         max_change: κ > 0, the largest change of a layer's pre-activations in one step, in root mean square
             over (the first 16 examples of) the minibatch and the layer's units; a larger step is shrunk,
-            the whole layer's alike, so that a large λ is no risk, and κ the length of a step. ``None``: no
-            bound, as in the thesis. Kept in the parameter groups, so it may decay like a learning rate. Cheap
-            with factored gradients.
+            the whole layer's alike (each group's, of a convolution with groups, which are layers side by
+            side), so that a large λ is no risk, and κ the length of a step. ``None``: no bound, as in the
+            thesis. Kept in the parameter groups, so it may decay like a learning rate. Cheap with factored
+            gradients.
         momentum: m in [0, 1), of the heavy ball v ← m v + Δ over the (bounded) steps Δ; with it a layer may
             move by κ/(1 − m).
         nesterov: Step by Δ + m v, as in :class:`torch.optim.SGD`.
@@ -383,7 +384,8 @@ class LayerOptimizer(Watching):
         if ranks.size > 1:  # .grad is a mean over them
             grad_b = g.sum(0)
         else:
-            intact = record.version in (UNKNOWN, grad_b._version)
+            made = None if record.made is None else record.made()
+            intact = record.version in (UNKNOWN, grad_b._version) and (made is None or made is grad_b)
             if intact and grad_b.is_cpu and self.param_groups[0]["updates"] % LOOKS == 0:
                 intact = near(grad_b, g.sum(0), g.abs().sum(0), len(g))
             self._require_intact(f"layer {layer.name!r}: the .grad of the bias", intact)

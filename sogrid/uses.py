@@ -29,7 +29,7 @@ class Seen:
         return self.tensor._version == self._version
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Pass:
     """One forward pass of the model.
 

@@ -209,8 +209,9 @@ class Watching(torch.optim.Optimizer):
             ValueError: If the state is that of another optimizer; nothing was changed.
         """
         known = self.param_groups[0].keys() & self.defaults.keys()
+        usual = self._known_keys().union(*self.param_groups)  # a user may have added one
         for group in state_dict["param_groups"]:
-            strange, needed = group.keys() - self._known_keys(), {"updates", "damping"} & known
+            strange, needed = group.keys() - usual, {"updates", "damping"} & known
             if strange or not needed <= group.keys():
                 raise ValueError(
                     f"this is the state of another optimizer than {type(self).__name__}: its groups have "

@@ -5,6 +5,7 @@ import gc
 import pickle
 import warnings
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -765,6 +766,69 @@ def test_inputs_that_are_not_examples_by_features_are_refused_by_name(shape):
     model = Net()
     with Capture(model), pytest.raises(CaptureError, match=r"layer 'a' got an input of shape \(.*needs \[ex"):
         model(torch.ones(shape).double())
+
+
+@pytest.mark.parametrize("before", ["nothing", "an evaluation", "one in each update"])
+@pytest.mark.parametrize("joins", [0, 1])
+def test_what_is_not_the_plain_map_is_told_at_its_first_use_in_training(before, joins):
+    """Whatever passes of the model there were before."""
+
+    class Scaled(nn.Linear):
+        def forward(self, h):
+            return nn.functional.linear(h, self.weight * 3, self.bias)
+
+    class Switching(nn.Module):
+        now = 0
+
+        def __init__(self):
+            super().__init__()
+            self.fine, self.other = nn.Linear(3, 2), Scaled(3, 2)
+
+        def forward(self, h):
+            return self.fine(h) if self.now < joins else self.other(h)
+
+    model = Switching()
+    with Capture(model, wanted=Wanted()) as capture:
+        for model.now in range(joins + 1):
+            if before == "one in each update" or (before == "an evaluation" and not model.now):
+                model.eval()
+                model(torch.ones(4, 3))
+                model.train()
+            refused = pytest.raises(CaptureError, match=r"'other' \(Scaled\) computes something else")
+            with refused if model.now == joins else nullcontext():
+                model(torch.ones(4, 3)).sum().backward()
+        assert not capture.records["other"]
+
+
+def test_a_weight_used_elsewhere_is_told_in_the_first_pass_that_its_layer_has_a_part_in():
+    class Tied(nn.Module):
+        now = 0
+
+        def __init__(self):
+            super().__init__()
+            self.fine, self.tied = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, h):
+            h = self.fine(h)
+            return nn.functional.linear(self.tied(h), self.tied.weight) if self.now else h
+
+    model = Tied()
+    with Capture(model, wanted=Wanted()):
+        model(torch.ones(4, 3)).sum().backward()
+        model.now = 1
+        with pytest.raises(CaptureError, match="the weight of layer 'tied' is used outside"):
+            model(torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("wanted", [Wanted(), Wanted(rows={"a", "b"})], ids=["means", "rows"])
+def test_parts_that_never_get_a_gradient_keep_no_graph(x, wanted):
+    model = Net()
+    with Capture(model, wanted=wanted) as capture:
+        for _ in range(9):
+            model.b(torch.tanh(model.a(x)))
+        assert len(capture._uses) == 2
+        model.a(x).sum().backward()
+        assert capture.records["a"].count == len(x)
 
 
 def test_an_exception_in_forward_leaves_everything_usable(x):

@@ -135,7 +135,16 @@ def test_our_errors_are_one_line_and_1(tiny, tmp_path, capsys, monkeypatch):
     assert f"{place} is truncated" in one_line(capsys)
     monkeypatch.setenv("SOGRID_DATA", str(tmp_path / "nowhere"))
     assert cli.main([*arguments, "--profile", "laptop"]) == 1
-    assert cli.main(["reproduce", "fig6_2", "--out", str(place), "--quiet"]) == 1
+
+
+@pytest.mark.parametrize("command", [["reproduce", "fig6_2"], ["search", "cifar10"]])
+def test_a_file_in_the_place_of_the_folder_is_wrong_usage(command, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--out", str(tmp_path / "file" / "below")])
+    assert stop.value.code == 2
+    assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_other_errors_keep_their_traceback(tiny, tmp_path, monkeypatch):
@@ -204,10 +213,6 @@ def test_a_storage_that_fails_is_one_line_and_1(tiny, tmp_path, capsys):
     assert cli.main(arguments) == 1
     assert f"{file} cannot be used" in one_line(capsys)
     assert file.read_bytes() == b"SQLite format 3\0 truncated"
-    blocked = tmp_path / "file"
-    blocked.write_text("")
-    assert cli.main([*arguments[:-1], str(blocked)]) == 1
-    assert f"{blocked}" in one_line(capsys)
     assert cli.main([*arguments[:-1], str(blocked), "--storage", f"sqlite:///{tmp_path}/s.sqlite3"]) == 1
     assert f"{blocked}" in one_line(capsys)
 

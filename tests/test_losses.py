@@ -316,6 +316,20 @@ def test_targets_of_another_shape_are_refused_not_broadcast(loss):
         loss(f, y)
 
 
+@every_loss
+def test_outputs_without_a_dimension_of_outputs_are_refused(loss):
+    """``net(x).squeeze(-1)``: n outputs would be those of one example, and a mean a sum."""
+    with pytest.raises(ValueError, match="unsqueeze"):
+        loss(torch.full((5,), 0.5), torch.zeros(5))
+
+
+@pytest.mark.parametrize("loss", [CrossEntropyAtLogits(), CrossEntropyAtProbabilities()], ids=repr)
+@pytest.mark.parametrize("k", [3, 5])
+def test_class_indices_that_are_not_integers_are_refused(loss, k):
+    with pytest.raises(ValueError, match="integers"):
+        loss(torch.full((5, k), 1 / k), torch.zeros(5))
+
+
 def test_repr_names_the_reduction():
     assert repr(CrossEntropyAtLogits("sum")) == "CrossEntropyAtLogits(reduction='sum')"
 

@@ -32,9 +32,8 @@ into the figure's record, where it makes the time axis. Do it on an otherwise id
 
 BENCH = """\
 Measure what an update of each method costs, in time and memory, beside torch's optimizers and the libraries
-of `make bench`, all interleaved in one process; how that grows; and how soon each gets to the loss of SGD,
-from the learning curves in OUT or the book. The record is OUT/bench.json, of a GPU OUT/bench.cuda.json. Do it
-on an otherwise idle machine.
+of `make bench`, all interleaved in one process; and how that grows. The record is OUT/bench.json, of a GPU
+OUT/bench.cuda.json. Do it on an otherwise idle machine.
 """
 
 OUT_OF_THE_BOX = """\
@@ -57,7 +56,7 @@ cost. The record is OUT/contest.json. SOAP and Shampoo need the packages of
 """
 
 STUDY = """\
-Search methods of a study on one grid, run the best of each from twenty other seeds, and leave the record:
+Search methods of a study on one grid, run the best of each from other seeds, and leave the record:
 OUT/NAME.json; what it holds is not run again. Minutes each on one thread.
 """
 
@@ -143,10 +142,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _clock(options: argparse.Namespace) -> int:
     from lab.timing import clock
+    from sogrid.experiments.records import RecordError
     from sogrid.experiments.reproduce import EXPERIMENTS, Curves, record_path
 
     name = checked(options, "figure", {k: v for k, v in EXPERIMENTS.items() if isinstance(v, Curves)})
     path = record_path(options.out, name, options.profile)
+    if not path.exists():
+        make = f"python -m sogrid reproduce {name} --profile {options.profile} --out {options.out}"
+        raise RecordError(f"there is no record {path} to time the methods of: run {make} first")
     rows = clock(path, device=options.device, progress=not options.quiet)
     print(table([("  method", "ms per update", "quartiles", "ratio to SGD", "ms per refresh"), *rows]))
     print(f"\nrecord: {path}")

@@ -137,7 +137,8 @@ def kl_divergence(model: nn.Module, loss: Loss, x: Tensor, delta: Tensor, revers
     if isinstance(loss, Quadratic):
         return (f - moved).square().sum(-1).mean() / (2 * loss.variance)
     log_p, log_q = _log_probabilities(loss, f), _log_probabilities(loss, moved)
-    return (log_p.exp() * (log_p - log_q)).sum((-2, -1)).mean()
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0).sum((-2, -1)).mean()
 
 
 def _log_probabilities(loss: Loss, f: Tensor) -> Tensor:

@@ -194,10 +194,14 @@ class Record:
             RecordError: If it is missing, truncated, altered, or not a record of this format.
         """
         path = Path(path)
+        if not path.exists():
+            raise RecordError(f"there is no record {path}")
         try:
             content = json.loads(path.read_text(), parse_constant=_refuse)
         except (OSError, ValueError, RecursionError) as error:
-            raise RecordError(f"{path} cannot be read as a record: {error}") from error
+            raise RecordError(
+                f"{path} cannot be read as a record: {error}. It is as it was: restore it, or move it away"
+            ) from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise RecordError(f"{path} is not a sogrid record of format {FORMAT}")
         if not content.keys() >= {"experiment", "settings", "runs"}:

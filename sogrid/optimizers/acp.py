@@ -130,6 +130,10 @@ class ACPMethod(LayerMethod):
         mean, deviations = input_rows(rows.inputs, rows.biased)
         return Statistics(mean, second_moment(deviations), alpha)
 
+    def keeps(self, group):  # noqa: D102
+        exact = group["tikhonov"] == "exact"
+        return {"inverse", *["mean"] * (exact or self.stored_mean), *["corner"] * exact}
+
     def invert(self, statistics, group, name):  # noqa: D102
         mean, covariance, alpha = statistics
         scale = group["output_curvature"] if alpha is None else alpha
@@ -175,7 +179,7 @@ class ACP(Layerwise):
         damping: ε ≥ 0; ε/α is added to the covariance of the inputs. The larger, the nearer to centred
             gradient descent with learning rate λ/ε. Zero needs an invertible covariance.
         output_curvature: α > 0, or ``"heuristic"``: max of the squared per-example gradients, by layer
-            and refresh.
+            (of a convolution with groups, by group) and refresh.
         bias_correction: Add the term −ΔW h̄ of eq. (6.2.5) to the bias, without which the step does not always
             descend; the printed algorithm is without.
         tikhonov: ``"printed"`` or ``"exact"``; see the module. The exact form includes the bias term.

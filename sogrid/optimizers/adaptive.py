@@ -3,7 +3,8 @@
 Between refreshes an inverse P ages. What it was made for, q = mean h̃ᵀ P h̃ over rows of inputs, tells by how
 much: on the update after a refresh it is what fresh statistics give on examples that they have not seen, and
 once it has left that value by a factor, :data:`DRIFT`, the layer is due. q is looked at after one update, and
-then after twice as many as the last time if no layer was due, half as many if one was.
+then after twice as many as the last time if no layer was due, half as many if one was; that of a layer which
+has no part in such an update, in its next one.
 
 Refreshes get a share of the time. What each costs is estimated, in updates, by the multiplications of both:
 no clock is read, and a run that is repeated is the same. A budget grows by the share at every update and pays
@@ -38,6 +39,7 @@ __all__ = [
     "DUE",
     "FRESH",
     "LONGEST",
+    "MISSED",
     "WARM",
     "Adaptive",
     "drifted",
@@ -60,8 +62,9 @@ INVERSE, ON_ACCELERATOR = 10.0, 2.0
 """What a multiplication of a factorisation costs in those of a product, and a refresh there, where launches
 count: no less than by the records of the benchmarks' networks."""
 
-FRESH, DUE, REFRESH, UPDATE = KEPT + "fresh", "due", "refresh_work", "update_work"
-"""Where a layer's state keeps q after its refresh, how far it has drifted since, and what the two cost."""
+FRESH, DUE, MISSED, REFRESH, UPDATE = KEPT + "fresh", "due", "missed", "refresh_work", "update_work"
+"""Where a layer's state keeps q after its refresh, how far it has drifted since, that a look has missed it,
+and what a refresh and an update cost."""
 
 State = dict[str, Any]
 
@@ -107,20 +110,29 @@ class Adaptive(Joint):
             return
         group, schedule = self.param_groups[0], self._schedule
         looking = group["updates"] >= schedule["look"]
-        seen = [one for one in ready if looking or FRESH not in self.state[one.layer.weight]]
+        states = {one.layer.name: self.state[one.layer.weight] for one in ready}
+        if looking:
+            for name, state in self._states().items():
+                if FRESH in state and name not in states:
+                    state[MISSED] = True
+        seen = [
+            one for one in ready for s in [states[one.layer.name]] if looking or FRESH not in s or MISSED in s
+        ]
         forms = list(map(self._quadratic, seen))
         if ranks.size > 1:
             forms = [form / ranks.size for form in ranks.sum(forms)]
         older = []
         for one, form in zip(seen, forms, strict=True):
-            state = self.state[one.layer.weight]
+            state = states[one.layer.name]
+            state.pop(MISSED, None)
             if FRESH in state:
                 older.append((state, form))
             else:
                 state[FRESH] = form
         gap, look = schedule["gap"], schedule["look"]
+        due = _due(older)
         if looking:
-            gap = max(1, gap // 2) if _due(older) else min(2 * gap, LONGEST)
+            gap = max(1, gap // 2) if due else min(2 * gap, LONGEST)
             look = group["updates"] + gap
         group["schedule"] = {"budget": schedule["budget"] + self.refresh_share, "look": look, "gap": gap}
 

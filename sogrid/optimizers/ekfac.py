@@ -87,6 +87,9 @@ class EKFACMethod(KFACMethod):
         if group["rank"] is not None:
             raise ValueError("EKFAC has no rank: it inverts no factor")
 
+    def keeps(self, group):  # noqa: D102
+        return {"a_basis", "b_basis", "moments"}
+
     def invert(self, statistics, group, name):  # noqa: D102
         _, a, b = statistics
         return {

@@ -197,6 +197,9 @@ class KFACMethod(LayerMethod):
         mean, inputs = input_rows(h, centered=False)
         return Statistics(mean, second_moment(inputs), second_moment(output_rows(passes, rows.examples)))
 
+    def keeps(self, group):  # noqa: D102
+        return {"a_inverse", "b_inverse"}
+
     def invert(self, statistics, group, name):  # noqa: D102
         _, a, b = statistics
         inverses = kfac_inverses(a, b, group["damping"], group["pi_correction"], name, group["rank"])

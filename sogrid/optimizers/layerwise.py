@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sogrid.capture import CaptureError, LayerRecord
 from sogrid.method import LayerMethod
-from sogrid.optimizers.adaptive import ADAPTIVE, DUE, FRESH, Adaptive, inverting
+from sogrid.optimizers.adaptive import ADAPTIVE, DUE, FRESH, MISSED, Adaptive, inverting
 from sogrid.optimizers.batches import KEPT, SHIFT, flat, packed
 from sogrid.optimizers.joint import Looked, Measured
 from sogrid.parameters import Layer, check_count, check_hyperparameter
@@ -36,6 +36,9 @@ from sogrid.watching import MOMENTUM
 __all__ = ["Layerwise", "StatisticsOptions"]
 
 State = dict[str, Any]
+
+MEASURED = "measured"
+"""Where a layer's state keeps at which update its statistics were taken."""
 
 
 class StatisticsOptions(LayerOptions, total=False):
@@ -57,8 +60,9 @@ class Layerwise(Adaptive):
         lr: Learning rate λ.
         hyperparameters: The method's own, kept in the parameter groups.
         refresh_every: N: statistics are refreshed before every N-th update, from that update's own
-            minibatch unless :meth:`refresh` was called for it. ``"adaptive"``: a layer's when they have
-            drifted, see :mod:`sogrid.optimizers.adaptive`. ``None``: only by :meth:`refresh`.
+            minibatch unless :meth:`refresh` was called for it; those of a layer that has no part in that
+            update, at its next one. ``"adaptive"``: a layer's when they have drifted, see
+            :mod:`sogrid.optimizers.adaptive`. ``None``: only by :meth:`refresh`.
         refresh_share: Of the time, about what adaptive refreshes may take.
         averaging: ρ in [0, 1): weight of the old statistics when they are refreshed.
         rank: k, for methods that invert matrices: of each only the k leading eigendirections count, the
@@ -133,6 +137,22 @@ class Layerwise(Adaptive):
         """Tell a ``GradScaler`` to leave the division to the step, which needs to know by what."""
         return self.gradients == "factored" or self._needs_gradients
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        """As in torch.
+
+        Raises:
+            ValueError: If the state is that of another optimizer; nothing was changed.
+        """
+        for group in state_dict["param_groups"]:
+            needed = self.method.keeps({**self.defaults, **group})
+            for state in (state_dict["state"].get(index, {}) for index in group["params"]):
+                if "biased" in state and not needed <= state.keys():
+                    raise ValueError(
+                        f"this is the state of another optimizer than {type(self).__name__}: of a layer it "
+                        f"has {', '.join(sorted(state))}, and not {', '.join(sorted(needed - state.keys()))}"
+                    )
+        super().load_state_dict(state_dict)
+
     # -- refresh ---------------------------------------------------------------------------------------
 
     @property
@@ -152,10 +172,17 @@ class Layerwise(Adaptive):
         return {layer.name for layer in self._layers}
 
     def _stale(self) -> set[str]:
-        """Layers that the next step would refresh: those that are due, and those it could not update."""
+        """Layers that the next step would refresh: due, late, or such that it could not update them."""
         if not self.uses_statistics or self.refresh_every is None:
             return set()
-        return self._due() | {layer.name for layer in self._layers if not self._fits(layer)}
+        late = {layer.name for layer in self._layers if not self._fits(layer) or self._late(layer)}
+        return self._due() | late
+
+    def _late(self, layer: Layer) -> bool:
+        """Whether a layer's statistics are older than the latest refresh by a fixed schedule."""
+        group, every = self.param_groups[0], self.refresh_every
+        measured = self.state[layer.weight].get(MEASURED, group["refreshed"])
+        return every != ADAPTIVE and group["updates"] // every > measured // every
 
     def _fits(self, layer: Layer) -> bool:
         """Whether a layer has statistics, taken while its bias was trained or not, as it is now."""
@@ -310,6 +337,7 @@ class Layerwise(Adaptive):
         held = {}
         for weight, state in states.items():
             old = self.state[weight]
+            state = {**state, MEASURED: self.param_groups[0]["updates"]}
             held[weight] = state | {key: old[key].to(weight) for key in old.keys() & {MOMENTUM}}
         self.state.update(self._written(held) if self.capturable else held)
         self._pay([layer.name for layer in self._layers if layer.weight in states])
@@ -326,7 +354,7 @@ class Layerwise(Adaptive):
             )
         for weight, state in states.items():
             there = old[weight]
-            for key in {FRESH, DUE} & there.keys():
+            for key in {FRESH, DUE, MISSED} & there.keys():
                 del there[key]
             for key, value in state.items():
                 fits = key in there and isinstance(value, Tensor) and there[key].dtype == value.dtype

@@ -5,6 +5,7 @@ import references
 import torch
 from cases import CASES, EMPIRICAL, FISHER, build, case
 from references import relative_error
+from torch import nn
 
 from sogrid.curvature import (
     empirical_fisher,
@@ -15,7 +16,7 @@ from sogrid.curvature import (
     parameter_vector,
     sampled_fisher,
 )
-from sogrid.losses import Loss, Quadratic
+from sogrid.losses import CrossEntropyAtProbabilities, Loss, Quadratic
 
 RTOL = 1e-11  # of the norm, float64 rounding
 DIFFERENT = 1e-2  # two matrices that are not equal differ by more than this
@@ -137,5 +138,9 @@ def test_kl_of_no_move_is_zero_and_unknown_models_are_refused():
     model, loss, x, _ = case("softmax at logits")
     nothing = torch.zeros_like(parameter_vector(model))
     assert kl_divergence(model, loss, x, nothing) == 0
+    certain = nn.Sequential(nn.Linear(2, 3), nn.Softmax(-1)).requires_grad_(False)  # which underflows
+    certain[0].weight.mul_(1e4)
+    move = torch.zeros_like(parameter_vector(certain))
+    assert kl_divergence(certain, CrossEntropyAtProbabilities(), torch.ones(4, 2), move) == 0
     with pytest.raises(TypeError, match="for Loss"):
         kl_divergence(model, Loss(), x, nothing)

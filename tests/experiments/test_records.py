@@ -62,7 +62,7 @@ def test_damage_is_noticed(tmp_path):
         path.write_text(bad)
         with pytest.raises(RecordError, match=r"r\.json"):
             Record.read(path)
-    with pytest.raises(RecordError, match="cannot be read"):
+    with pytest.raises(RecordError, match="there is no record"):
         Record.read(tmp_path / "missing.json")
 
 

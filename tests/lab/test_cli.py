@@ -67,8 +67,23 @@ def test_clock_without_a_record_is_one_line_and_1(tmp_path, capsys):
     assert cli.main(["clock", "fig6_2", "--out", str(tmp_path), "--quiet"]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"lab: {tmp_path / FIG}.smoke.json cannot be read as a record")
+    assert err.startswith(f"lab: there is no record {tmp_path / FIG}.smoke.json")
+    assert f"python -m sogrid reproduce {FIG} --profile smoke --out {tmp_path} first" in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["clock", "fig6_2"], ["bench"], ["out-of-the-box"], ["refreshing"], ["contest"], ["study", "gan"]],
+)
+@pytest.mark.parametrize("below", ["", "further/down"])
+def test_a_file_in_the_place_of_the_folder_is_told_before_anything_is_run(command, below, tmp_path, capsys):
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*command, "--out", str(tmp_path / "taken" / below)])
+    assert stop.value.code == 2
+    assert f"{tmp_path / 'taken'} is a file" in capsys.readouterr().err
+    assert (tmp_path / "taken").read_text() == "mine"
 
 
 @pytest.mark.parametrize(

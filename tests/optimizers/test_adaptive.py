@@ -204,6 +204,33 @@ def test_a_layer_that_is_due_and_not_used_keeps_no_other_waiting(left_out, closu
     assert not closure or due <= refreshed + 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_layers_that_take_turns_are_all_looked_at(kind):
+    """The looks fall on the updates of one of them."""
+
+    class Alternating(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.heads, self.now = nn.ModuleList(nn.Linear(4, 30) for _ in range(2)), 0
+
+        def forward(self, x):
+            return self.heads[self.now](x)
+
+    torch.manual_seed(0)
+    model = Alternating().double()
+    optimizer, refreshes = KINDS[kind](model, refresh_every=ADAPTIVE, refresh_share=0.5), [0, 0]
+    for t in range(60):
+        model.now = t % 2
+        weight = model.heads[model.now].weight
+        before = optimizer.state.get(weight)
+        x = (1 + t) * torch.randn(64, 4).double()
+        optimizer.zero_grad()
+        Quadratic()(model(x), torch.zeros(64, 30).double()).backward()
+        optimizer.step()
+        refreshes[model.now] += optimizer.state[weight] is not before
+    assert min(refreshes) > 2
+
+
 def test_a_state_of_fixed_refreshes_goes_on_adaptively_and_back():
     model = network()
     optimizer = KINDS["acp"](model, refresh_every=5)

@@ -468,6 +468,22 @@ def test_a_penalty_on_a_parameter(method, kind):
 
 
 @each(FACTORED)
+@pytest.mark.parametrize("update", [0, 1])
+def test_a_gradient_of_the_bias_that_was_replaced(method, update):
+    """Which has a version of its own."""
+    model = network()
+    optimizer = method(model)
+    train(model, optimizer, update)
+    optimizer.zero_grad()
+    x, y = batch()
+    LOSS(model(x), y).backward()
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            parameter.grad = parameter.grad * 1e3
+    refused(model, optimizer, "is not what the backward pass left there")
+
+
+@each(FACTORED)
 def test_a_gradient_of_an_evaluation_pass(method):
     model = network()
     optimizer = method(model)

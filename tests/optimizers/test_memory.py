@@ -88,6 +88,23 @@ def test_between_refreshes_a_bound_keeps_16_examples_and_their_patches(method):
     assert least < 0.1 * PATCHES
 
 
+@pytest.mark.parametrize("gradients", ["matrix", "factored"])
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_of_a_minibatch_is_held_after_the_step(method, gradients):
+    make, _ = METHODS[method]
+    model = nn.Sequential(nn.Linear(4, 64), nn.Tanh(), nn.Linear(64, 3))
+    optimizer = make(model, gradients=gradients, refresh_every=1)
+    for _ in range(2):
+        x = torch.randn(500, 1, 4) if "reduced" in method else torch.randn(500, 4)
+        optimizer.zero_grad()
+        LOSS(model(x).flatten(0, -2), torch.arange(500) % 3).backward()
+        optimizer.step()
+        del x
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if type(x) in (torch.Tensor, nn.Parameter)]
+    assert not [x.shape for x in tensors if 500 in x.shape]
+
+
 def test_a_forward_pass_has_no_patches():
     """The mean input of all patches is that of the mean image's."""
     model, x = network(1), torch.randn(N, CHANNELS, SIDE, SIDE)

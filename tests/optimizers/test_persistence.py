@@ -197,6 +197,38 @@ def test_a_checkpoint_without_averaging_may_be_continued_with_it():
     assert "statistics_mean" in averaging.state[model[0].weight]
 
 
+@each(REFRESHING)
+def test_a_checkpoint_of_another_optimizer_is_refused_and_changes_nothing(method):
+    """Whose groups have the same keys, as those of KFAC and EKFAC."""
+    model = network()
+    train(model, other := method(model))
+    saved, own = other.state_dict(), other.state[model[0].weight].keys()
+    other.close()
+    for kind in REFRESHING:
+        train(model, optimizer := kind(model))
+        before = optimizer.state_dict()
+        if set(optimizer.param_groups[0]) == set(saved["param_groups"][0]):
+            if not optimizer.method.keeps({**optimizer.defaults, **saved["param_groups"][0]}) <= own:
+                with pytest.raises(ValueError, match="state of another optimizer"):
+                    optimizer.load_state_dict(saved)
+                assert_same(optimizer.state_dict(), before)
+            else:
+                optimizer.load_state_dict(saved)
+                train(model, optimizer)
+        optimizer.close()
+
+
+@each(OPTIMIZERS)
+def test_a_key_of_the_users_own_is_kept(method):
+    model = network()
+    optimizer = method(model)
+    optimizer.param_groups[0]["of_the_user"] = 2.0
+    train(model, optimizer)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert optimizer.param_groups[0]["of_the_user"] == 2.0
+    train(model, optimizer)
+
+
 def test_a_checkpoint_of_another_model_is_refused():
     optimizer = ACP(network(), 0.1)
     other = ACP(nn.Linear(3, 2), 0.1)

@@ -214,6 +214,26 @@ def test_sampled_targets_depend_on_the_seed_and_the_update_alone(method):
     assert (optimizer.state[frozen[2].weight]["b_inverse"] != first).any()  # a stream of its own
 
 
+@each([m for m in OPTIMIZERS if m.samples])
+@pytest.mark.parametrize("together", [False, True])
+def test_passes_of_one_update_draw_targets_of_their_own(method, together):
+    """Also those of which the gradients come in one backward pass."""
+    model = network()
+    optimizer = method(model)
+    x, y = batch(n=64)
+    losses = []
+    for _ in range(3):
+        losses.append(LOSS(model(x), y))
+        if not together:
+            losses.pop().backward()
+    if together:
+        sum(losses).backward()
+    first, *others = [probes[0] for probes in optimizer._capture.records["2"].probes]
+    assert len(others) == 2
+    assert all((first != other).any() for other in others)
+    assert (others[0] != others[1]).any()
+
+
 @each(REFRESHING)
 def test_a_layer_that_was_never_used_keeps_no_other_from_a_closure(method):
     class Model(nn.Module):

@@ -539,7 +539,7 @@ def test_a_model_in_training_may_be_converted(method, convert):
     for seed in (1, 2):
         optimizer.zero_grad()
         x, y = batch(seed)
-        value = LOSS(two(x), y)
+        LOSS(two(x), y)
         assert_close([convert(two)(x)], [two(x)])
         two.zero_grad()
         value = LOSS(two(x), y)
@@ -643,6 +643,40 @@ def test_a_layer_that_joins_later_takes_its_statistics_from_its_first_minibatch(
         for key, value in second.state[two.unused.weight].items():
             if not method.samples or "b_" not in key:
                 assert_same(first.state[one.unused.weight][key], value)
+
+
+class Alternating(TwoHeads):
+    """Whose heads take turns."""
+
+    update = 0
+
+    def forward(self, x):
+        return (self.unused if self.update % 2 else self.used)(self.body(x))
+
+
+@each([m for m in REFRESHING if m.kind.__name__ != "UpdatedBackprop"])
+def test_a_layer_that_has_no_part_in_a_refresh_has_its_own_later(method):
+    model = Alternating()
+    optimizer, refreshed = method(model, refresh_every=4), []
+    for model.update in range(12):
+        before = dict(optimizer.state)
+        train(model, optimizer, 1, first=model.update + 1)
+        weights = {"body": model.body[0].weight, "even": model.used.weight, "odd": model.unused.weight}
+        now = [name for name, w in weights.items() if optimizer.state.get(w) is not before.get(w)]
+        refreshed.append(" ".join(now))
+    at = {update: names for update, names in enumerate(refreshed) if names}
+    assert at == {k + j: name for k in (0, 4, 8) for j, name in ((0, "body even"), (1, "odd"))}
+
+
+@each([m for m in REFRESHING if m.kind.__name__ != "UpdatedBackprop"])
+def test_a_layer_that_was_frozen_has_new_statistics_when_it_goes_on(method):
+    model = network()
+    optimizer = method(model, refresh_every=4)
+    for update in range(8):
+        model[0].requires_grad_(update in (0, 6, 7))
+        before = optimizer.state.get(model[0].weight)
+        train(model, optimizer, 1, first=update + 1)
+        assert (optimizer.state[model[0].weight] is not before) == (update in (0, 6))
 
 
 # --- precision -------------------------------------------------------------------------------------

@@ -686,6 +686,30 @@ def test_a_convolution_that_computes_something_else_is_refused_by_name():
     optimizer.close()
 
 
+class SamePadding(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (0, 1, 0, 1)), self.weight, self.bias, self.stride)
+
+
+class Gated(nn.Linear):
+    def forward(self, x, gate):
+        return gate * super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "inputs"),
+    [(SamePadding(3, 4, 3, stride=2), [torch.randn(5, 3, 8, 8)]), (Gated(4, 3), [torch.randn(5, 4), 2.0])],
+    ids=["padding", "arguments"],
+)
+def test_a_layer_that_cannot_be_compared_is_refused_by_name(layer, inputs):
+    model = nn.ModuleList([layer])
+    model.forward = lambda *inputs: layer(*inputs)
+    optimizer = ACP(model, 0.1)
+    with pytest.raises(CaptureError, match=rf"layer '0' \({type(layer).__name__}\) computes something else"):
+        model(*inputs)
+    optimizer.close()
+
+
 @each(FEW)
 def test_a_subclass_of_the_plain_map_is_trained(method):
     plain, model = nn.Sequential(nn.Linear(N_IN, N_OUT)).double(), nn.Sequential(Named(N_IN, N_OUT)).double()
