@@ -213,8 +213,6 @@ def test_a_storage_that_fails_is_one_line_and_1(tiny, tmp_path, capsys):
     assert cli.main(arguments) == 1
     assert f"{file} cannot be used" in one_line(capsys)
     assert file.read_bytes() == b"SQLite format 3\0 truncated"
-    assert cli.main([*arguments[:-1], str(blocked), "--storage", f"sqlite:///{tmp_path}/s.sqlite3"]) == 1
-    assert f"{blocked}" in one_line(capsys)
 
 
 def test_ctrl_c_during_a_search_is_one_line_and_130(tiny, tmp_path, capfd, monkeypatch):
