@@ -384,8 +384,8 @@ class LayerOptimizer(Watching):
         if ranks.size > 1:  # .grad is a mean over them
             grad_b = g.sum(0)
         else:
-            made = None if record.made is None else record.made()
-            intact = record.version in (UNKNOWN, grad_b._version) and (made is None or made is grad_b)
+            replaced = record.made is not None and record.made() is not grad_b
+            intact = record.version in (UNKNOWN, grad_b._version) and not replaced
             if intact and grad_b.is_cpu and self.param_groups[0]["updates"] % LOOKS == 0:
                 intact = near(grad_b, g.sum(0), g.abs().sum(0), len(g))
             self._require_intact(f"layer {layer.name!r}: the .grad of the bias", intact)

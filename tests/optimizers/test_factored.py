@@ -467,7 +467,7 @@ def test_a_penalty_on_a_parameter(method, kind):
     )
 
 
-@each(FACTORED)
+@each(WITHOUT_CHAIN)
 @pytest.mark.parametrize("update", [0, 1])
 def test_a_gradient_of_the_bias_that_was_replaced(method, update):
     """Which has a version of its own."""

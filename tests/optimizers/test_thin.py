@@ -177,7 +177,7 @@ def test_the_route_shows_in_the_state_and_in_the_repr(kind, reference, options):
     key = "inverse" if kind in (ACP, NaturalNN) else "a_inverse"
     assert len(state[key]) == N + (options.get("tikhonov") == "exact")
     assert state[key + "_shift"].shape == ()
-    assert all(type(value) in (torch.Tensor, bool) for value in state.values())
+    assert all(type(value) in (torch.Tensor, bool, int) for value in state.values())
 
 
 @every_method
