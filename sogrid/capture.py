@@ -131,7 +131,7 @@ class Capture:
         self._pass, self._task = Pass(), -1
         self._running = self._collecting = False
         self._collected, self._probed = 0, weakref.WeakSet()
-        self._trained, self._searched = Counter(), set()  # uses of layers, and passes of the model
+        self._trained, self._searched = Counter(), set()  # uses by layer, and passes of the model by None
         self.version, self.made, self.asked, self._warned = 0, None, False, False
         self.clear()
         self._end = listen(self, model, self._rules, _begins, _ends)
@@ -373,8 +373,8 @@ class Capture:
     def see_root(self, inputs: tuple, output: Any) -> None:
         """The model's own forward pass is over."""
         latest = [use for uses in self._latest.values() for use in uses]
-        self._trained[self._model] += 1
-        if self._trained[self._model] % LOOKS == 1 or self._latest.keys() - self._searched:
+        self._trained[None] += 1
+        if self._trained[None] % LOOKS == 1 or self._latest.keys() - self._searched:
             self._look_for_others(inputs, output)
             self._searched |= self._latest.keys()
         output = _part(output, self.wanted.output)

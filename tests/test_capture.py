@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.modules import module as torch_hooks
 from torch.utils.checkpoint import checkpoint
 
-from sogrid.capture import Capture, CaptureError, Wanted
+from sogrid.capture import LOOKS, Capture, CaptureError, Wanted
 from sogrid.hooks import watched
 
 RTOL = 1e-12  # float64 rounding
@@ -818,6 +818,26 @@ def test_a_weight_used_elsewhere_is_told_in_the_first_pass_that_its_layer_has_a_
         model.now = 1
         with pytest.raises(CaptureError, match="the weight of layer 'tied' is used outside"):
             model(torch.ones(4, 3))
+
+
+def test_a_weight_used_elsewhere_in_a_model_that_is_one_layer_is_looked_for_again():
+    class Late(nn.Linear):
+        penalised = False
+
+        def forward(self, h):
+            out = super().forward(h)
+            return out + 0 * nn.functional.linear(h, self.weight) if self.penalised else out
+
+    def train(passes):
+        for _ in range(passes):
+            model(torch.ones(4, 3)).sum().backward()
+
+    model = Late(3, 2)
+    with Capture(model, wanted=Wanted()):
+        train(1)
+        model.penalised = True
+        with pytest.raises(CaptureError, match="is used outside"):
+            train(LOOKS)
 
 
 @pytest.mark.parametrize("wanted", [Wanted(), Wanted(rows={"a", "b"})], ids=["means", "rows"])

@@ -51,8 +51,7 @@ The record is OUT/adaptive_refresh.json; what it holds is not run again.
 CONTEST = """\
 Search and train the thesis's methods and today's to one training loss of the thesis's autoencoder: hours on
 one thread; stopped, the same command goes on. With --clock, on an idle machine, measure what their updates
-cost. The record is OUT/contest.json. SOAP and Shampoo need the packages of
-`make bench`.
+cost. The record is OUT/contest.json. SOAP and Shampoo need the packages of `make bench`.
 """
 
 STUDY = """\

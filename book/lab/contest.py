@@ -191,9 +191,9 @@ METHODS = {
     "soap": Method(_soap, "SOAP", "pink", settings=BALL),
     "shampoo": Method(_shampoo, "Shampoo", "pink", "dash", settings=BALL),
 }
-"""Who takes part. Ours and FOOF have λ = 10, since the bound is what is searched. As their package has them,
-SOAP turns its basis every ten updates, and Shampoo has blocks of 512 and steps as long as RMSProp's (Anil et
-al., 2020)."""
+"""Who takes part. Ours and FOOF have λ = 10, since the bound is what is searched. SOAP and Shampoo are of one
+package: the first turns its basis every ten updates; the second has blocks of 512 (Anil et al., 2020), new
+roots every 20, and steps as long as RMSProp's."""
 
 PACKAGED = ("soap", "shampoo")
 REFRESH_THEMSELVES = {"newton_muon", *PACKAGED}

@@ -115,9 +115,7 @@ class Adaptive(Joint):
             for name, state in self._states().items():
                 if FRESH in state and name not in states:
                     state[MISSED] = True
-        seen = [
-            one for one in ready for s in [states[one.layer.name]] if looking or FRESH not in s or MISSED in s
-        ]
+        seen = [one for one in ready if looking or _unseen(states[one.layer.name])]
         forms = list(map(self._quadratic, seen))
         if ranks.size > 1:
             forms = [form / ranks.size for form in ranks.sum(forms)]
@@ -162,6 +160,11 @@ class Adaptive(Joint):
         _, by_rank, _ = ranks.together(lambda: None, lambda _: (told, ()))
         means = (sum(values) / ranks.size for values in by_rank)
         return [{key: next(means) for key in cost} for cost in costs]
+
+
+def _unseen(state: State) -> bool:
+    """Whether a layer is to be looked at when it has a part in an update, whichever that is."""
+    return FRESH not in state or MISSED in state
 
 
 def _due(older: Sequence[tuple[State, Tensor]]) -> bool:
