@@ -58,7 +58,7 @@ profiles:
   smoke     a dozen updates on 400 digits that come with the project; needs nothing
   laptop    10,000 updates of the autoencoder (5,000 in Fig. 5.1), 20,000 of the CIFAR-10 network, on the
             full data sets; point SOGRID_DATA at them (see README, Data)
-  long      20,000 and 50,000 updates
+  long      100,000 and 50,000 updates
   thesis    the thesis's 300,000 and 50,000 updates; for a GPU or a patient machine
 """
 

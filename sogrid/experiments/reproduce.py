@@ -83,7 +83,7 @@ PROFILES = {
         halvings=1, finalists=1,
     ),
     "laptop": LAPTOP,
-    "long": replace(LAPTOP, updates={AE: 20_000, CIFAR: 50_000}, sweep=(3, 5_000)),
+    "long": replace(LAPTOP, updates={AE: 100_000, CIFAR: 50_000}, sweep=(3, 5_000)),
     "thesis": Profile(
         {AE: 300_000, CIFAR: 50_000}, 100, {AE: 5_000, CIFAR: 5_000}, (200, 5_000), (100, 100, 5_000),
         evaluate_on=50_000, halvings=3, finalists=3,
