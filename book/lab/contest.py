@@ -60,6 +60,7 @@ __all__ = [
     "dots",
     "ends_of",
     "later",
+    "letter",
     "mean_time",
     "p_words",
     "prices",
@@ -545,4 +546,9 @@ SUPERSCRIPTS = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
 def setting_words(content: dict[str, Any], method: str) -> str:
     """The chosen setting in the book's letters."""
     found = next(r for r in content["runs"] if r["part"] == "search" and r["method"] == method)
-    return ", ".join(f"{LETTERS[name]} {value:.3g}" for name, value in chosen(found).items())
+    return ", ".join(f"{letter(method, name)} {value:.3g}" for name, value in chosen(found).items())
+
+
+def letter(method: str, name: str) -> str:
+    """The book's letter of a hyperparameter; Newton-Muon's damping is relative to its matrix's diagonal."""
+    return "γ" if (method, name) == ("newton_muon", "damping") else LETTERS[name]

@@ -695,7 +695,7 @@ CLAIMS = {
         ),
         _Claim(
             "natural neural networks cost many times SGD on wide inputs (59 times, read off the figure)",
-            "Fig. 6.3",
+            "§6.5, Fig. 6.3",
             _nnn_is_dear,
             ("nnn2", "standard_sgd"),
             clock=True,
