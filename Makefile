@@ -76,15 +76,15 @@ lab: $(STAMP) ## Open the book in JupyterLab: each page a notebook to run (build
 	@test -e $(LAB) || $(MAKE) book
 	$(BIN)/jupyter lab $(LAB)
 
-experiments: $(STAMP) ## Run the figures' templates: FIG=fig6_2 (default: all) PROFILE=smoke, laptop or thesis
-	@mkdir -p out
+experiments: $(STAMP) ## Run the figures' templates, into out/PROFILE: FIG=fig6_2 (default: all) PROFILE=smoke, laptop, long or thesis
+	@mkdir -p out/$(PROFILE)
 	@for benchmark in mnist_autoencoder cifar10_classifier; do \
-	  test "$(PROFILE)" != smoke || $(BIN)/python -m sogrid search "$$benchmark" --quiet > out/search.log || exit 1; \
+	  test "$(PROFILE)" != smoke || $(BIN)/python -m sogrid search "$$benchmark" --quiet --out out/smoke > out/smoke/search.log || exit 1; \
 	done
 	@for template in book/experiments/$(FIG)*.ipynb; do \
 	  test -e "$$template" || { echo "no template in book/experiments begins with $(FIG)" >&2; exit 1; }; \
-	  $(BIN)/papermill "$$template" "out/$$(basename "$$template" .ipynb)-$(PROFILE).ipynb" \
-	    -p profile "$(PROFILE)" || exit 1; \
+	  $(BIN)/papermill "$$template" "out/$(PROFILE)/$$(basename "$$template")" \
+	    -p profile "$(PROFILE)" -p out "out/$(PROFILE)" || exit 1; \
 	done
 
 $(PEERS): pyproject.toml

@@ -24,7 +24,7 @@ ENDING = """\
 examples:
   python -m sogrid reproduce fig6_2                     a few seconds: does everything run?
   python -m sogrid reproduce fig6_2 --profile laptop    the figure, on full MNIST
-  python -m sogrid search mnist_autoencoder             the hyperparameters behind it
+  python -m sogrid search mnist_autoencoder --out mine  hyperparameters of your own, for that OUT
   python -m sogrid records verify                       are the book's records intact?
 
 Stop a run with Ctrl-C; the same command goes on where it stopped, also after a crash.
@@ -36,9 +36,8 @@ REPRODUCE = """\
 Run what is missing of a figure's record, OUT/FIG.PROFILE.json, which is written after each run. A run
 under way saves its state every half minute and at Ctrl-C, in OUT/.checkpoints; the same command goes on
 from there to the same curve. Other seeds and methods may go on in other processes at the same time,
-into the same record. Learning curves use the hyperparameters that `search` has left in OUT, for all
-methods of a figure, or else those of the book. In a notebook: papermill book/experiments/FIG.ipynb, see
-there.
+into the same record. Learning curves use the hyperparameters that a `search` with this OUT has found, or
+without one those of the book. In a notebook: papermill book/experiments/FIG.ipynb, see there.
 """
 
 SEARCH = """\
@@ -47,7 +46,8 @@ trials over the same domain, the criterion being the training risk after a fixed
 3,000 of the autoencoder, 5,000 of the CIFAR-10 network). On its way there the worse half of the trials
 ends at each of three comparisons; then the best three are run twice more, and the best is chosen. The
 record is OUT/search_BENCHMARK.PROFILE.json; `reproduce` with the same OUT uses it. Stopped, the same
-command goes on. --begin-with tries first what an earlier search, a shorter one say, has chosen. The studies
+command goes on: with the trials that there are, then with other proposals than it would have made.
+--begin-with tries first what an earlier search, a shorter one say, has chosen. The studies
 are Optuna's, in OUT/search_BENCHMARK.PROFILE.sqlite3: look at them with
 `optuna-dashboard sqlite:///OUT/search_BENCHMARK.PROFILE.sqlite3`. With --storage, several machines work on
 the same studies: start the same command on each.
@@ -55,7 +55,7 @@ the same studies: start the same command on each.
 
 PROFILES = """\
 profiles:
-  smoke     a dozen updates on 400 digits that come with the project; needs nothing
+  smoke     five updates on 400 digits that come with the project; needs nothing
   laptop    10,000 updates of the autoencoder (5,000 in Fig. 5.1), 20,000 of the CIFAR-10 network, on the
             full data sets; point SOGRID_DATA at them (see README, Data)
   long      100,000 and 50,000 updates

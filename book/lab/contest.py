@@ -235,12 +235,16 @@ def contest(
         ModuleNotFoundError: If a method's package is not.
         RecordError: If the record is damaged, of other settings, or cannot be written.
         SearchError: If the storage cannot be used, or holds a search of other rules.
-        ValueError: For another profile.
+        ValueError: For another profile, method or seed.
     """
+    smoke = is_smoke(profile)
+    scale = SCALES[profile]
+    for name, asked, known in (("method", methods, METHODS), ("seed", seeds, sorted({*SEEDS, *scale.seeds}))):
+        if isinstance(asked, str) or not set(asked) <= set(known):
+            raise ValueError(f"every {name} must be one of {list(known)}, got {asked!r}")
     if not set(methods).isdisjoint(PACKAGED):
         import_module(PACKAGE)  # now, and not after hours
-    smoke = is_smoke(profile)
-    scale, task, record = SCALES[profile], _task(smoke), _record(out, profile)
+    task, record = _task(smoke), _record(out, profile)
     Path(out).mkdir(parents=True, exist_ok=True)
     for method in methods:
         key = {"part": "search", "method": method}

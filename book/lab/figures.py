@@ -300,7 +300,9 @@ def comparison_table(record: dict[str, Any], update: int, figure_key: str) -> st
     thesis = thesis_loss_at(figure_key, update)
     lines = [f"| method | at update {update:,} | thesis 2017 | settings |", "|---|---|---|---|"]
     for method, runs in runs_by_method(record).items():
-        ours = ", ".join(f"{value:.3g}" for value in values_at(record, method, update))
+        lost = all(run["status"] != "finished" and update not in run["update"] for run in runs)
+        values = [] if lost else values_at(record, method, update)
+        ours = ", ".join(f"{value:.3g}" for value in values) or "diverged"
         theirs = f"{thesis[method]:.3g}" if thesis.get(method) is not None else ""
         lines.append(f"| {looks(method).name} | {ours} | {theirs} | {_settings(runs[0]['settings'])} |")
     return "\n".join(lines)
@@ -318,12 +320,14 @@ def cost_table(record: dict[str, Any], figure_key: str) -> str:
         "|---|---|---|---|---|",
     ]
     every = record["settings"]["refresh_every"]
-    sgd = milliseconds(record)["standard_sgd"]
-    for row in record["clock"]["rows"]:
-        ratio = headline.get(row["method"], {}).get("ratio_to_sgd")
+    rows = record["clock"]["rows"]
+    sgd = next((row["update_ms"] for row in rows if row["method"] == "standard_sgd"), None)
+    for row in rows:
+        theirs = headline.get(row["method"], {}).get("ratio_to_sgd")
+        ratios = (None if sgd is None else f"{row['update_ms'] / sgd:.2f}"), theirs and f"{theirs:.3g}"
         lines.append(
             f"| {looks(row['method']).name} | {row['update_ms']:.1f} | {row['refresh_ms'] / every:.2f} "
-            f"| {row['update_ms'] / sgd:.2f} | {'' if ratio is None else f'{ratio:.3g}'} |"
+            f"| {ratios[0] or ''} | {ratios[1] or ''} |"
         )
     return "\n".join(lines)
 

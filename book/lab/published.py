@@ -197,7 +197,7 @@ def curves(content: dict[str, Any], theirs: dict[str, Any], part: str = "train")
         for k, run in enumerate(runs):
             own = {"showlegend": k == 0, "line": {**look["line"], "dash": "solid", "width": 1.5}}
             traces.append(go.Scatter(x=run["epoch"], y=run[part], **{**look, **own}))
-        ends = (f"{run[part][-1]:.1f}" for run in of(content, line))
+        ends = (f"{_end(run, part):.1f}" for run in of(content, line))
         told.append(f"{look['name']} {', '.join(ends)}")
     kind = {"train": "training", "test": "test"}[part]
     return figure(
@@ -231,7 +231,8 @@ def table(content: dict[str, Any], theirs: dict[str, Any]) -> list[tuple[str, ..
                     else f"{fmean(run[part][run['epoch'].index(EPOCHS)] for run in runs):.1f}"
                     for part in ("train", "test")
                 ]
-                least = f"{fmean(min(run['test']) for run in runs):.2f}"
+                lost = any(run["status"] != "finished" for run in runs)
+                least = "diverged" if lost else f"{fmean(min(run['test']) for run in runs):.2f}"
                 there = "not" if None in soon else ", ".join(map(str, sorted({*soon})))
                 rows.append((f"{NAMES[method]}, {epochs} epochs", there, *losses, least))
     return rows

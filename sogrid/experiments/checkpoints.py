@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from sogrid.experiments.records import alone, provenance, write_atomically
+from sogrid.experiments.records import alone, difference, provenance, write_atomically
 
 __all__ = ["FOLDER", "Checkpoint", "CheckpointError", "Interrupted", "StopSignals", "source_digest"]
 
@@ -159,10 +159,10 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} is no checkpoint that can be read here. {advice}") from error
         for key in sorted(theirs.keys() | ours.keys()):
             if theirs.get(key) != ours.get(key):
-                difference = _difference(theirs.get(key), ours.get(key))
+                found = difference(theirs.get(key), ours.get(key))
                 raise CheckpointError(
                     f"{self.path} is of another run, of {origin['date']} and commit {origin['commit']}: its "
-                    f" {key} is {difference}. {advice}, or go back to what it was made with to finish it"
+                    f"{key} is {found}. {advice}, or go back to what it was made with to finish it"
                 )
         self.resumed = [*resumed, {"update": state["update"], **origin}]
         self._saved = monotonic()
@@ -258,12 +258,3 @@ def _header(payload: bytes) -> bytes:
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:
     return json.loads(json.dumps(values))
-
-
-def _difference(theirs: Any, ours: Any) -> str:
-    """The part in which two JSON values differ."""
-    if isinstance(theirs, dict) and isinstance(ours, dict):
-        keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
-        theirs, ours = ({key: side.get(key) for key in keys} for side in (theirs, ours))
-    short = [text if len(text) < 120 else f"{text[:117]}..." for text in map(str, (theirs, ours))]
-    return f"{short[0]}, not {short[1]}" if short[0] != short[1] else "different"

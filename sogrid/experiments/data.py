@@ -269,13 +269,16 @@ def _from_folder(name: str, folder: str | os.PathLike | None) -> tuple[str, list
     """Read the first complete layout in ``folder``."""
     if not folder:
         raise DataError(f"source='folder' needs root= or the variable SOGRID_DATA. {REMEDIES[name]}")
+    named = "" if folder != os.environ.get("SOGRID_DATA") else ", where SOGRID_DATA points (or unset it)"
     folder = Path(folder).expanduser()
     layouts = [_official(name, folder / name), _official(name, folder), _hub(name, folder / name)]
     for layout in layouts:
         if all(file.is_file() for file in layout.files):
             return _verified(name, layout)
     looked_for = "\n".join(f"  {', '.join(map(_presence, layout.files))}" for layout in layouts)
-    raise DataError(f"no {name} in {_presence(folder)}; looked for one of\n{looked_for}\n{REMEDIES[name]}")
+    raise DataError(
+        f"no {name} in {_presence(folder)}{named}; looked for one of\n{looked_for}\n{REMEDIES[name]}"
+    )
 
 
 def _presence(path: Path) -> str:
@@ -362,7 +365,9 @@ def _read_parquet(file: Path, column: str, shape: Sequence[int]) -> list[np.ndar
         with pq.ParquetFile(file) as parquet:
             table = parquet.read([f"{column}.bytes", "label"], use_threads=False)
         encoded = table.column(column).combine_chunks().field("bytes")
-        labels = table.column("label").to_numpy().astype(np.uint8)
+        labels = table.column("label").cast(pa.uint8())
+        if labels.null_count:
+            raise KeyError("a label is missing")
     except (pa.ArrowException, OSError, KeyError) as error:
         raise _damaged(file, error) from error
     images = np.empty((len(encoded), *shape), np.uint8)
@@ -372,7 +377,7 @@ def _read_parquet(file: Path, column: str, shape: Sequence[int]) -> list[np.ndar
             images[i] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         except Exception as error:  # Pillow has a different type for every kind of damage
             raise _damaged(file, f"image {i} cannot be decoded to shape {shape} ({error})") from error
-    return [images, labels]
+    return [images, labels.to_numpy()]
 
 
 def _cache_folder(name: str) -> Path:

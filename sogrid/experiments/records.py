@@ -98,6 +98,15 @@ def alone(path: Path, timeout: float = -1) -> Iterator[bool]:
         lock.release()
 
 
+def difference(theirs: Any, ours: Any) -> str:
+    """The part in which two JSON values differ, in words."""
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        keys = [key for key in {**theirs, **ours} if theirs.get(key) != ours.get(key)]
+        theirs, ours = ({key: side.get(key) for key in keys} for side in (theirs, ours))
+    short = [text if len(text) < 120 else f"{text[:117]}..." for text in map(str, (theirs, ours))]
+    return f"{short[0]}, not {short[1]}" if short[0] != short[1] else "different"
+
+
 @cache
 def _commit() -> str:
     """The source's commit, marked ``+changes`` if the work tree differs; ``"unknown"`` outside git.
@@ -109,6 +118,7 @@ def _commit() -> str:
         run = lambda *args: subprocess.run(  # noqa: E731
             ["git", *args], cwd=here, capture_output=True, text=True, check=True, timeout=10
         ).stdout.strip()
+        run("ls-files", "--error-unmatch", __file__)  # else it is installed inside another repository
         return run("rev-parse", "--short=12", "HEAD") + (
             "+changes" if run("status", "--porcelain", "--", ".") else ""
         )
@@ -181,7 +191,7 @@ class Record:
         for key in ("experiment", "settings"):
             if found[key] != self.content[key]:
                 raise RecordError(
-                    f"{self.path} holds another {key}: {found[key]} instead of {self.content[key]}; "
+                    f"{self.path} holds another {key}: {difference(found[key], self.content[key])}; "
                     "move it away or write to another place"
                 )
         return found

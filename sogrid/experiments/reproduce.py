@@ -226,6 +226,8 @@ def reproduce(
     record in ``out`` holds of the same benchmark at the same scale. A run under way leaves its state
     in ``<out>/.checkpoints/`` every half minute and at SIGINT or SIGTERM; called again after that, or
     after the process was killed, it goes on to the curve it would have given, bit for bit on the CPU.
+    A search (Figs. 2.2 and 4.1) keeps its trials, makes the one under way anew, and draws others than it
+    would have after that.
     Other seeds or methods may be run by other processes at the same time.
 
     Args:
@@ -309,7 +311,7 @@ def tune(
         _require(method=(method, known[benchmark]))
     scale, domain = PROFILES[profile], BENCHMARKS[benchmark].domain
     task = _task(benchmark, profile, device)
-    path = search_path(out, benchmark, profile)
+    path, storage = search_path(out, benchmark, profile), storage or None
     settings = {
         **_common(task, profile),
         "trials": scale.trials,
@@ -409,7 +411,7 @@ def _curves(
         last = updates if METHODS[method].searched else updates // VARIANTS
         options = {"updates": last, "points": [point for point in points if point <= last]}
         options |= {"evaluate_on": scale.evaluate_on, "seed": seed}
-        best = _chosen(found, method)
+        best = _chosen(found, method, out)
         make = partial(_train, task, method, best, options)
         key = {"method": method, "settings": best, "seed": seed}
         jobs.append(_Job(key, f"{method}.seed{seed}", make))
@@ -433,7 +435,7 @@ def _sweep(
     for method in methods:
         for i in range(count):
             lr = float(f"{low * (high / low) ** (i / (count - 1)):.6g}")
-            settings = {**_chosen(found, method), "lr": lr}
+            settings = {**_chosen(found, method, out), "lr": lr}
             make = partial(_train, task, method, settings, options)
             key = {"method": method, "settings": settings, "seed": seed}
             jobs.append(_Job(key, f"{method}.lr{lr}.seed{seed}", make, varied=("lr",)))
@@ -441,16 +443,20 @@ def _sweep(
     return {**_common(task, profile), "updates": updates, "hyperparameters": how}, jobs
 
 
-def _chosen(found: dict[str, Any], method: str) -> dict[str, float]:
-    """The hyperparameters that a record of searches has for a method, or for what it is a variant of."""
+def _chosen(found: dict[str, Any], method: str, out: str | Path = "out") -> dict[str, float]:
+    """The hyperparameters that a record of searches has for a method, or for what it is a variant of.
+
+    What is missing is to be searched in ``out``.
+    """
     entry, settings = METHODS[method], found["settings"]
     best = next((chosen(run) for run in found["runs"] if run["method"] == method), None)
     if best is None and entry.tuned_as is not None:
-        best = _chosen(found, entry.tuned_as)
+        best = _chosen(found, entry.tuned_as, out)
     if best is None:
         raise SearchError(
             f"the hyperparameters of {method} on {settings['benchmark']} have not been searched: run "
-            f"python -m sogrid search {settings['benchmark']} --profile {settings['profile']} first"
+            f"python -m sogrid search {settings['benchmark']} --profile {settings['profile']} --out {out} "
+            f"--methods {method} first"
         )
     return best if entry.lr is None else {**best, "lr": entry.lr}
 
@@ -483,7 +489,7 @@ def _tuned(benchmark: str, profile: str, out: Path, methods: Sequence[str]) -> d
     if place is None:
         raise SearchError(
             f"the hyperparameters of {benchmark} have not been searched: "
-            f"run python -m sogrid search {benchmark}"
+            f"run python -m sogrid search {benchmark} --profile {profile} --out {out}"
         )
     found, short = Record.read(place), search_path(place.parent, benchmark, "short")
     searched = {run["method"] for run in found["runs"]}

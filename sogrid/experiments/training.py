@@ -81,7 +81,7 @@ def updates_to(updates: Sequence[int], losses: Sequence[float], loss: float) -> 
     """
     for k, (update, value) in enumerate(zip(updates, losses, strict=True)):
         if value <= loss:
-            if k == 0 or updates[k - 1] == 0 or value <= 0:
+            if k == 0 or updates[k - 1] == 0 or value <= 0 or value == loss:
                 return float(update)
             share = math.log(losses[k - 1] / loss) / math.log(losses[k - 1] / value)
             return updates[k - 1] * (update / updates[k - 1]) ** share

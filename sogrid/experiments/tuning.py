@@ -31,7 +31,7 @@ from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import optuna
 from optuna.exceptions import ExperimentalWarning, OptunaError, TrialPruned, UpdateFinishedTrialError
@@ -247,8 +247,15 @@ def search(
 
 def _check(plan: Search) -> None:
     """Refuse what would end after hours, or in something else than was meant."""
-    if plan.trials < 1:
-        raise SearchError(f"a search needs a trial, got trials={plan.trials}")
+    for key, least in (("trials", 1), ("updates", 1), ("halvings", 0), ("finalists", 0), ("seed", 0)):
+        value = getattr(plan, key)
+        if not isinstance(value, int) or value < least:
+            raise SearchError(f"a search needs {key} to be a whole number from {least} on, got {value!r}")
+    if not plan.domain:
+        raise SearchError("a search needs a domain: {hyperparameter: (low, high)}")
+    for key, (low, high) in plan.domain.items():
+        if not 0 < low <= high < math.inf:
+            raise SearchError(f"the domain of {key} must be positive, its lower end first, got {low}, {high}")
     if plan.sampler not in SAMPLERS:
         raise SearchError(f"sampler must be one of {', '.join(SAMPLERS)}, got {plan.sampler!r}")
     if plan.updates < 2**plan.halvings:
@@ -277,13 +284,13 @@ def _enter(
     own = {key: value for key, value in asdict(plan).items() if key not in free}
     if setting is not None:
         own["setting"] = setting
-    _claim(study, {**own, "task": task.name, "data": getattr(task.data, "checksum", None)})
+    _claim(study, storage, {**own, "task": task.name, "data": getattr(task.data, "checksum", None)})
     if alone:
         _try_again(study)
     return study
 
 
-def _claim(study: optuna.Study, identity: dict[str, Any]) -> None:
+def _claim(study: optuna.Study, storage: BaseStorage, identity: dict[str, Any]) -> None:
     """Note whose study this is, or refuse another's."""
     identity = json.loads(json.dumps(identity))
     begun = bool(study.get_trials(deepcopy=False))  # asked first: whoever makes one has claimed it before
@@ -295,9 +302,11 @@ def _claim(study: optuna.Study, identity: dict[str, Any]) -> None:
         return
     for key, value in identity.items():
         if found.get(key) != value:
+            file = re.fullmatch("sqlite:///(.*)", unquote(getattr(storage, "url", "")))
+            way_out = f"move {file[1]} away" if file else "use another storage"
             raise SearchError(
-                f"the study {study.study_name!r} has another {key}: {found.get(key)} instead of {value}; use "
-                "another storage, or delete that study and those that its name begins"
+                f"the study {study.study_name!r} has another {key}: {found.get(key)} instead of {value}; "
+                f"{way_out}, or delete that study and those that its name begins"
             )
 
 

@@ -3,6 +3,7 @@ import hashlib
 import io
 import os
 import pickle
+import re
 import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -229,6 +230,10 @@ def test_an_empty_folder_is_an_error_not_a_fallback(tmp_path, monkeypatch, name)
     for file in (*data.OFFICIAL_FILES[name], *data.PARQUET_FILES):
         assert f"{file} (missing)" in str(error.value)
     assert "source='download'" in str(error.value)
+    assert "where SOGRID_DATA points (or unset it)" in str(error.value)
+    with pytest.raises(DataError, match=f"no {name} in ") as error:
+        load(name, root=tmp_path)
+    assert "unset" not in str(error.value)
 
 
 def test_a_missing_file_is_named(tmp_path, mnist):
@@ -327,6 +332,18 @@ def test_damaged_parquet_files(tmp_path, mnist, damage):
     with pytest.raises(DataError) as error:
         load("mnist", root=tmp_path)
     assert str(error.value).startswith(f"{file}: ")
+
+
+@pytest.mark.parametrize("label", [None, "seven", -1, 300, 2.5])
+def test_labels_that_are_no_classes(tmp_path, mnist, label):
+    file = write_hub(tmp_path / "mnist", mnist, "image") / data.PARQUET_FILES[1]
+    whole = pq.read_table(file)
+    labels = [label, *whole.column("label").to_pylist()[1:]]
+    kind = pa.string() if isinstance(label, str) else pa.float64() if label == 2.5 else pa.int64()
+    column = pa.array([str(v) if isinstance(label, str) else v for v in labels], kind)
+    pq.write_table(whole.set_column(whole.schema.get_field_index("label"), "label", column), file)
+    with pytest.raises(DataError, match=re.escape(str(file))):
+        load("mnist", root=tmp_path)
 
 
 def test_another_data_sets_parquet_files_are_refused(tmp_path, mnist):

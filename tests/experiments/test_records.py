@@ -3,6 +3,9 @@
 import errno
 import json
 import os
+import shutil
+import subprocess
+import sys
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -35,13 +38,18 @@ def test_an_interrupted_experiment_keeps_its_runs(tmp_path):
     assert again.find(method="a", seed=1) is None
 
 
-@pytest.mark.parametrize(("experiment", "settings"), [("other", SETTINGS), ("fig", {"profile": "laptop"})])
+@pytest.mark.parametrize(
+    ("experiment", "settings"), [("other", SETTINGS), ("fig", {**SETTINGS, "profile": "laptop"})]
+)
 def test_a_record_of_something_else_is_refused_and_kept(tmp_path, experiment, settings):
     path = tmp_path / "r.json"
     Record(path, "fig", SETTINGS).add({"method": "a"})
     before = path.read_bytes()
-    with pytest.raises(RecordError, match="holds another"):
+    with pytest.raises(
+        RecordError, match=r"experiment: fig, not other|settings: .*smoke.*, not .*laptop"
+    ) as error:
         Record(path, experiment, settings)
+    assert "updates" not in str(error.value), "only what differs is said"
     assert path.read_bytes() == before
 
 
@@ -272,6 +280,21 @@ def test_the_commit_is_that_of_the_first_call(monkeypatch):
     first = provenance()
     monkeypatch.setattr(records.subprocess, "run", None)
     assert provenance() == first
+
+
+def test_a_repository_that_only_holds_an_installed_copy_is_not_the_sources(tmp_path):
+    installed = tmp_path / "venv" / "sogrid" / "experiments" / "records.py"
+    installed.parent.mkdir(parents=True)
+    shutil.copy(records.__file__, installed)
+    (tmp_path / ".gitignore").write_text("venv\n")
+    me = ["-c", "user.name=me", "-c", "user.email=me@here"]
+    for command in (["init", "-q"], ["add", "."], [*me, "commit", "-qm", "mine"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", f"import runpy; print(runpy.run_path({str(installed)!r})['_commit']())"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert found.stdout.strip() == "unknown"
 
 
 def test_a_change_anywhere_in_the_package_marks_the_commit(monkeypatch):

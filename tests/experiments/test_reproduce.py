@@ -222,10 +222,11 @@ def test_curves_are_evaluated_where_the_thesis_reads_are(name):
 
 def test_without_a_search_one_is_told_which_command_makes_it(small, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "RESULTS", tmp_path / "book")
-    with pytest.raises(SearchError, match=f"python -m sogrid search {AE}$"):
+    with pytest.raises(SearchError, match=f"python -m sogrid search {AE} --profile smoke --out {tmp_path}$"):
         reproduce(FIG, out=tmp_path)
     leave_searches(tmp_path, AE, methods=["standard_sgd"])
-    with pytest.raises(SearchError, match=rf"acp_fixedalpha on {AE}.*search {AE} --profile smoke first"):
+    command = f"search {AE} --profile smoke --out {tmp_path} --methods acp_fixedalpha first"
+    with pytest.raises(SearchError, match=f"acp_fixedalpha on {AE}.*{command}"):
         reproduce(FIG, out=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == [search_path("", AE, "smoke").name], "nothing was begun"
     reproduce(FIG, out=tmp_path, methods=["standard_sgd"])
@@ -333,7 +334,8 @@ def test_the_bound_that_was_found_is_the_bound(small):
 
 
 def test_a_search_finds_hyperparameters_that_the_figure_then_uses(small, tmp_path):
-    found = tune(AE, out=tmp_path, methods=FEW, progress=False)
+    found = tune(AE, out=tmp_path, methods=FEW, storage="", progress=False)  # as of an empty variable
+    assert search_path(tmp_path, AE, "smoke").with_suffix(".sqlite3").exists()
     assert Record.read(search_path(tmp_path, AE, "smoke")) == found
     assert {run["method"] for run in found["runs"]} == set(FEW)
     assert all(len(run["trials"]["loss"]) == 2 for run in found["runs"])

@@ -504,7 +504,16 @@ def test_halved_trials_are_runs_of_the_training_loop(task, memory):
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"trials": 0}, "needs a trial"),
+        *(
+            ({"trials": trials}, f"needs trials to be a whole number from 1 on, got {trials}")
+            for trials in (0, 2.5)
+        ),
+        *(({key: -1}, f"needs {key} to be") for key in ("updates", "halvings", "finalists", "seed")),
+        *(
+            ({"domain": {"lr": ends}}, f"domain of lr must be positive, its lower end first, got {ends[0]}")
+            for ends in ((10.0, 1e-3), (0.0, 1.0), (math.nan, 1.0), (1.0, math.inf), (-1.0, 1.0))
+        ),
+        ({"domain": {}}, "needs a domain"),
         ({"sampler": "tpe"}, "grid, random, biased, got 'tpe'"),
         ({"updates": 7, "halvings": 3}, "7 updates cannot be halved 3 times"),
         *(({"target": target}, f"positive loss, got {target}") for target in (0.0, -10.0, math.nan)),
@@ -613,6 +622,14 @@ def test_a_study_of_another_plan_is_refused_and_left(landscape, task, memory, ch
         search(task, replace(PLAN, **changes), storage=memory, name="s")
     assert trials_of(memory) == before
     search(task, replace(PLAN, **changes), storage=memory, name="other name")
+
+
+def test_of_a_file_one_is_told_which_to_move(landscape, task, tmp_path):
+    file = tmp_path / "a search of mine.sqlite3"
+    storage = open_storage(sqlite_url(file))
+    search(task, PLAN, storage=storage, name="s")
+    with pytest.raises(SearchError, match=f"instead of 3; move {file} away, or delete"):
+        search(task, replace(PLAN, updates=3), storage=storage, name="s")
 
 
 @pytest.mark.parametrize("direction", ["minimize", "maximize"])

@@ -83,6 +83,15 @@ def test_what_is_missing_is_said_before_hours_are_spent(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
+    "wrong", [{"methods": ("adagrad",)}, {"methods": "acp"}, {"seeds": (401, 5)}], ids=str
+)
+def test_who_is_not_known_is_refused(wrong, monkeypatch, tmp_path):
+    monkeypatch.setattr(contest_module, "_task", None)
+    with pytest.raises(ValueError, match=f"every {next(iter(wrong))[:-1]} must be one of"):
+        contest_module.contest(**wrong, out=tmp_path)
+
+
+@pytest.mark.parametrize(
     "wrong",
     [
         ["--methods", "adagrad"],

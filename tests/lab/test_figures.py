@@ -205,6 +205,15 @@ def test_tables(record):
     )
 
 
+def test_a_table_of_what_is_there_only_in_part(record):
+    clocked = with_clock(record)
+    del clocked["clock"]["rows"][1]  # SGD's
+    assert cost_table(clocked, "fig6_2").splitlines()[2:] == ["| ACP, fixed α | 40.0 | 0.50 |  | 2.03 |"]
+    for run in record["runs"][:2]:
+        run |= {"status": "diverged", "update": [0], "train": [100.0]}
+    assert "| ACP, fixed α | diverged | 87.8 |" in comparison_table(record, 300, "fig6_2")
+
+
 def test_bars_are_told_and_drawn_from_the_top():
     figure = bars({"one": {"ACP": 1.25, "KFAC": 2}, "two": {"KFAC": 3}}, xlabel="times", alt="Costs.")
     assert figure.data[1].x == (None, 3)

@@ -1,5 +1,6 @@
 """Beside published curves: the network, how a run is made, and the records."""
 
+from itertools import pairwise
 from statistics import fmean
 
 import pytest
@@ -8,7 +9,19 @@ from studies import require_whole
 from torch import nn
 
 from lab import published
-from lab.published import LINES, PUBLISHED, TARGET, best_line, curves, epochs_to, network, of, table, trained
+from lab.published import (
+    LINES,
+    PUBLISHED,
+    SHOWN,
+    TARGET,
+    best_line,
+    curves,
+    epochs_to,
+    network,
+    of,
+    table,
+    trained,
+)
 from sogrid.experiments.records import RESULTS, Record
 from sogrid.optimizers import ACP
 
@@ -69,7 +82,15 @@ def test_a_run_that_diverged_makes_no_line_the_best():
     (last,) = LINES["acp_bounded"]
     of({"runs": runs}, last)[0].update(first | {"line": last})
     rows = {row[0]: row for row in table({"runs": runs}, {"runs": []})}
-    assert rows["ACP, 20 epochs"][2:4] == ("diverged", "diverged")
+    assert rows["ACP, 20 epochs"][2:] == ("diverged", "diverged", "diverged")
+    of({"runs": runs}, last)[0].update({"epoch": [], "train": [], "test": []})  # in its first epoch
+    assert table({"runs": runs}, {"runs": []})[0:] == [*rows.values()]
+    assert "ACP inf" in curves({"runs": runs}, {"runs": []}).layout.meta["alt"]
+
+
+def test_a_run_that_is_at_the_target_where_it_is_evaluated_is_there():
+    for before, at in pairwise(SHOWN):
+        assert epochs_to({"epoch": [before, at], "train": [58.0, 57.0]}) == at
 
 
 def test_what_was_published_is_what_the_field_says_of_it():

@@ -1,5 +1,6 @@
 """Verdicts on records that were made up to be on one side of each rule, or the other."""
 
+import copy
 import math
 
 import pytest
@@ -158,6 +159,12 @@ def test_what_the_record_lacks_is_named():
     found = next(v for v in verdicts(record) if "best per update" in v.claim)
     assert found.verdict == "not testable at this scale"
     assert found.numbers == "the record lacks ACP, fixed α, NNN, batch norm, SGD"
+    for sampler in ("random", "grid", "biased"):
+        told = verdicts(searches({sampler: [[50.0, 40.0]] * 20}))
+        assert all("the record lacks" in found.numbers for found in told)
+    for figure in CLAIMS:
+        empty = {"experiment": f"{figure}_x", "settings": {"profile": "laptop"}, "runs": []}
+        assert {found.verdict for found in verdicts(empty)} == {"not testable at this scale"}
     everything = {"kfac": CLEAR, "acp": CLEAR, "acp_fixedalpha": CLEAR, "standard_sgd": FAR}
     assert "lab clock" in verdict(curves("fig6_2_x", everything), "in time").numbers
 
@@ -202,6 +209,29 @@ def test_a_test_error_that_still_falls_decides_nothing_but_a_longer_run_may():
         run["test"][2], run["test"][1] = 5.0, 1.5  # as soon, not better
     record["clock"]["rows"][0]["update_ms"] = 5
     assert verdict(record, "test error", longer).verdict == "holds with a caveat"
+
+
+def test_the_best_test_error_is_below_every_rivals_and_of_runs_that_were_not_lost():
+    """A rival whose seeds lie far apart is not beaten; a lost run is neither low nor still falling."""
+    ends = {"kfac": FAR, "nnn2": FAR, "acp": CLEAR, "acp_fixedalpha": FAR}
+    record = curves("fig6_2_x", ends, clock={**dict.fromkeys(ends, (10, 1)), "acp": (9, 1)})
+    for run in record["runs"]:
+        run["test"][3] = 2.0 if run["method"] == "acp" else 5.0 + 0.1 * run["seed"]
+        run["test"][4] = 9.0
+    assert verdict(record, "test error").verdict == "holds"
+    wide = copy.deepcopy(record)
+    for run, low in zip(wide["runs"][3:6], (1.9, 5.0, 9.0), strict=True):
+        run["test"][3] = low
+    assert verdict(wide, "test error").verdict == "not settled at this length"
+    for method, expected in (("kfac", "holds"), ("acp", "not settled at this length")):
+        lost = copy.deepcopy(record)
+        run = next(run for run in lost["runs"] if run["method"] == method)
+        run["status"] = "diverged"
+        for key in ("update", "train", "test", "train_error"):
+            run[key] = run[key][:2]
+        found = verdict(lost, "test error")
+        assert found.verdict == expected
+        assert "still falling" not in found.numbers
 
 
 def test_the_best_of_several_rivals_may_be_best_by_chance():
@@ -388,6 +418,9 @@ def test_fisher_and_gauss_newton_are_compared_where_they_reach_one_percent():
         "KFAC, Fisher gets to 1% training error from 3 of 3 seeds, KFAC gets to 1% training error from 1 of 3"
     )
     assert words in verdict(slower, "than with the Gauss-Newton").numbers
+    lost = copy.deepcopy(record)
+    lost["runs"][0]["status"] = "diverged"  # after it was at 1%
+    assert verdict(lost, "than with the Gauss-Newton").verdict == "does not hold"
 
 
 def test_instability_is_a_rise_of_the_loss():
