@@ -324,10 +324,10 @@ def cost_table(record: dict[str, Any], figure_key: str) -> str:
     sgd = next((row["update_ms"] for row in rows if row["method"] == "standard_sgd"), None)
     for row in rows:
         theirs = headline.get(row["method"], {}).get("ratio_to_sgd")
-        ratios = (None if sgd is None else f"{row['update_ms'] / sgd:.2f}"), theirs and f"{theirs:.3g}"
+        ours = "" if sgd is None else f"{row['update_ms'] / sgd:.2f}"
         lines.append(
             f"| {looks(row['method']).name} | {row['update_ms']:.1f} | {row['refresh_ms'] / every:.2f} "
-            f"| {ratios[0] or ''} | {ratios[1] or ''} |"
+            f"| {ours} | {'' if theirs is None else f'{theirs:.3g}'} |"
         )
     return "\n".join(lines)
 

@@ -486,12 +486,10 @@ def _best_test_error(record: Record, longer: Record | None) -> tuple[str, str]:
     if falling:
         return UNTESTED, f"lowest: {numbers}; still falling at the end: {', '.join(falling)}"
     soonest = min(whole or best, key=lambda m: best[m][1] * milliseconds(record)[m])
-    ours, theirs = (
-        next(m for m in order if (m in ("acp", "acp_fixedalpha")) == which) for which in (True, False)
-    )
-    verdict = _judge(lows[ours], lows[theirs], rivals=len(order) - 2)
-    others = [m for m in order if m not in ("acp", "acp_fixedalpha")]
-    if verdict == HOLDS and any(_judge(lows[ours], lows[m]) != HOLDS for m in others):
+    ours = next(m for m in order if m in ("acp", "acp_fixedalpha"))
+    rivals = [m for m in order if m not in ("acp", "acp_fixedalpha")]
+    verdict = _judge(lows[ours], lows[rivals[0]], len(rivals))
+    if verdict == HOLDS and any(_judge(lows[ours], lows[m]) != HOLDS for m in rivals):
         verdict = OPEN
     return CAVEAT if verdict == HOLDS and soonest != winner else verdict, numbers
 

@@ -366,10 +366,10 @@ def _read_parquet(file: Path, column: str, shape: Sequence[int]) -> list[np.ndar
             table = parquet.read([f"{column}.bytes", "label"], use_threads=False)
         encoded = table.column(column).combine_chunks().field("bytes")
         labels = table.column("label").cast(pa.uint8())
-        if labels.null_count:
-            raise KeyError("a label is missing")
     except (pa.ArrowException, OSError, KeyError) as error:
         raise _damaged(file, error) from error
+    if labels.null_count:
+        raise _damaged(file, "a label is missing")
     images = np.empty((len(encoded), *shape), np.uint8)
     for i, blob in enumerate(encoded):
         try:
